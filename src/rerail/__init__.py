@@ -1,0 +1,1 @@
+"""rerail: compress Mixture-of-Experts language models and re-align their routers."""

@@ -1,0 +1,89 @@
+"""Files that are either whole or absent: temporary name, then rename; JSON with a hash."""
+
+import contextlib
+import hashlib
+import json
+import logging
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from rerail.errors import InputError
+
+log = logging.getLogger(__name__)
+
+
+def cache_dir() -> Path:
+    """Return the folder of reusable artefacts: `RERAIL_CACHE`, else `rerail` in the user's cache."""
+    if given := os.environ.get("RERAIL_CACHE"):
+        return Path(given)
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "rerail"
+
+
+def digest(value: Any) -> str:
+    """Return 16 hex digits that identify a JSON-serialisable value (keys sorted)."""
+    text = json.dumps(value, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def file_digest(path: Path) -> str:
+    """Return the sha256 of a file, in hex."""
+    with path.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+@contextlib.contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """Yield a temporary path beside `path` that takes its name only when the block succeeds.
+
+    Works for a file or a folder. Racing writers cannot mix: the last rename wins.
+
+    Raises:
+        InputError: no space is left on the device.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+    try:
+        yield temporary
+        if temporary.is_dir() and path.is_dir():
+            shutil.rmtree(path)
+        temporary.replace(path)
+    except OSError as error:
+        if error.errno == 28:
+            message = f"no space left on the device that holds {path.parent}; free some or set RERAIL_CACHE"
+            raise InputError(message) from error
+        raise
+    finally:
+        if temporary.is_dir():
+            shutil.rmtree(temporary, ignore_errors=True)
+        else:
+            temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON whole or not at all."""
+    with whole_file(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def write_sealed(path: Path, value: Any) -> None:
+    """Write JSON together with a hash of its content, for `read_sealed`."""
+    write_json(path, {"sha256": digest(value), "content": value})
+
+
+def read_sealed(path: Path) -> Any | None:
+    """Return what `write_sealed` wrote, or None (and say so) when the file is absent or damaged."""
+    if not path.exists():
+        return None
+    try:
+        held = json.loads(path.read_text(encoding="utf-8"))
+        if held["sha256"] == digest(held["content"]):
+            return held["content"]
+    except (ValueError, KeyError, TypeError):
+        pass
+    log.warning("%s is damaged (its hash does not match) and will be made again", path)
+    return None
