@@ -1,0 +1,1 @@
+"""Who decides: compressors, the templates that leave one function open, and one file per method."""

@@ -1,0 +1,70 @@
+"""Factorisers: every expert is kept, its matrices are stored as solved tensors. Open: `factor`."""
+
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from rerail.compress.compressor import Compressor, ScopePlan
+from rerail.moe.bank import BankSpec
+from rerail.moe.layer import MoELayer
+from rerail.plan.plan import LayerPlan
+from rerail.plan.ratio import Allocation, Ratio
+from rerail.stats.statistic import LayerStatistics, StatisticSet
+
+
+@dataclass(frozen=True, kw_only=True)
+class Factoriser(Compressor):
+    """Stores solved tensors for all experts of a layer; a share is how many numbers it may store.
+
+    Allocation is uniform: every layer gets the same share of its numbers.
+    """
+
+    paradigm: ClassVar[str] = "editing"
+
+    @abstractmethod
+    def sizes(self, layer: MoELayer, budget: int) -> Mapping[str, int]:
+        """Return the integers of the form (ranks, bases) for at most `budget` numbers.
+
+        Raises:
+            InputError: nothing fits.
+        """
+
+    @abstractmethod
+    def factor(self, layer: MoELayer, statistics: LayerStatistics, sizes: Mapping[str, int]) -> dict[str, Tensor]:
+        """Return the solved tensors."""
+
+    @abstractmethod
+    def spec(self, layer: MoELayer, sizes: Mapping[str, int]) -> BankSpec:
+        """Return the stored form."""
+
+    def check(self, layers: Sequence[MoELayer], ratio: Ratio, allocation: Allocation) -> None:
+        """Find sizes for every layer, or say why not."""
+        for layer, budget in zip(layers, _budgets(layers, ratio), strict=True):
+            self.sizes(layer, budget)
+
+    def allocate(
+        self, layers: Sequence[MoELayer], statistics: StatisticSet, ratio: Ratio, allocation: Allocation
+    ) -> list[int]:
+        """Return the numbers that each layer may store."""
+        return _budgets(layers, ratio)
+
+    def plan_scope(
+        self, layers: Sequence[MoELayer], statistics: Sequence[LayerStatistics], shares: Sequence[int]
+    ) -> ScopePlan:
+        """Solve each layer."""
+        parts = []
+        tensors: dict[str, Tensor] = {}
+        for layer, held, share in zip(layers, statistics, shares, strict=True):
+            sizes = self.sizes(layer, share)
+            solved = self.factor(layer, held, sizes)
+            tensors |= {f"{layer.index}.{name}": t for name, t in solved.items()}
+            everyone = tuple(range(layer.num_experts))
+            parts.append(LayerPlan(layer.index, everyone, everyone, "untouched", self.spec(layer, sizes)))
+        return ScopePlan(tuple(parts), tensors)
+
+
+def _budgets(layers: Sequence[MoELayer], ratio: Ratio) -> list[int]:
+    return [int((1 - ratio.removed) * layer.expert_size() * layer.num_experts + 1e-6) for layer in layers]

@@ -1,0 +1,1 @@
+"""What was lost and what came back: perplexity, benchmark tasks, routing."""

@@ -1,0 +1,277 @@
+"""Benchmark tasks by lm-eval, in process, on any causal language model of transformers."""
+
+import contextlib
+import copy
+import difflib
+import functools
+import io
+import json
+import logging
+import lzma
+import math
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from rerail.errors import InputError
+from rerail.files import cache_dir
+
+log = logging.getLogger(__name__)
+
+FOLDER = Path(__file__).parent / "tasks"
+BOOTSTRAPS = 200  # only metrics without a closed form (perplexity) are resampled
+
+
+@dataclass(frozen=True)
+class Harness:
+    """Which tasks to score, and how.
+
+    Attributes:
+        tasks: names beginning with `local_` read `$RERAIL_DATA/eval`; any other name is one of
+            lm-eval's own tasks, whose documents come from the Hugging Face hub.
+        limit: at most this many documents a task, evenly spaced, because files such as BLiMP's are
+            sorted by subtask; None scores all.
+        batch_size: sequences in one forward.
+        num_fewshot: solved examples before each question; None keeps each task's own number.
+        max_length: longest sequence in tokens; None takes the model's own limit.
+        include_defaults: index lm-eval's own tasks (seconds) even if only local ones are named.
+    """
+
+    tasks: tuple[str, ...] = ()
+    limit: int | None = None
+    batch_size: int = 16
+    num_fewshot: int | None = None
+    max_length: int | None = None
+    include_defaults: bool = False
+
+    def __post_init__(self) -> None:
+        """Accept a single name or any sequence of names (Hydra hands over its own list type)."""
+        names = (self.tasks,) if isinstance(self.tasks, str) else tuple(self.tasks)
+        object.__setattr__(self, "tasks", names)
+
+    def check(self) -> None:
+        """Find bad settings, unknown tasks and missing data before any model is loaded.
+
+        Raises:
+            InputError: a number out of range, an unknown task, `RERAIL_DATA` unset, a data file that
+                is missing or unreadable, or a hub task whose data cannot be fetched.
+        """
+        self._check_numbers()
+        for name in self.tasks:
+            if name.startswith("local_"):
+                _check_local(name)
+        if any(not name.startswith("local_") for name in self.tasks):
+            self._load()
+
+    def evaluate(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+    ) -> list[dict[str, Any]]:
+        """Score the tasks; the model is left as it was (training mode, gradients, device).
+
+        Returns:
+            One row a task and metric: {task, metric, value, se, n}; `se` is None where lm-eval knows
+            no standard error, `n` counts documents.
+
+        Raises:
+            InputError: as `check`.
+        """
+        if not self.tasks:
+            return []
+        self.check()
+        from lm_eval.evaluator import evaluate
+        from lm_eval.models.huggingface import HFLM
+
+        loaded = self._load()
+        for task in loaded["tasks"].values():
+            self._set_shots(task)
+        with _modes_kept(model), _quiet():
+            lm = HFLM(
+                pretrained=model,
+                tokenizer=copy.deepcopy(tokenizer),  # HFLM may set its padding token
+                batch_size=self.batch_size,
+                max_length=self.max_length,
+            )
+            found = evaluate(
+                lm,
+                loaded,
+                samples=self._chosen(loaded["tasks"]),
+                bootstrap_iters=BOOTSTRAPS,
+                log_samples=False,
+            )
+        return rows_of(found["results"])
+
+    def _check_numbers(self) -> None:
+        lowest = {"limit": 1, "batch_size": 1, "num_fewshot": 0, "max_length": 2}
+        for name, low in lowest.items():
+            value = getattr(self, name)
+            if value is not None and value < low:
+                raise InputError(f"{name}={value} is too small for the harness; give {low} or more")
+
+    def _load(self) -> Any:
+        """Build lm-eval's task objects; local tasks never touch the network."""
+        from lm_eval.tasks import TaskManager
+
+        names = list(dict.fromkeys(self.tasks))
+        stock = [name for name in names if not name.startswith("local_")]
+        manager = _stock_manager() if stock or self.include_defaults else None
+        for name in stock:
+            _check_known(name, manager.all_tasks)
+        try:
+            with tempfile.TemporaryDirectory() as folder:
+                for name in set(names) - set(stock):
+                    text = json.dumps(local_config(name))  # JSON is YAML
+                    Path(folder, f"{name}.yaml").write_text(text, encoding="utf-8")
+                own = TaskManager(include_path=folder, include_defaults=False)
+                local = own.load([name for name in names if name not in stock])
+            return (manager or own).load([*local["tasks"].values(), *stock])
+        except InputError:
+            raise
+        except Exception as error:  # whatever datasets, its builders and the hub client raise
+            reason = str(error).strip().split("\n")[0]
+            raise InputError(
+                f"the data of tasks {', '.join(names)} cannot be loaded ({reason}); local tasks "
+                "need readable files in $RERAIL_DATA/eval, all others need the network"
+            ) from error
+
+    def _set_shots(self, task: Any) -> None:
+        # A task that fixes zero examples (BLiMP) has no prompt to which examples could be added.
+        if task.get_config("num_fewshot") != 0 and self.num_fewshot is not None:
+            task.set_config(key="num_fewshot", value=self.num_fewshot)
+        elif task.get_config("num_fewshot") is None:
+            task.set_config(key="num_fewshot", value=0)
+        task.set_fewshot_seed(seed=1234)
+
+    def _chosen(self, tasks: Mapping[str, Any]) -> dict[str, list[int]] | None:
+        if self.limit is None:
+            return None
+        return {name: evenly(len(task.eval_docs), self.limit) for name, task in tasks.items()}
+
+
+def local_names() -> list[str]:
+    """Return the names of the tasks that read local files."""
+    return sorted(path.stem for path in FOLDER.glob("*.yaml"))
+
+
+def evenly(total: int, limit: int) -> list[int]:
+    """Return min(total, limit) distinct positions, evenly spaced over range(total)."""
+    count = min(total, limit)
+    return [i * total // count for i in range(count)]
+
+
+def local_config(name: str) -> dict[str, Any]:
+    """Return the task yaml of a local task with absolute paths filled in.
+
+    Raises:
+        InputError: `RERAIL_DATA` is unset or no folder.
+    """
+    from lm_eval import tasks
+
+    config: dict[str, Any] = yaml.safe_load((FOLDER / f"{name}.yaml").read_text(encoding="utf-8"))
+    config["include"] = str(Path(str(tasks.__file__)).parent / config["include"])
+    files = config["dataset_kwargs"]["data_files"]
+    config["dataset_kwargs"] = {
+        "data_files": {split: str(_folder() / file) for split, file in files.items()},
+        "cache_dir": str(cache_dir() / "datasets"),
+    }
+    return config
+
+
+def rows_of(results: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Flatten lm-eval's results into rows {task, metric, value, se, n}."""
+    rows = []
+    for task, found in results.items():
+        for key, value in found.items():
+            metric, comma, kept = key.partition(",")
+            if not comma or metric.endswith("_stderr"):
+                continue
+            name = metric if kept == "none" else key
+            se = number(found.get(f"{metric}_stderr,{kept}"))
+            n = int(found["sample_len"])
+            rows.append({"task": task, "metric": name, "value": float(value), "se": se, "n": n})
+    return rows
+
+
+def number(value: Any) -> float | None:
+    """Return a finite float, or None for what lm-eval gives instead ("N/A", None, nan)."""
+    if isinstance(value, str) or value is None or not math.isfinite(value):
+        return None
+    return float(value)
+
+
+def _folder() -> Path:
+    given = os.environ.get("RERAIL_DATA")
+    if not given:
+        raise InputError(
+            "RERAIL_DATA is not set, but local tasks read $RERAIL_DATA/eval; set it to the data folder"
+        )
+    folder = Path(given).expanduser().resolve() / "eval"
+    if not folder.is_dir():
+        raise InputError(f"RERAIL_DATA={given} has no folder eval; set it to the data folder")
+    return folder
+
+
+def _check_local(name: str) -> None:
+    _check_known(name, local_names())
+    config = yaml.safe_load((FOLDER / f"{name}.yaml").read_text(encoding="utf-8"))
+    for file in config["dataset_kwargs"]["data_files"].values():
+        path = _folder() / file
+        if not path.is_file():
+            raise InputError(f"task {name} needs {path}, which does not exist; add it to RERAIL_DATA")
+        try:
+            with lzma.open(path, "rt", encoding="utf-8") as handle:
+                json.loads(handle.readline())
+        except (ValueError, EOFError, lzma.LZMAError) as error:
+            raise InputError(
+                f"task {name} cannot read {path} ({error}); it must be xz-compressed JSON lines in UTF-8"
+            ) from error
+
+
+def _check_known(name: str, known: list[str]) -> None:
+    if name in known:
+        return
+    near = difflib.get_close_matches(name, known, n=5)
+    hint = f"the nearest are {', '.join(near)}; " if near else ""
+    raise InputError(
+        f"task {name} is unknown; {hint}local tasks are {', '.join(local_names())}, "
+        "and any task of lm-eval can be named (list: lm-eval ls tasks)"
+    )
+
+
+@functools.cache
+def _stock_manager() -> Any:
+    from lm_eval.tasks import TaskManager
+
+    log.info("indexing lm-eval's own tasks (some seconds)")
+    return TaskManager()
+
+
+@contextlib.contextmanager
+def _modes_kept(model: PreTrainedModel) -> Iterator[None]:
+    """Undo HFLM's `model.eval()`, module by module."""
+    training = [(module, module.training) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, flag in training:
+            module.training = flag
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep lm-eval's prints off standard output and its bootstrap in this process."""
+    before = os.environ.get("DISABLE_MULTIPROC")
+    os.environ["DISABLE_MULTIPROC"] = "1"
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        if before is None:
+            del os.environ["DISABLE_MULTIPROC"]
+        else:
+            os.environ["DISABLE_MULTIPROC"] = before

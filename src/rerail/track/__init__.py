@@ -1,0 +1,1 @@
+"""What was found: rows of results, their mirrors, and the page that shows them."""
