@@ -44,15 +44,16 @@ class MoELayer:
     @property
     def router_rows(self) -> nn.Parameter:
         """The router's weight (E, H)."""
-        owner, name = self._rows_owner()
+        owner, name = self.rows_owner()
         return cast(nn.Parameter, getattr(owner, name))
 
     @router_rows.setter
     def router_rows(self, rows: nn.Parameter) -> None:
-        owner, name = self._rows_owner()
+        owner, name = self.rows_owner()
         owner._parameters[name] = rows
 
-    def _rows_owner(self) -> tuple[nn.Module, str]:
+    def rows_owner(self) -> tuple[nn.Module, str]:
+        """Return the module and the parameter name that hold the router's rows."""
         *path, name = _traits(self.block).rows.split(".")
         router = self.router.inner if isinstance(self.router, MaskedRouter) else self.router
         return cast(nn.Module, router).get_submodule(".".join(path)), name
@@ -151,14 +152,19 @@ class MoELayer:
         return index, weights
 
     def gates_are_constant(self) -> bool:
-        """Return whether gate weights never change (top-1, renormalised): no gradient reaches the rows."""
-        if self.top_k > 1 or self.router_rows.is_meta:
+        """Return whether gate weights never change (top-1, renormalised): no gradient reaches the rows.
+
+        On the meta device a random copy of the router answers.
+        """
+        if self.top_k > 1:
             return False
+        router = copy.deepcopy(self.router).to_empty(device="cpu").float()
         generator = torch.Generator().manual_seed(0)
-        probe = torch.randn(8, self.hidden_size, generator=generator).to(self.router_rows)
         with torch.no_grad():
-            _, weights = self.route(probe)
-        return bool((weights == weights.flatten()[0]).all())
+            for tensor in [*router.parameters(), *router.buffers()]:
+                tensor.copy_(torch.randn(tensor.shape, generator=generator))
+            _, weights, _ = router(torch.randn(8, self.hidden_size, generator=generator))
+        return bool(torch.allclose(weights, weights.flatten()[0].expand_as(weights)))
 
 
 def _traits(block: nn.Module) -> Any:

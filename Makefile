@@ -1,0 +1,40 @@
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV := .venv
+BIN := $(VENV)/bin
+export TOKENIZERS_PARALLELISM := false
+
+.PHONY: help env demo test check format bench zoo clean
+
+help: ## show the targets
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
+
+env: $(VENV)/.installed ## make .venv and install the package with pinned dependencies
+
+$(VENV)/.installed: pyproject.toml setup.py constraints.txt
+	@command -v $(PYTHON) >/dev/null || { echo "make: $(PYTHON) is not there; set PYTHON to a Python 3.11 or newer"; exit 2; }
+	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt setuptools wheel torch==2.13.0
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+demo: env ## compress, repair and compare the two shipped models; ends with the path of a report
+	$(BIN)/rerail demo
+
+test: env check ## environment, then every check
+
+check: ## format, lint, types, import contracts, tests, house rules
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
+
+format: ## rewrite files in the house format
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: env ## speed and memory as ratios of one run, to bench.json
+	$(BIN)/python experiments/bench/bench.py --out bench.json
+
+clean: ## remove what was made, but not the environment
+	rm -rf outputs multirun build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache

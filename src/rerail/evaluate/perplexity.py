@@ -1,0 +1,88 @@
+"""Held-out text: NLL, KL to the teacher, top-1 agreement and routing, in one forward a block."""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rerail.evaluate.routing import Routing, tracing
+from rerail.moe.layer import MoEModel
+from rerail.teacher.kl import kl_and_logs
+
+Batch = tuple[Tensor, Tensor]
+Progress = Callable[[Sequence[Batch]], Iterable[Batch]]
+
+
+@dataclass(frozen=True)
+class BlockScores:
+    """Sums over the targets of each block, float64 (N,), so that differences can be paired.
+
+    Attributes:
+        nll: negative log-likelihood in nats.
+        tokens: number of targets.
+        kl: forward KL from the teacher, in nats.
+        agree: how often the most likely token is the teacher's.
+        hidden: final hidden states (N, S, H) where they were asked for.
+        routing: chosen slots of every token.
+    """
+
+    nll: Tensor
+    tokens: Tensor
+    kl: Tensor
+    agree: Tensor
+    hidden: Tensor | None
+    routing: Routing
+
+
+@torch.no_grad()
+def score_blocks(
+    model: MoEModel,
+    batches: Sequence[Batch],
+    teacher: Tensor | None = None,
+    progress: Progress = lambda b: b,
+    chunk: int = 512,
+) -> BlockScores:
+    """Score a text by a model.
+
+    Args:
+        model: teacher or student.
+        batches: (input_ids (B, S), mask (B, S)).
+        teacher: the teacher's final hidden states (N, S, H) on the same blocks; None where the model is
+            the teacher itself, whose KL is 0 and agreement 1; its states are then returned.
+        progress: wraps the batches.
+        chunk: tokens whose logits exist at once.
+    """
+    rows: list[Tensor] = []
+    states: list[Tensor] = []
+    device = next(model.model.parameters()).device
+    done = 0
+    with tracing(model) as routing:
+        for ids, mask in progress(batches):
+            routing.mask = mask
+            hidden = model.hidden(ids.to(device), mask.to(device))
+            theirs = hidden if teacher is None else teacher[done : done + len(ids)].to(hidden)
+            rows.append(_batch_sums(model, ids.to(device), mask.to(device), hidden, theirs, chunk))
+            if teacher is None:
+                states.append(hidden.cpu())
+            done += len(ids)
+    nll, kl, agree, tokens = torch.cat(rows).unbind(1)
+    return BlockScores(nll, tokens, kl, agree, torch.cat(states) if states else None, routing)
+
+
+def _batch_sums(
+    model: MoEModel, ids: Tensor, mask: Tensor, hidden: Tensor, teacher: Tensor, chunk: int
+) -> Tensor:
+    """Return float64 (B, 4): NLL, KL, agreement and count of targets, summed over each block."""
+    valid = mask[:, 1:]
+    block = torch.arange(len(ids), device=ids.device)[:, None].expand_as(valid)[valid]
+    targets = ids[:, 1:][valid]
+    sums = torch.zeros(len(ids), 4, dtype=torch.float64, device=ids.device)
+    pieces = (t.split(chunk) for t in (hidden[:, :-1][valid], teacher[:, :-1][valid], targets, block))
+    for s, t, y, b in zip(*pieces, strict=True):
+        kl, log_s, log_t = kl_and_logs(s, t, model.head, 1.0)
+        nll = -log_s.gather(1, y[:, None]).squeeze(1)
+        agree = log_s.argmax(-1) == log_t.argmax(-1)
+        found = torch.stack([nll.double(), kl.double(), agree.double(), torch.ones_like(nll).double()], 1)
+        sums.index_add_(0, b, found)
+    return sums.cpu()

@@ -1,0 +1,1 @@
+"""One run: the only room that knows all others."""

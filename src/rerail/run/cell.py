@@ -1,0 +1,97 @@
+"""One cell of a sweep: its choices as typed values."""
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from rerail.compress.compressor import Compressor
+from rerail.data.calibration import Calibration
+from rerail.distill.settings import RouterKD
+from rerail.errors import InputError
+from rerail.files import digest
+from rerail.moe.layer import MoEModel
+from rerail.moe.source import ModelSource
+from rerail.plan.ratio import Allocation, Ratio
+from rerail.run.evaluation import Evaluation
+
+
+@dataclass(frozen=True)
+class Export:
+    """Whether and how the repaired model is written.
+
+    Attributes:
+        form: `none` or `native` (a plain transformers checkpoint).
+        densify: turn every stored form into plain experts first.
+    """
+
+    form: str = "none"
+    densify: bool = False
+
+    def __post_init__(self) -> None:
+        """Check the form."""
+        if self.form not in ("none", "native"):
+            raise InputError(f"export.form={self.form!r} is not one of none, native")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """All choices of one run.
+
+    Attributes:
+        model, compressor, ratio, allocation, calibration, distill, evaluation, export: the decisions.
+        trainer: further arguments of lightning.Trainer.
+        seed: of sampling order and repair.
+        prompt: what the models continue, for the eye.
+        names: the group names that were chosen, for the columns.
+        choices: every resolved choice, for the row.
+    """
+
+    model: ModelSource
+    compressor: Compressor
+    ratio: Ratio
+    allocation: Allocation
+    calibration: Calibration
+    distill: RouterKD
+    evaluation: Evaluation
+    export: Export = field(default_factory=Export)
+    trainer: dict[str, Any] = field(default_factory=dict)
+    seed: int = 0
+    prompt: str = "The"
+    names: Mapping[str, str] = field(default_factory=dict)
+    choices: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def key(self) -> str:
+        """A hash of all choices that can change a number."""
+        if self.choices:
+            return digest({k: v for k, v in self.choices.items() if k != "command"})
+        fields = {f.name: repr(getattr(self, f.name)) for f in dataclasses.fields(self)}
+        return digest(fields)
+
+    @property
+    def folder(self) -> str:
+        """A readable, unique folder name."""
+        names = [self.names.get(n, "custom") for n in ("model", "compressor")]
+        return "-".join([*names, f"r{self.ratio.removed:g}", f"n{self.calibration.samples}", f"s{self.seed}", self.key[:8]])
+
+    def implementation(self, model: MoEModel) -> str:
+        """Return which experts implementation the model runs: results differ in the last bits."""
+        return str(getattr(model.config, "_experts_implementation", "eager"))
+
+    def check(self) -> None:
+        """Check everything against the model's config, before weights load (run step 2).
+
+        Raises:
+            InputError: a value cannot be used.
+        """
+        self.evaluation.check()
+        meta = self.model.meta()
+        if self.ratio.removed > 0:
+            self.compressor.check(meta.layers, self.ratio, self.allocation)
+        tied = [layer for layer in meta.layers if layer.gates_are_constant()]
+        if self.distill.enabled and tied:
+            raise InputError(
+                f"layer {tied[0].index} routes to top_k = 1 and renormalises, so the KL has no gradient at the "
+                "router; set distill=none or use a model with top_k > 1"
+            )

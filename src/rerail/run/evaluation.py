@@ -1,0 +1,37 @@
+"""What a cell is measured on; the dataclass is its config."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from rerail.data.calibration import Calibration
+from rerail.errors import InputError
+from rerail.evaluate.harness import Harness
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Held-out texts, lm-eval tasks and the continuation of a prompt.
+
+    Attributes:
+        texts: name -> text; each is scored on its own, and together they give the row's NLL.
+        batch_size: sequences a forward.
+        new_tokens: length of the continuation; 0 for none.
+        tasks: lm-eval, or nothing.
+    """
+
+    texts: Mapping[str, Calibration]
+    batch_size: int = 16
+    new_tokens: int = 48
+    tasks: Harness | None = None
+
+    def check(self) -> None:
+        """Check everything that can be checked before a model is loaded."""
+        if not self.texts:
+            raise InputError("evaluation.texts is empty; name at least one held-out text")
+        if self.batch_size < 1 or self.new_tokens < 0:
+            raise InputError("evaluation.batch_size must be at least 1 and evaluation.new_tokens at least 0")
+        for name, text in self.texts.items():
+            if text.split != "heldout":
+                raise InputError(f"evaluation.texts.{name}.split={text.split!r} must be 'heldout'")
+        if self.tasks is not None:
+            self.tasks.check()

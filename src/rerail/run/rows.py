@@ -1,0 +1,131 @@
+"""From the numbers of a cell's stages to the rows of result.json."""
+
+import math
+import platform
+import subprocess
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rerail.moe.layer import MoEModel
+from rerail.plan.ratio import Sizes
+from rerail.run.cell import Cell
+from rerail.track.estimates import mean_and_se, recovery_of
+from rerail.track.results import Row, new_row
+
+Scores = Mapping[str, Any]
+
+
+def revision() -> str | None:
+    """Return the git revision of the code that runs, `+` appended where it was edited; None outside git."""
+    here = Path(__file__).parent
+    try:
+        head = subprocess.run(
+            ["git", "-C", here, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True
+        ).stdout.strip()
+        changed = subprocess.run(
+            ["git", "-C", here, "status", "--porcelain", "--", "."], capture_output=True, text=True, check=True
+        ).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return head + ("+" if changed else "")
+
+
+def identity(cell: Cell) -> dict[str, Any]:
+    """Return the columns that all rows of a cell share."""
+    named = {n: cell.names.get(n) for n in ("model", "compressor", "allocation", "calibration", "distill")}
+    return {
+        **named,
+        "key": cell.key,
+        "paradigm": cell.compressor.paradigm,
+        "paper": cell.compressor.paper,
+        "ratio": cell.ratio.removed,
+        "samples": cell.calibration.samples,
+        "seed": cell.seed,
+        "prompt": cell.prompt,
+        "choices": dict(cell.choices),
+        "host": platform.node(),
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "revision": revision(),
+    }
+
+
+def failed_row(cell: Cell, status: str, reason: str) -> Row:
+    """Return the one row of a cell that did not finish."""
+    return new_row(**identity(cell), status=status, reason=reason)
+
+
+def pooled(scores: Scores, name: str) -> np.ndarray:
+    """Return the per-block sums of all texts, in the order of the texts."""
+    return np.concatenate([np.asarray(s[name]) for s in scores.values() if isinstance(s, dict)])
+
+
+def stage_row(
+    cell: Cell, stage: str, scores: Scores, model: MoEModel, teacher: MoEModel, **extra: Any
+) -> Row:
+    """Return the row of one stage: means over all held-out tokens, with block-clustered errors."""
+    tokens = pooled(scores, "tokens")
+    nll, nll_se = mean_and_se(pooled(scores, "nll"), tokens)
+    kl, kl_se = mean_and_se(pooled(scores, "kl"), tokens)
+    agreement, agreement_se = mean_and_se(pooled(scores, "agree"), tokens)
+    sizes, before = (Sizes.of(m, cell.model.itemsize()) for m in (model, teacher))
+    layers = layer_means(scores)
+    moved = [entry["routing_changed"] for entry in layers]
+    return new_row(
+        **identity(cell),
+        stage=stage,
+        granularity="fine" if teacher.fine_grained else "coarse",
+        nll=nll,
+        nll_se=nll_se,
+        perplexity=math.exp(nll),
+        kl=kl,
+        kl_se=kl_se,
+        agreement=agreement,
+        agreement_se=agreement_se,
+        tokens=int(tokens.sum()),
+        routing_changed=float(np.mean(moved)) if moved else None,
+        load_entropy=float(np.mean([e["load_entropy"] for e in layers])) if layers else None,
+        layers=layers or None,
+        nll_by=by_text(scores),
+        bytes=sizes.bytes,
+        expert_bytes=sizes.routed * sizes.itemsize,
+        removed_of_experts=sizes.removed_of_experts(before),
+        removed_of_model=sizes.removed_of_model(before),
+        active_parameters=sizes.active,
+        seconds=scores["seconds"],
+        peak_memory=scores["peak_memory"],
+        **extra,
+    )
+
+
+def by_text(scores: Scores) -> dict[str, dict[str, Any]]:
+    """Return NLL, error and count of each text on its own."""
+    found = {}
+    for name, held in scores.items():
+        if isinstance(held, dict):
+            mean, se = mean_and_se(held["nll"], held["tokens"])
+            found[name] = {"nll": mean, "se": se, "tokens": int(sum(held["tokens"]))}
+    return found
+
+
+def layer_means(scores: Scores) -> list[dict[str, Any]]:
+    """Return per-layer routing numbers, weighted over the texts by their tokens."""
+    texts = [s for s in scores.values() if isinstance(s, dict) and "layers" in s]
+    if not texts:
+        return []
+    weights = np.array([sum(s["tokens"]) for s in texts])
+    names = ("routing_changed", "load_entropy")
+    return [
+        {"layer": parts[0]["layer"], **{n: float(np.average([p[n] for p in parts], weights=weights)) for n in names}}
+        for parts in zip(*(s["layers"] for s in texts), strict=True)
+    ]
+
+
+def recovery_columns(teacher: Scores, compressed: Scores, repaired: Scores) -> dict[str, float | None]:
+    """Return recovery and its error; both None where the gap is under two standard errors."""
+    sums = [pooled(s, "nll") for s in (teacher, compressed, repaired)]
+    found = recovery_of(*sums, pooled(teacher, "tokens"))
+    return {"recovery": found.value, "recovery_se": found.se}

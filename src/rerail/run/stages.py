@@ -1,0 +1,178 @@
+"""The stages of one cell, one function each; every one is re-entrant."""
+
+import logging
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from rerail.compress.compressor import Compressor, make_plan
+from rerail.data.calibration import TokenBlocks
+from rerail.distill.repair import repair
+from rerail.evaluate.perplexity import BlockScores, score_blocks
+from rerail.evaluate.routing import Routing, changed
+from rerail.files import cache_dir, digest
+from rerail.moe.layer import MoEModel
+from rerail.plan.plan import Plan
+from rerail.run.artefacts import Stage, saved
+from rerail.run.cell import Cell
+from rerail.stats.collect import collect
+from rerail.stats.statistic import Statistic, StatisticSet
+from rerail.stats.store import StatisticStore, merge_sets
+from rerail.teacher.teacher import CachedTeacher, LiveTeacher, Teacher, cached_states, speak
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+
+def bar(label: str) -> Any:
+    """Return a wrapper that shows a progress bar over its items."""
+
+    def wrap(items: Sequence[T]) -> Iterable[T]:
+        return tqdm(items, desc=label, leave=False, dynamic_ncols=True, mininterval=0.5)
+
+    return wrap
+
+
+def statistics(
+    cell: Cell, model: MoEModel, blocks: TokenBlocks, wanted: Sequence[Statistic]
+) -> StatisticSet:
+    """Return the statistics, collecting in one pass those that the store lacks."""
+    key = digest([cell.model.fingerprint(), blocks.fingerprint, cell.implementation(model)])
+    store = StatisticStore(cache_dir() / "statistics", key)
+    held, missing = store.load(wanted)
+    if not missing:
+        return held
+    batches = list(blocks.batches(cell.evaluation.batch_size))
+    fresh = collect(model, batches, missing, bar("statistics"))
+    store.save(fresh, missing)
+    return merge_sets([held, fresh])
+
+
+def plan(cell: Cell, model: MoEModel, blocks: TokenBlocks, folder: Path) -> Plan:
+    """Return the plan, from its file or made anew."""
+    path = folder / "plan.json"
+    held = Plan.load(path)
+    if held is not None:
+        held.validate(model.layers)
+        return held
+    compressor: Compressor = cell.compressor
+    filled = StatisticSet()
+    if cell.ratio.removed > 0:
+        compressor.check(model.layers, cell.ratio, cell.allocation)
+        filled = statistics(cell, model, blocks, compressor.requires)
+    made = make_plan(compressor, model.layers, filled, cell.ratio, cell.allocation)
+    made.save(path)
+    return made
+
+
+def teacher_states(cell: Cell, model: MoEModel, blocks: TokenBlocks) -> Teacher:
+    """Return the teacher of a text: cached final hidden states, or the live model."""
+    if cell.distill.teacher == "live":
+        return LiveTeacher(model)
+    key = digest([cell.model.fingerprint(), blocks.fingerprint, cell.implementation(model)])
+    path = cache_dir() / "teacher" / f"{key}.safetensors"
+    batches = list(blocks.batches(cell.evaluation.batch_size))
+    return CachedTeacher(cached_states(path, lambda: speak(model, batches, bar("teacher"))))
+
+
+def score_teacher(cell: Cell, model: MoEModel, texts: dict[str, TokenBlocks]) -> Stage:
+    """Score the teacher on all held-out texts, once for every cell of the same model and texts."""
+    prints = {name: t.fingerprint for name, t in texts.items()}
+    key = digest([cell.model.fingerprint(), prints, cell.implementation(model)])
+
+    def make() -> Stage:
+        data: dict[str, Any] = {}
+        tensors: dict[str, Tensor] = {}
+        for name, text in texts.items():
+            scores = _score(cell, model, text, None, f"teacher on {name}")
+            assert scores.hidden is not None
+            data[name] = _sums(scores)
+            tensors[f"{name}.hidden"] = scores.hidden
+            tensors |= {f"{name}.chosen.{i}": scores.routing.of(i) for i in scores.routing.chosen}
+        return data, tensors
+
+    return saved(cache_dir() / "scores" / f"{key}.json", make)
+
+
+def score_student(  # noqa: PLR0913
+    cell: Cell, student: MoEModel, texts: dict[str, TokenBlocks], teacher: Stage, plan: Plan, path: Path
+) -> Stage:
+    """Score a student on the same texts, with KL, agreement and moved routing."""
+    kept = {part.layer: part.kept for part in plan.layers if part.router == "slice"}
+
+    def make() -> Stage:
+        data: dict[str, Any] = {}
+        for name, text in texts.items():
+            label = f"{path.stem} on {name}"
+            scores = _score(cell, student, text, teacher[1][f"{name}.hidden"], label)
+            before = Routing(
+                {i: [teacher[1][f"{name}.chosen.{i}"]] for i in scores.routing.chosen},
+                dict(scores.routing.rows),
+            )
+            moved = changed(before, scores.routing, kept)
+            layers = [
+                {"layer": i, "routing_changed": moved[i], "load_entropy": scores.routing.load_entropy(i)}
+                for i in moved
+            ]
+            data[name] = {**_sums(scores), "layers": layers}
+        return data, {}
+
+    return saved(path, make)
+
+
+def _score(cell: Cell, model: MoEModel, text: TokenBlocks, teacher: Tensor | None, label: str) -> BlockScores:
+    batches = list(text.batches(cell.evaluation.batch_size))
+    return score_blocks(model, batches, teacher, bar(label))
+
+
+def _sums(scores: BlockScores) -> dict[str, list[float]]:
+    named = {"nll": scores.nll, "tokens": scores.tokens, "kl": scores.kl, "agree": scores.agree}
+    return {name: tensor.tolist() for name, tensor in named.items()}
+
+
+def repair_student(cell: Cell, model: MoEModel, student: MoEModel, blocks: TokenBlocks, folder: Path) -> Stage:
+    """Train the student's router, or put the rows of an earlier fit back; rows before and after are kept."""
+
+    def make() -> Stage:
+        teacher = teacher_states(cell, model, blocks)
+        done = repair(student, teacher, blocks, cell.distill, cell.trainer, cell.seed)
+        data = {n: getattr(done, n) for n in ("kl_first", "kl_best", "kl_last", "best_step", "steps", "curve")}
+        tensors = {f"before.{n}": t for n, t in done.before.items()}
+        return data, tensors | {f"after.{n}": t for n, t in done.after.items()}
+
+    data, tensors = saved(folder / "repair.json", make)
+    for layer in student.layers:
+        owner, name = layer.rows_owner()
+        for part in (name, "bias"):
+            rows = tensors.get(f"after.layers.{layer.index}.router.{part}")
+            if rows is not None:
+                old = getattr(owner, part)
+                owner._parameters[part] = torch.nn.Parameter(rows.to(old), requires_grad=False)
+    return data, tensors
+
+
+@torch.no_grad()
+def continuation(cell: Cell, model: MoEModel, tokenizer: Any) -> str:
+    """Return what the model writes after the cell's prompt, sampled with a fixed seed."""
+    if not cell.evaluation.new_tokens or not cell.prompt:
+        return ""
+    device = next(model.model.parameters()).device
+    inputs = tokenizer(cell.prompt, return_tensors="pt", add_special_tokens=False).to(device)
+    with torch.random.fork_rng():
+        torch.manual_seed(cell.seed)
+        out = model.model.generate(
+            input_ids=inputs.input_ids,
+            attention_mask=inputs.attention_mask,
+            do_sample=True,
+            temperature=0.8,
+            top_k=40,
+            max_new_tokens=cell.evaluation.new_tokens,
+            pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id,
+        )
+    text: str = tokenizer.decode(out[0, inputs.input_ids.shape[1] :], skip_special_tokens=True)
+    return text

@@ -1,0 +1,1 @@
+"""What the teacher says: its cached final hidden states, and the chunked KL to them."""

@@ -1,0 +1,76 @@
+"""The teacher's final hidden states: live, or cached once and used by every student of the same text."""
+
+import logging
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from rerail.files import file_digest, read_sealed, whole_file, write_sealed
+from rerail.moe.layer import MoEModel
+
+log = logging.getLogger(__name__)
+
+Batch = tuple[Tensor, Tensor]
+Progress = Callable[[Sequence[Batch]], Iterable[Batch]]
+
+
+class Teacher(Protocol):
+    """Answers with final hidden states (B, S, H) of the original model."""
+
+    def hidden(self, index: Tensor, input_ids: Tensor, mask: Tensor) -> Tensor:
+        """Return the states of a batch; `index` (B,) are the blocks' positions in their text."""
+
+
+class LiveTeacher:
+    """Runs the original model for every batch."""
+
+    def __init__(self, model: MoEModel):
+        self._model = [model]
+
+    @torch.no_grad()
+    def hidden(self, index: Tensor, input_ids: Tensor, mask: Tensor) -> Tensor:  # noqa: ARG002
+        """Run the model."""
+        return self._model[0].hidden(input_ids, mask)
+
+
+class CachedTeacher:
+    """Looks the states up. Exact while final norm and head are the teacher's own, as they always are."""
+
+    def __init__(self, states: Tensor):
+        self.states = states
+
+    def hidden(self, index: Tensor, input_ids: Tensor, mask: Tensor) -> Tensor:  # noqa: ARG002
+        """Return the cached states on the device of the ids."""
+        return self.states[index.to(self.states.device)].to(input_ids.device)
+
+
+@torch.no_grad()
+def speak(model: MoEModel, batches: Sequence[Batch], progress: Progress = lambda b: b) -> Tensor:
+    """Return the final hidden states (N, S, H) of all blocks, in the model's dtype, on the CPU."""
+    device = next(model.model.parameters()).device
+    return torch.cat([model.hidden(x.to(device), m.to(device)).cpu() for x, m in progress(batches)])
+
+
+def cached_states(
+    path: Path, make: Callable[[], Tensor]
+) -> Tensor:
+    """Return the states at `path`, made and written first where they are absent or damaged."""
+    seal = path.with_suffix(".json")
+    held = read_sealed(seal)
+    if held is not None and path.exists():
+        if file_digest(path) == held["sha256"]:
+            try:
+                return load_file(path)["hidden"]
+            except SafetensorError:
+                pass
+        log.warning("%s is damaged (its hash does not match) and will be made again", path)
+    states = make()
+    with whole_file(path) as temporary:
+        temporary.write_bytes(save({"hidden": states.contiguous()}))
+    write_sealed(seal, {"sha256": file_digest(path)})
+    return states
