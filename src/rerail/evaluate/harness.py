@@ -62,10 +62,7 @@ class Harness:
             InputError: a number out of range, an unknown task, `RERAIL_DATA` unset, a data file that
                 is missing or unreadable, or a hub task whose data cannot be fetched.
         """
-        self._check_numbers()
-        for name in self.tasks:
-            if name.startswith("local_"):
-                _check_local(name)
+        self._check_here()
         if any(not name.startswith("local_") for name in self.tasks):
             self._load()
 
@@ -83,7 +80,7 @@ class Harness:
         """
         if not self.tasks:
             return []
-        self.check()
+        self._check_here()
         from lm_eval.evaluator import evaluate
         from lm_eval.models.huggingface import HFLM
 
@@ -106,12 +103,15 @@ class Harness:
             )
         return rows_of(found["results"])
 
-    def _check_numbers(self) -> None:
+    def _check_here(self) -> None:
         lowest = {"limit": 1, "batch_size": 1, "num_fewshot": 0, "max_length": 2}
         for name, low in lowest.items():
             value = getattr(self, name)
             if value is not None and value < low:
                 raise InputError(f"{name}={value} is too small for the harness; give {low} or more")
+        for name in self.tasks:
+            if name.startswith("local_"):
+                _check_local(name)
 
     def _load(self) -> Any:
         """Build lm-eval's task objects; local tasks never touch the network."""
@@ -222,7 +222,9 @@ def _check_local(name: str) -> None:
     for file in config["dataset_kwargs"]["data_files"].values():
         path = _folder() / file
         if not path.is_file():
-            raise InputError(f"task {name} needs {path}, which does not exist; add it to RERAIL_DATA")
+            raise InputError(
+                f"task {name} needs {path}, which does not exist; add it to RERAIL_DATA"
+            )
         try:
             with lzma.open(path, "rt", encoding="utf-8") as handle:
                 json.loads(handle.readline())

@@ -78,11 +78,15 @@ def _batch_sums(
     block = torch.arange(len(ids), device=ids.device)[:, None].expand_as(valid)[valid]
     targets = ids[:, 1:][valid]
     sums = torch.zeros(len(ids), 4, dtype=torch.float64, device=ids.device)
-    pieces = (t.split(chunk) for t in (hidden[:, :-1][valid], teacher[:, :-1][valid], targets, block))
+    pieces = (
+        t.split(chunk) for t in (hidden[:, :-1][valid], teacher[:, :-1][valid], targets, block)
+    )
     for s, t, y, b in zip(*pieces, strict=True):
         kl, log_s, log_t = kl_and_logs(s, t, model.head, 1.0)
         nll = -log_s.gather(1, y[:, None]).squeeze(1)
         agree = log_s.argmax(-1) == log_t.argmax(-1)
-        found = torch.stack([nll.double(), kl.double(), agree.double(), torch.ones_like(nll).double()], 1)
+        found = torch.stack(
+            [nll.double(), kl.double(), agree.double(), torch.ones_like(nll).double()], 1
+        )
         sums.index_add_(0, b, found)
     return sums.cpu()

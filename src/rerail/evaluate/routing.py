@@ -31,7 +31,9 @@ class Routing:
 
     def load_entropy(self, layer: int) -> float:
         """Return the entropy of the slots' shares of choices over log(rows): 1 is even, 0 is one slot."""
-        counts = torch.bincount(self.of(layer).flatten().long(), minlength=self.rows[layer]).double()
+        counts = torch.bincount(
+            self.of(layer).flatten().long(), minlength=self.rows[layer]
+        ).double()
         share = counts / counts.sum()
         entropy = -(share * share.clamp(min=1e-300).log()).sum()
         return float(entropy / torch.tensor(float(self.rows[layer])).log().clamp(min=1e-12))
@@ -75,7 +77,9 @@ def tracing(model: MoEModel) -> Iterator[Routing]:
         routing.mask = None
 
 
-def changed(teacher: Routing, student: Routing, kept: Mapping[int, tuple[int, ...]]) -> dict[int, float]:
+def changed(
+    teacher: Routing, student: Routing, kept: Mapping[int, tuple[int, ...]]
+) -> dict[int, float]:
     """Return, for each layer, the share of tokens whose chosen set is not the teacher's.
 
     Args:
