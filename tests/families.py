@@ -16,9 +16,25 @@ _COMMON = {
     "eos_token_id": 0,
     "pad_token_id": 0,
 }
-_MLA = {"q_lora_rank": None, "kv_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 8}
-_SHARED = {"n_routed_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 8, "intermediate_size": 24}
-_QWEN = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 8, "intermediate_size": 24}
+_MLA = {
+    "q_lora_rank": None,
+    "kv_lora_rank": 8,
+    "qk_rope_head_dim": 4,
+    "qk_nope_head_dim": 4,
+    "v_head_dim": 8,
+}
+_SHARED = {
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 8,
+    "intermediate_size": 24,
+}
+_QWEN = {
+    "num_experts": 8,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 8,
+    "intermediate_size": 24,
+}
 
 CONFIGS: dict[str, dict[str, object]] = {
     "qwen3_moe": {**_QWEN, "head_dim": 8, "norm_topk_prob": True, "tie_word_embeddings": True},

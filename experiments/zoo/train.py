@@ -74,7 +74,9 @@ class Muon(torch.optim.Optimizer):
                 buffer = state.setdefault("momentum", torch.zeros_like(p))
                 buffer.lerp_(p.grad, 1 - group["momentum"])
                 update = p.grad.lerp(buffer, group["momentum"])
-                parts = update.chunk(2, dim=-2) if p.dim() == 3 and p.shape[-2] != 128 else (update,)
+                parts = (
+                    update.chunk(2, dim=-2) if p.dim() == 3 and p.shape[-2] != 128 else (update,)
+                )
                 scaled = [orthogonalised(u) * 0.2 * math.sqrt(max(u.shape[-2:])) for u in parts]
                 p.add_(torch.cat(scaled, dim=-2), alpha=-group["lr"])
 
@@ -96,9 +98,13 @@ def validate(model, folder: Path, device: str, blocks: int = 48) -> dict[str, fl
     nll = {}
     for path in sorted(folder.glob("val.*.bin")):
         ids = np.fromfile(path, dtype=np.uint16).astype(np.int64)
-        x = torch.from_numpy(ids[: len(ids) // BLOCK * BLOCK].reshape(-1, BLOCK)[:blocks]).to(device)
+        x = torch.from_numpy(ids[: len(ids) // BLOCK * BLOCK].reshape(-1, BLOCK)[:blocks]).to(
+            device
+        )
         losses = [model(b, labels=b, use_cache=False).loss.item() for b in x.split(16)]
-        nll[path.name.split(".")[1]] = float(np.average(losses, weights=[len(b) for b in x.split(16)]))
+        nll[path.name.split(".")[1]] = float(
+            np.average(losses, weights=[len(b) for b in x.split(16)])
+        )
     model.train()
     return nll
 
@@ -154,7 +160,10 @@ def main() -> None:
         if step % 256 == 0 or step == a.steps:
             row = {"step": step, "tokens": step * a.batch * BLOCK, "train_nll": round(ema, 4)}
             row |= {k: round(v, 4) for k, v in validate(model, a.data, a.device).items()}
-            row |= {"balance_loss": round(out.aux_loss.item(), 4), "seconds": round(time.time() - started)}
+            row |= {
+                "balance_loss": round(out.aux_loss.item(), 4),
+                "seconds": round(time.time() - started),
+            }
             rows.append(row)
             print(json.dumps(row), flush=True)
         if time.time() - saved > 300 or step == a.steps:

@@ -93,7 +93,9 @@ def main() -> None:
     _quiet()
     _search_path()
     try:
-        hydra.main(version_base="1.3", config_path=str(config_root() / "conf"), config_name="config")(_task)()
+        hydra.main(
+            version_base="1.3", config_path=str(config_root() / "conf"), config_name="config"
+        )(_task)()
     except SystemExit as error:
         if error.code not in (0, None):
             sys.exit(1 if Outcome.started else 2)

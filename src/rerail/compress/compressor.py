@@ -39,13 +39,20 @@ class Compressor(ABC):
 
     @abstractmethod
     def allocate(
-        self, layers: Sequence[MoELayer], statistics: StatisticSet, ratio: Ratio, allocation: Allocation
+        self,
+        layers: Sequence[MoELayer],
+        statistics: StatisticSet,
+        ratio: Ratio,
+        allocation: Allocation,
     ) -> list[int]:
         """Return each layer's share, in the template's unit (experts kept, or numbers stored)."""
 
     @abstractmethod
     def plan_scope(
-        self, layers: Sequence[MoELayer], statistics: Sequence[LayerStatistics], shares: Sequence[int]
+        self,
+        layers: Sequence[MoELayer],
+        statistics: Sequence[LayerStatistics],
+        shares: Sequence[int],
     ) -> ScopePlan:
         """Decide about one scope of layers."""
 
@@ -66,7 +73,11 @@ def make_plan(
     Raises:
         InputError: the ratio cannot be reached.
     """
-    lineage = {"compressor": repr(compressor), "removed": ratio.removed, "allocation": repr(allocation)}
+    lineage = {
+        "compressor": repr(compressor),
+        "removed": ratio.removed,
+        "allocation": repr(allocation),
+    }
     if ratio.removed == 0:
         return Plan((), lineage)
     compressor.check(layers, ratio, allocation)

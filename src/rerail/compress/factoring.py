@@ -33,7 +33,9 @@ class Factoriser(Compressor):
         """
 
     @abstractmethod
-    def factor(self, layer: MoELayer, statistics: LayerStatistics, sizes: Mapping[str, int]) -> dict[str, Tensor]:
+    def factor(
+        self, layer: MoELayer, statistics: LayerStatistics, sizes: Mapping[str, int]
+    ) -> dict[str, Tensor]:
         """Return the solved tensors."""
 
     @abstractmethod
@@ -46,13 +48,20 @@ class Factoriser(Compressor):
             self.sizes(layer, budget)
 
     def allocate(
-        self, layers: Sequence[MoELayer], statistics: StatisticSet, ratio: Ratio, allocation: Allocation
+        self,
+        layers: Sequence[MoELayer],
+        statistics: StatisticSet,
+        ratio: Ratio,
+        allocation: Allocation,
     ) -> list[int]:
         """Return the numbers that each layer may store."""
         return _budgets(layers, ratio)
 
     def plan_scope(
-        self, layers: Sequence[MoELayer], statistics: Sequence[LayerStatistics], shares: Sequence[int]
+        self,
+        layers: Sequence[MoELayer],
+        statistics: Sequence[LayerStatistics],
+        shares: Sequence[int],
     ) -> ScopePlan:
         """Solve each layer."""
         parts = []
@@ -62,9 +71,14 @@ class Factoriser(Compressor):
             solved = self.factor(layer, held, sizes)
             tensors |= {f"{layer.index}.{name}": t for name, t in solved.items()}
             everyone = tuple(range(layer.num_experts))
-            parts.append(LayerPlan(layer.index, everyone, everyone, "untouched", self.spec(layer, sizes)))
+            parts.append(
+                LayerPlan(layer.index, everyone, everyone, "untouched", self.spec(layer, sizes))
+            )
         return ScopePlan(tuple(parts), tensors)
 
 
 def _budgets(layers: Sequence[MoELayer], ratio: Ratio) -> list[int]:
-    return [int((1 - ratio.removed) * layer.expert_size() * layer.num_experts + 1e-6) for layer in layers]
+    return [
+        int((1 - ratio.removed) * layer.expert_size() * layer.num_experts + 1e-6)
+        for layer in layers
+    ]

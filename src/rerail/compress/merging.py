@@ -38,14 +38,21 @@ class Merger(Compressor):
         check_kept(layers, allocation.keep(layers, ratio, None), selectable=False)
 
     def allocate(
-        self, layers: Sequence[MoELayer], statistics: StatisticSet, ratio: Ratio, allocation: Allocation
+        self,
+        layers: Sequence[MoELayer],
+        statistics: StatisticSet,
+        ratio: Ratio,
+        allocation: Allocation,
     ) -> list[int]:
         """Return the number of groups in each layer."""
         scores = [self.weights(statistics.of(layer, self.requires)).double() for layer in layers]
         return allocation.keep(layers, ratio, scores)
 
     def plan_scope(
-        self, layers: Sequence[MoELayer], statistics: Sequence[LayerStatistics], shares: Sequence[int]
+        self,
+        layers: Sequence[MoELayer],
+        statistics: Sequence[LayerStatistics],
+        shares: Sequence[int],
     ) -> ScopePlan:
         """Group each layer, and say which weighted sum each group stores."""
         parts = []

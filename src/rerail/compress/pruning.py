@@ -57,14 +57,21 @@ class Pruner(Compressor):
                 )
 
     def allocate(
-        self, layers: Sequence[MoELayer], statistics: StatisticSet, ratio: Ratio, allocation: Allocation
+        self,
+        layers: Sequence[MoELayer],
+        statistics: StatisticSet,
+        ratio: Ratio,
+        allocation: Allocation,
     ) -> list[int]:
         """Return kept counts, by the allocation's rule."""
         scores = [self.score(statistics.of(layer, self.requires)) for layer in layers]
         return allocation.keep(layers, ratio, scores)
 
     def plan_scope(
-        self, layers: Sequence[MoELayer], statistics: Sequence[LayerStatistics], shares: Sequence[int]
+        self,
+        layers: Sequence[MoELayer],
+        statistics: Sequence[LayerStatistics],
+        shares: Sequence[int],
     ) -> ScopePlan:
         """Keep the best `share` experts of each layer."""
         parts = []
@@ -89,7 +96,9 @@ def best(score: Tensor, count: int, groups: int = 1) -> tuple[int, ...]:
     return tuple(sorted(kept))
 
 
-def _layer_plan(layer: MoELayer, kept: tuple[int, ...], router: Literal["slice", "mask"]) -> LayerPlan:
+def _layer_plan(
+    layer: MoELayer, kept: tuple[int, ...], router: Literal["slice", "mask"]
+) -> LayerPlan:
     if router == "slice":
         return LayerPlan(layer.index, kept, tuple(range(len(kept))), "slice", dense_spec(kept))
     position = {slot: i for i, slot in enumerate(kept)}

@@ -6,8 +6,6 @@ import torch
 from jaxtyping import Int64
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rerail.errors import InputError
-
 _BATCH = 16
 
 

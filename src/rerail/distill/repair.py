@@ -55,7 +55,12 @@ def split_blocks(blocks: TokenBlocks, validation: float, batch_size: int) -> int
 
 
 def repair(
-    student: MoEModel, teacher: Teacher, blocks: TokenBlocks, settings: RouterKD, trainer: dict[str, Any], seed: int
+    student: MoEModel,
+    teacher: Teacher,
+    blocks: TokenBlocks,
+    settings: RouterKD,
+    trainer: dict[str, Any],
+    seed: int,
 ) -> Repair:
     """Train the student's routers in place on calibration blocks, by Lightning.
 

@@ -35,7 +35,12 @@ class RouterDistillation(lightning.LightningModule):
     strict_loading = False
 
     def __init__(
-        self, student: MoEModel, teacher: Teacher, settings: RouterKD, trained: dict[str, nn.Parameter], steps: int
+        self,
+        student: MoEModel,
+        teacher: Teacher,
+        settings: RouterKD,
+        trained: dict[str, nn.Parameter],
+        steps: int,
     ):
         super().__init__()
         self.model = student.model
@@ -54,7 +59,9 @@ class RouterDistillation(lightning.LightningModule):
         student, teacher, mask = self._states(batch)
         weights = target_weights(batch["mask"], self.settings.average)[mask]
         head, tau = self._student[0].head, self.settings.temperature
-        return chunked_kl(student, teacher, weights, head, temperature=tau, chunk=self.settings.chunk)
+        return chunked_kl(
+            student, teacher, weights, head, temperature=tau, chunk=self.settings.chunk
+        )
 
     def _states(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         ids, mask = batch["input_ids"], batch["mask"]
@@ -63,7 +70,7 @@ class RouterDistillation(lightning.LightningModule):
         valid = mask[:, 1:]
         return student[:, :-1][valid], teacher[:, :-1][valid].to(student), valid
 
-    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:  # noqa: ARG002
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """One forward of the student, and the KL to the teacher."""
         loss = self.loss(batch)
         self._train[0] += float(loss.detach())
@@ -71,10 +78,12 @@ class RouterDistillation(lightning.LightningModule):
         self.log("train_kl", loss.detach(), prog_bar=True)
         return loss
 
-    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:  # noqa: ARG002
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         """Add up the KL of held-out calibration blocks, per token."""
         student, teacher, _ = self._states(batch)
-        kl = token_kl(student, teacher, self._student[0].head, self.settings.temperature, self.settings.chunk)
+        kl = token_kl(
+            student, teacher, self._student[0].head, self.settings.temperature, self.settings.chunk
+        )
         self._sums[0] += float(kl.double().sum())
         self._sums[1] += len(kl)
 
@@ -102,13 +111,17 @@ class RouterDistillation(lightning.LightningModule):
     def configure_optimizers(self) -> Any:
         """AdamW on the selected parameters only."""
         s = self.settings
-        adam = torch.optim.AdamW(self.trained.values(), lr=s.learning_rate, weight_decay=s.weight_decay)
+        adam = torch.optim.AdamW(
+            self.trained.values(), lr=s.learning_rate, weight_decay=s.weight_decay
+        )
 
         def factor(step: int) -> float:
             warm = min(1.0, (step + 1) / s.warmup) if s.warmup else 1.0
             if s.schedule == "constant":
                 return warm
-            return warm * (0.1 + 0.45 * (1 + math.cos(math.pi * min(1.0, step / max(1, self.steps)))))
+            return warm * (
+                0.1 + 0.45 * (1 + math.cos(math.pi * min(1.0, step / max(1, self.steps))))
+            )
 
         schedule = torch.optim.lr_scheduler.LambdaLR(adam, factor)
         return {"optimizer": adam, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

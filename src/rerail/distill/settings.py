@@ -44,12 +44,22 @@ class RouterKD:
 
     def __post_init__(self) -> None:
         """Check the numbers before anything is loaded."""
-        positive = ("learning_rate", "temperature", "epochs", "batch_size", "accumulate", "chunk", "evaluations")
+        positive = (
+            "learning_rate",
+            "temperature",
+            "epochs",
+            "batch_size",
+            "accumulate",
+            "chunk",
+            "evaluations",
+        )
         for name in positive:
             if getattr(self, name) <= 0:
                 raise InputError(f"distill.{name}={getattr(self, name)} must be greater than 0")
         if not 0 < self.validation < 1:
-            raise InputError(f"distill.validation={self.validation} must lie between 0 and 1, both excluded")
+            raise InputError(
+                f"distill.validation={self.validation} must lie between 0 and 1, both excluded"
+            )
         for name, allowed in (
             ("schedule", ("constant", "cosine")),
             ("average", ("sequence", "token")),
@@ -57,4 +67,6 @@ class RouterKD:
             ("trains", ("router_rows", "router_rows+bias")),
         ):
             if getattr(self, name) not in allowed:
-                raise InputError(f"distill.{name}={getattr(self, name)!r} is not one of {', '.join(allowed)}")
+                raise InputError(
+                    f"distill.{name}={getattr(self, name)!r} is not one of {', '.join(allowed)}"
+                )

@@ -213,7 +213,11 @@ class SolvedBank(ExpertBank):
     """
 
     def __init__(
-        self, spec: BankSpec, slots: Sequence[int], experts: nn.Module, tensors: Mapping[str, Tensor]
+        self,
+        spec: BankSpec,
+        slots: Sequence[int],
+        experts: nn.Module,
+        tensors: Mapping[str, Tensor],
     ):
         held = expert_parameters(experts)
         super().__init__(spec, slots, next(iter(held.values())).device)

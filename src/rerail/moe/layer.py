@@ -98,7 +98,9 @@ class MoELayer:
     @property
     def layout(self) -> Layout:
         """How the family fuses its tensors."""
-        return self.experts.layout if isinstance(self.experts, ExpertBank) else Layout.of(self.experts)
+        return (
+            self.experts.layout if isinstance(self.experts, ExpertBank) else Layout.of(self.experts)
+        )
 
     @property
     def fine_grained(self) -> bool:
@@ -200,7 +202,9 @@ def find_layers(model: nn.Module) -> tuple[MoELayer, ...]:
             numbers = [int(part) for part in name.split(".") if part.isdigit()]
             found.append(MoELayer(numbers[0] if numbers else len(found), name, module))
     if not found:
-        raise InputError(f"model family {family!r} has no MoE layers: rerail compresses routed experts")
+        raise InputError(
+            f"model family {family!r} has no MoE layers: rerail compresses routed experts"
+        )
     return tuple(found)
 
 

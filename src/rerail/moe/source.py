@@ -45,7 +45,9 @@ class ModelSource:
     def location(self) -> str:
         """The folder or hub id; a zoo name becomes the package's folder."""
         if self.path_or_id.startswith("zoo:"):
-            return str(importlib.resources.files("rerail.zoo") / self.path_or_id.removeprefix("zoo:"))
+            return str(
+                importlib.resources.files("rerail.zoo") / self.path_or_id.removeprefix("zoo:")
+            )
         return self.path_or_id
 
     def config(self) -> Any:
@@ -116,9 +118,13 @@ class ModelSource:
 
     def _from(self, auto: Any, **options: Any) -> Any:
         folder = Path(self.location)
-        looks_local = self.location.startswith((".", "/", "~")) or self.path_or_id.startswith("zoo:")
+        looks_local = self.location.startswith((".", "/", "~")) or self.path_or_id.startswith(
+            "zoo:"
+        )
         if looks_local and not (folder / "config.json").exists():
-            raise InputError(f"model {self.path_or_id!r} does not exist: there is no {folder / 'config.json'}")
+            raise InputError(
+                f"model {self.path_or_id!r} does not exist: there is no {folder / 'config.json'}"
+            )
         try:
             return auto.from_pretrained(
                 self.location, revision=self.revision, trust_remote_code=self.remote_code, **options
@@ -137,4 +143,6 @@ def _check_finite(model: torch.nn.Module, name: str) -> None:
         if tensor.is_floating_point() and not tensor.is_meta and not torch.isfinite(tensor.sum()):
             if bool(torch.isfinite(tensor).all()):
                 continue
-            raise InputError(f"model {name!r} holds NaN or infinity in {key}; load a sound checkpoint")
+            raise InputError(
+                f"model {name!r} holds NaN or infinity in {key}; load a sound checkpoint"
+            )

@@ -57,7 +57,9 @@ class Plan:
         return {"layers": layers, "lineage": dict(self.lineage)}
 
     @classmethod
-    def from_json(cls, data: Mapping[str, Any], tensors: Mapping[str, Tensor] | None = None) -> "Plan":
+    def from_json(
+        cls, data: Mapping[str, Any], tensors: Mapping[str, Tensor] | None = None
+    ) -> "Plan":
         """Inverse of `to_json`, also after a trip through text."""
         layers = tuple(_layer_from(entry) for entry in data["layers"])
         return cls(layers, dict(data["lineage"]), dict(tensors or {}))
@@ -105,7 +107,9 @@ class Plan:
         known = {layer.index: layer for layer in layers}
         for part in self.layers:
             if part.layer not in known:
-                raise InputError(f"plan names layer {part.layer}; the MoE layers are {sorted(known)}")
+                raise InputError(
+                    f"plan names layer {part.layer}; the MoE layers are {sorted(known)}"
+                )
             _validate_layer(part, known[part.layer])
 
 
@@ -119,8 +123,12 @@ def _layer_from(entry: Mapping[str, Any]) -> LayerPlan:
 
 def _validate_layer(part: LayerPlan, layer: MoELayer) -> None:
     where = f"layer {part.layer}"
-    if list(part.kept) != sorted(set(part.kept)) or not set(part.kept) <= set(range(layer.num_experts)):
-        raise InputError(f"{where}: kept slots must be distinct, ascending and below {layer.num_experts}")
+    if list(part.kept) != sorted(set(part.kept)) or not set(part.kept) <= set(
+        range(layer.num_experts)
+    ):
+        raise InputError(
+            f"{where}: kept slots must be distinct, ascending and below {layer.num_experts}"
+        )
     if len(part.kept) < layer.top_k:
         raise InputError(
             f"{where}: {len(part.kept)} selectable router rows are fewer than top_k = {layer.top_k}; "
@@ -128,7 +136,9 @@ def _validate_layer(part: LayerPlan, layer: MoELayer) -> None:
         )
     rows = len(part.kept) if part.router == "slice" else layer.num_experts
     if len(part.slots) != rows or not set(part.slots) <= set(range(part.bank.stored)):
-        raise InputError(f"{where}: {rows} slots must map to stored experts below {part.bank.stored}")
+        raise InputError(
+            f"{where}: {rows} slots must map to stored experts below {part.bank.stored}"
+        )
     if layer.num_groups > 1 and part.router == "slice":
         _validate_groups(part, layer)
     if layer.num_groups > 1 and part.router == "mask":

@@ -26,7 +26,9 @@ class Ratio:
     def __post_init__(self) -> None:
         """Check the interval."""
         if not 0 <= self.removed < 1:
-            raise InputError(f"ratio {self.removed} is outside [0, 1): it is the removed share of routed experts")
+            raise InputError(
+                f"ratio {self.removed} is outside [0, 1): it is the removed share of routed experts"
+            )
         if self.counts != "routed":
             raise InputError(f"ratio counts {self.counts!r}, which is not known; allowed: 'routed'")
 
@@ -75,7 +77,9 @@ class Allocation(ABC):
     """Says how many experts each layer keeps."""
 
     @abstractmethod
-    def keep(self, layers: Sequence[MoELayer], ratio: Ratio, scores: Sequence[torch.Tensor] | None) -> list[int]:
+    def keep(
+        self, layers: Sequence[MoELayer], ratio: Ratio, scores: Sequence[torch.Tensor] | None
+    ) -> list[int]:
         """Return the kept count of each layer, at least top_k.
 
         Args:
@@ -89,7 +93,9 @@ class Allocation(ABC):
 class Uniform(Allocation):
     """Every layer keeps the same share."""
 
-    def keep(self, layers: Sequence[MoELayer], ratio: Ratio, scores: Sequence[torch.Tensor] | None) -> list[int]:  # noqa: ARG002
+    def keep(
+        self, layers: Sequence[MoELayer], ratio: Ratio, scores: Sequence[torch.Tensor] | None
+    ) -> list[int]:
         """Return E - int(E * ratio) for each layer."""
         return [layer.num_experts - ratio.experts_removed(layer) for layer in layers]
 
@@ -103,14 +109,20 @@ class GlobalScore(Allocation):
 
     floor: int = 1
 
-    def keep(self, layers: Sequence[MoELayer], ratio: Ratio, scores: Sequence[torch.Tensor] | None) -> list[int]:
+    def keep(
+        self, layers: Sequence[MoELayer], ratio: Ratio, scores: Sequence[torch.Tensor] | None
+    ) -> list[int]:
         """Return counts that sum to exactly the uniform total."""
         if scores is None:
-            raise InputError("allocation 'global' ranks scores, which this compressor has none of; use uniform or per_layer")
+            raise InputError(
+                "allocation 'global' ranks scores, which this compressor has none of; use uniform or per_layer"
+            )
         total = sum(Uniform().keep(layers, ratio, None))
         least = [max(self.floor, layer.top_k) for layer in layers]
         if sum(least) > total:
-            raise InputError(f"allocation 'global' cannot keep {total} experts with at least {least} a layer")
+            raise InputError(
+                f"allocation 'global' cannot keep {total} experts with at least {least} a layer"
+            )
         ranked = [
             (float(s), i, r)
             for i, score in enumerate(scores)
@@ -118,7 +130,9 @@ class GlobalScore(Allocation):
             if r >= least[i]
         ]
         counts = list(least)
-        for _, i, _ in sorted(ranked, key=lambda entry: (-entry[0], entry[1], entry[2]))[: total - sum(least)]:
+        for _, i, _ in sorted(ranked, key=lambda entry: (-entry[0], entry[1], entry[2]))[
+            : total - sum(least)
+        ]:
             counts[i] += 1
         return counts
 
@@ -129,10 +143,14 @@ class PerLayer(Allocation):
 
     kept: tuple[int, ...] = ()
 
-    def keep(self, layers: Sequence[MoELayer], ratio: Ratio, scores: Sequence[torch.Tensor] | None) -> list[int]:  # noqa: ARG002
+    def keep(
+        self, layers: Sequence[MoELayer], ratio: Ratio, scores: Sequence[torch.Tensor] | None
+    ) -> list[int]:
         """Return the list as given."""
         if len(self.kept) != len(layers):
-            raise InputError(f"allocation.kept has {len(self.kept)} entries; the model has {len(layers)} MoE layers")
+            raise InputError(
+                f"allocation.kept has {len(self.kept)} entries; the model has {len(layers)} MoE layers"
+            )
         return list(self.kept)
 
 

@@ -63,4 +63,6 @@ class Status:
 
     def write(self, state: str, stage: str = "", reason: str = "") -> None:
         """Write the state: running, done, failed or not_applicable."""
-        write_json(self.path, {"state": state, "stage": stage, "reason": reason, "time": time.time()})
+        write_json(
+            self.path, {"state": state, "stage": stage, "reason": reason, "time": time.time()}
+        )

@@ -73,7 +73,15 @@ class Cell:
     def folder(self) -> str:
         """A readable, unique folder name."""
         names = [self.names.get(n, "custom") for n in ("model", "compressor")]
-        return "-".join([*names, f"r{self.ratio.removed:g}", f"n{self.calibration.samples}", f"s{self.seed}", self.key[:8]])
+        return "-".join(
+            [
+                *names,
+                f"r{self.ratio.removed:g}",
+                f"n{self.calibration.samples}",
+                f"s{self.seed}",
+                self.key[:8],
+            ]
+        )
 
     def implementation(self, model: MoEModel) -> str:
         """Return which experts implementation the model runs: results differ in the last bits."""

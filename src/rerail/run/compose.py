@@ -14,7 +14,16 @@ from omegaconf.errors import OmegaConfBaseException
 from rerail.errors import InputError
 from rerail.run.cell import Cell
 
-GROUPS = ("model", "compressor", "ratio", "allocation", "calibration", "distill", "evaluation", "export")
+GROUPS = (
+    "model",
+    "compressor",
+    "ratio",
+    "allocation",
+    "calibration",
+    "distill",
+    "evaluation",
+    "export",
+)
 _VOLATILE = ("out", "logger", "hydra")
 
 

@@ -55,8 +55,19 @@ def _progress() -> Progress:
 
 
 def _start(model: str, out: Path, overrides: Sequence[str]) -> "subprocess.Popen[bytes]":
-    words = [f"model={model}", f"compressor={','.join(METHODS)}", "ratio=half", f"out={out}", *overrides]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "RERAIL_NO_SUMMARY": "1"}
+    words = [
+        f"model={model}",
+        f"compressor={','.join(METHODS)}",
+        "ratio=half",
+        f"out={out}",
+        *overrides,
+    ]
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "MKL_NUM_THREADS": "1",
+        "RERAIL_NO_SUMMARY": "1",
+    }
     with (out / f"{model}.log").open("wb") as log:
         return subprocess.Popen(
             [sys.executable, "-m", "rerail", "-m", *words], stdout=log, stderr=log, env=environment

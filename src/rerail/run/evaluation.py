@@ -29,7 +29,9 @@ class Evaluation:
         if not self.texts:
             raise InputError("evaluation.texts is empty; name at least one held-out text")
         if self.batch_size < 1 or self.new_tokens < 0:
-            raise InputError("evaluation.batch_size must be at least 1 and evaluation.new_tokens at least 0")
+            raise InputError(
+                "evaluation.batch_size must be at least 1 and evaluation.new_tokens at least 0"
+            )
         for name, text in self.texts.items():
             if text.split != "heldout":
                 raise InputError(f"evaluation.texts.{name}.split={text.split!r} must be 'heldout'")

@@ -29,10 +29,21 @@ def export(  # noqa: PLR0913
     rows: Sequence[Row],
 ) -> Path:
     """Write `folder / model`, reload it in a fresh process and record the difference of the logits."""
-    numbers = {r["stage"]: {n: r[n] for n in ("nll", "nll_se", "kl", "tokens", "bytes")} for r in rows}
-    manifest = {"choices": dict(cell.choices), "parent": cell.model.fingerprint(), "evaluation": numbers}
+    numbers = {
+        r["stage"]: {n: r[n] for n in ("nll", "nll_se", "kl", "tokens", "bytes")} for r in rows
+    }
+    manifest = {
+        "choices": dict(cell.choices),
+        "parent": cell.model.fingerprint(),
+        "evaluation": numbers,
+    }
     path = export_native(
-        student, plan, folder / "model", tokenizer=tokenizer, manifest=manifest, densify=cell.export.densify
+        student,
+        plan,
+        folder / "model",
+        tokenizer=tokenizer,
+        manifest=manifest,
+        densify=cell.export.densify,
     )
     ids = next(iter(texts.values())).input_ids[:2, :64]
     difference = check_reload(path, ids, student.model(input_ids=ids).logits)

@@ -24,10 +24,16 @@ def revision() -> str | None:
     here = Path(__file__).parent
     try:
         head = subprocess.run(
-            ["git", "-C", here, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True
+            ["git", "-C", here, "rev-parse", "--short=12", "HEAD"],
+            capture_output=True,
+            text=True,
+            check=True,
         ).stdout.strip()
         changed = subprocess.run(
-            ["git", "-C", here, "status", "--porcelain", "--", "."], capture_output=True, text=True, check=True
+            ["git", "-C", here, "status", "--porcelain", "--", "."],
+            capture_output=True,
+            text=True,
+            check=True,
         ).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return None
@@ -36,7 +42,10 @@ def revision() -> str | None:
 
 def identity(cell: Cell) -> dict[str, Any]:
     """Return the columns that all rows of a cell share."""
-    named = {n: cell.names.get(n) for n in ("model", "compressor", "allocation", "calibration", "distill")}
+    named = {
+        n: cell.names.get(n)
+        for n in ("model", "compressor", "allocation", "calibration", "distill")
+    }
     return {
         **named,
         "key": cell.key,
@@ -119,12 +128,17 @@ def layer_means(scores: Scores) -> list[dict[str, Any]]:
     weights = np.array([sum(s["tokens"]) for s in texts])
     names = ("routing_changed", "load_entropy")
     return [
-        {"layer": parts[0]["layer"], **{n: float(np.average([p[n] for p in parts], weights=weights)) for n in names}}
+        {
+            "layer": parts[0]["layer"],
+            **{n: float(np.average([p[n] for p in parts], weights=weights)) for n in names},
+        }
         for parts in zip(*(s["layers"] for s in texts), strict=True)
     ]
 
 
-def recovery_columns(teacher: Scores, compressed: Scores, repaired: Scores) -> dict[str, float | None]:
+def recovery_columns(
+    teacher: Scores, compressed: Scores, repaired: Scores
+) -> dict[str, float | None]:
     """Return recovery and its error; both None where the gap is under two standard errors."""
     sums = [pooled(s, "nll") for s in (teacher, compressed, repaired)]
     found = recovery_of(*sums, pooled(teacher, "tokens"))

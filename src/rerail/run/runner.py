@@ -71,14 +71,20 @@ def _run(cell: Cell, folder: Path, status: Status) -> list[Row]:
     spoken = stages.score_teacher(cell, teacher, texts)
     rows = [_row(cell, "teacher", spoken[0], teacher, teacher, tokenizer, folder)]
     step("evaluate compressed")
-    compressed = stages.score_student(cell, student, texts, spoken, plan, folder / "compressed.json")
+    compressed = stages.score_student(
+        cell, student, texts, spoken, plan, folder / "compressed.json"
+    )
     rows.append(_row(cell, "compressed", compressed[0], student, teacher, tokenizer, folder))
     if cell.distill.enabled:
         step("repair")
         mended = stages.repair_student(cell, teacher, student, blocks, folder)
         step("evaluate repaired")
-        repaired = stages.score_student(cell, student, texts, spoken, plan, folder / "repaired.json")
-        extra: dict[str, Any] = {n: mended[0][n] for n in ("kl_first", "kl_best", "kl_last", "curve")}
+        repaired = stages.score_student(
+            cell, student, texts, spoken, plan, folder / "repaired.json"
+        )
+        extra: dict[str, Any] = {
+            n: mended[0][n] for n in ("kl_first", "kl_best", "kl_last", "curve")
+        }
         extra |= recovery_columns(spoken[0], compressed[0], repaired[0])
         row = _row(cell, "repaired", repaired[0], student, teacher, tokenizer, folder, **extra)
         row["seconds"] = mended[0]["seconds"]
@@ -90,7 +96,14 @@ def _run(cell: Cell, folder: Path, status: Status) -> list[Row]:
 
 
 def _row(  # noqa: PLR0913
-    cell: Cell, stage: str, scores: Any, model: MoEModel, teacher: MoEModel, tokenizer: Any, folder: Path, **extra: Any
+    cell: Cell,
+    stage: str,
+    scores: Any,
+    model: MoEModel,
+    teacher: MoEModel,
+    tokenizer: Any,
+    folder: Path,
+    **extra: Any,
 ) -> Row:
     """Add what is looked at rather than counted: the continuation, and lm-eval where it was asked for."""
 
@@ -121,4 +134,8 @@ def run_or_record(cell: Cell, out: Path, mirror: Mirror | None = None) -> list[R
 
 
 def _kind(error: InputError) -> str:
-    return "not_applicable" if "allowed ratios" in str(error) or "can be reached" in str(error) else "failed"
+    return (
+        "not_applicable"
+        if "allowed ratios" in str(error) or "can be reached" in str(error)
+        else "failed"
+    )

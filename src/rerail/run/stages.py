@@ -99,8 +99,13 @@ def score_teacher(cell: Cell, model: MoEModel, texts: dict[str, TokenBlocks]) ->
     return saved(cache_dir() / "scores" / f"{key}.json", make)
 
 
-def score_student(  # noqa: PLR0913
-    cell: Cell, student: MoEModel, texts: dict[str, TokenBlocks], teacher: Stage, plan: Plan, path: Path
+def score_student(
+    cell: Cell,
+    student: MoEModel,
+    texts: dict[str, TokenBlocks],
+    teacher: Stage,
+    plan: Plan,
+    path: Path,
 ) -> Stage:
     """Score a student on the same texts, with KL, agreement and moved routing."""
     kept = {part.layer: part.kept for part in plan.layers if part.router == "slice"}
@@ -116,7 +121,11 @@ def score_student(  # noqa: PLR0913
             )
             moved = changed(before, scores.routing, kept)
             layers = [
-                {"layer": i, "routing_changed": moved[i], "load_entropy": scores.routing.load_entropy(i)}
+                {
+                    "layer": i,
+                    "routing_changed": moved[i],
+                    "load_entropy": scores.routing.load_entropy(i),
+                }
                 for i in moved
             ]
             data[name] = {**_sums(scores), "layers": layers}
@@ -125,7 +134,9 @@ def score_student(  # noqa: PLR0913
     return saved(path, make)
 
 
-def _score(cell: Cell, model: MoEModel, text: TokenBlocks, teacher: Tensor | None, label: str) -> BlockScores:
+def _score(
+    cell: Cell, model: MoEModel, text: TokenBlocks, teacher: Tensor | None, label: str
+) -> BlockScores:
     batches = list(text.batches(cell.evaluation.batch_size))
     return score_blocks(model, batches, teacher, bar(label))
 
@@ -135,13 +146,18 @@ def _sums(scores: BlockScores) -> dict[str, list[float]]:
     return {name: tensor.tolist() for name, tensor in named.items()}
 
 
-def repair_student(cell: Cell, model: MoEModel, student: MoEModel, blocks: TokenBlocks, folder: Path) -> Stage:
+def repair_student(
+    cell: Cell, model: MoEModel, student: MoEModel, blocks: TokenBlocks, folder: Path
+) -> Stage:
     """Train the student's router, or put the rows of an earlier fit back; rows before and after are kept."""
 
     def make() -> Stage:
         teacher = teacher_states(cell, model, blocks)
         done = repair(student, teacher, blocks, cell.distill, cell.trainer, cell.seed)
-        data = {n: getattr(done, n) for n in ("kl_first", "kl_best", "kl_last", "best_step", "steps", "curve")}
+        data = {
+            n: getattr(done, n)
+            for n in ("kl_first", "kl_best", "kl_last", "best_step", "steps", "curve")
+        }
         tensors = {f"before.{n}": t for n, t in done.before.items()}
         return data, tensors | {f"after.{n}": t for n, t in done.after.items()}
 

@@ -14,7 +14,13 @@ from torch import Tensor, nn
 
 from rerail.errors import InputError
 from rerail.moe.layer import MoELayer, MoEModel
-from rerail.stats.statistic import DenseStatistic, RoutedStatistic, RoutedTokens, Statistic, StatisticSet
+from rerail.stats.statistic import (
+    DenseStatistic,
+    RoutedStatistic,
+    RoutedTokens,
+    Statistic,
+    StatisticSet,
+)
 
 Batch = tuple[Tensor, Tensor]
 Progress = Callable[[Sequence[Batch]], Iterable[Batch]]
@@ -89,7 +95,9 @@ class _Recorder(nn.Module):
         [mask] = self.mask
         return tensor if mask is None else tensor[mask]
 
-    def _update_routed(self, hidden: Tensor, index: Tensor, weights: Tensor, pairs: Tensor | None) -> None:
+    def _update_routed(
+        self, hidden: Tensor, index: Tensor, weights: Tensor, pairs: Tensor | None
+    ) -> None:
         norms = None if pairs is None else self._valid(torch.linalg.vector_norm(pairs, dim=-1))
         valid = (self._valid(t) for t in (hidden, index, weights))
         tokens = RoutedTokens(*valid, norms, self.num_slots)

@@ -31,7 +31,9 @@ def target_weights(mask: Tensor, average: str = "sequence", eps: float = 1e-8) -
     return targets / (targets.sum(dim=1, keepdim=True) + eps) / len(mask)
 
 
-def token_kl(student: Tensor, teacher: Tensor, head: Head, temperature: float, chunk: int) -> Tensor:
+def token_kl(
+    student: Tensor, teacher: Tensor, head: Head, temperature: float, chunk: int
+) -> Tensor:
     """Return float32 (N,): tau^2 KL of each token, from hidden states (N, H) of both. No gradient."""
     parts = []
     with torch.no_grad():
@@ -40,7 +42,9 @@ def token_kl(student: Tensor, teacher: Tensor, head: Head, temperature: float, c
     return torch.cat(parts) if parts else student.new_zeros(0, dtype=torch.float32)
 
 
-def kl_and_logs(student: Tensor, teacher: Tensor, head: Head, tau: float) -> tuple[Tensor, Tensor, Tensor]:
+def kl_and_logs(
+    student: Tensor, teacher: Tensor, head: Head, tau: float
+) -> tuple[Tensor, Tensor, Tensor]:
     """Return tau^2 KL (n,), and both log-distributions (n, V)."""
     log_t = torch.log_softmax(head(teacher).float() / tau, dim=-1)
     log_s = torch.log_softmax(head(student).float() / tau, dim=-1)
@@ -51,7 +55,13 @@ def kl_and_logs(student: Tensor, teacher: Tensor, head: Head, tau: float) -> tup
 class _ChunkedKL(torch.autograd.Function):
     @staticmethod
     def forward(  # noqa: PLR0913
-        ctx: Any, student: Tensor, teacher: Tensor, weights: Tensor, head: Head, tau: float, chunk: int
+        ctx: Any,
+        student: Tensor,
+        teacher: Tensor,
+        weights: Tensor,
+        head: Head,
+        tau: float,
+        chunk: int,
     ) -> Tensor:
         total = torch.zeros((), dtype=torch.float64, device=student.device)
         gradient = torch.empty_like(student)
@@ -77,7 +87,13 @@ class _ChunkedKL(torch.autograd.Function):
 
 
 def chunked_kl(
-    student: Tensor, teacher: Tensor, weights: Tensor, head: Head, *, temperature: float = 1.0, chunk: int = 128
+    student: Tensor,
+    teacher: Tensor,
+    weights: Tensor,
+    head: Head,
+    *,
+    temperature: float = 1.0,
+    chunk: int = 128,
 ) -> Tensor:
     """Return tau^2 sum_n w_n KL_n as a scalar whose gradient reaches `student` only.
 

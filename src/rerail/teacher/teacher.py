@@ -33,7 +33,7 @@ class LiveTeacher:
         self._model = [model]
 
     @torch.no_grad()
-    def hidden(self, index: Tensor, input_ids: Tensor, mask: Tensor) -> Tensor:  # noqa: ARG002
+    def hidden(self, index: Tensor, input_ids: Tensor, mask: Tensor) -> Tensor:
         """Run the model."""
         return self._model[0].hidden(input_ids, mask)
 
@@ -44,7 +44,7 @@ class CachedTeacher:
     def __init__(self, states: Tensor):
         self.states = states
 
-    def hidden(self, index: Tensor, input_ids: Tensor, mask: Tensor) -> Tensor:  # noqa: ARG002
+    def hidden(self, index: Tensor, input_ids: Tensor, mask: Tensor) -> Tensor:
         """Return the cached states on the device of the ids."""
         return self.states[index.to(self.states.device)].to(input_ids.device)
 
@@ -56,9 +56,7 @@ def speak(model: MoEModel, batches: Sequence[Batch], progress: Progress = lambda
     return torch.cat([model.hidden(x.to(device), m.to(device)).cpu() for x, m in progress(batches)])
 
 
-def cached_states(
-    path: Path, make: Callable[[], Tensor]
-) -> Tensor:
+def cached_states(path: Path, make: Callable[[], Tensor]) -> Tensor:
     """Return the states at `path`, made and written first where they are absent or damaged."""
     seal = path.with_suffix(".json")
     held = read_sealed(seal)

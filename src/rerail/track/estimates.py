@@ -62,9 +62,7 @@ def mean_and_se(values: ArrayLike, tokens: ArrayLike) -> tuple[float, float | No
     return float(mean), float(math.sqrt(blocks / (blocks - 1) * squares) / total)
 
 
-def paired_difference(
-    a: ArrayLike, b: ArrayLike, tokens: ArrayLike
-) -> tuple[float, float | None]:
+def paired_difference(a: ArrayLike, b: ArrayLike, tokens: ArrayLike) -> tuple[float, float | None]:
     """Return the mean of a - b a token and its standard error, paired by block.
 
     It is `mean_and_se` of the differences a_b - b_b: what both models find hard cancels, so this is

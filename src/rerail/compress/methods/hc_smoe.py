@@ -44,7 +44,7 @@ class HCSMoE(Merger):
         """Mean outputs of all experts on all tokens, and usage counts."""
         return (OutputSum(), TokenCount(), Count())
 
-    def group(self, layer: MoELayer, statistics: LayerStatistics, count: int) -> Tensor:  # noqa: ARG002
+    def group(self, layer: MoELayer, statistics: LayerStatistics, count: int) -> Tensor:
         """Return cluster labels (E,), numbered by their lowest member."""
         mean = statistics[OutputSum()] / statistics[TokenCount()].clamp(min=1).unsqueeze(1)
         tree = linkage(mean.numpy(), method=self.linkage, metric="euclidean")

@@ -66,13 +66,19 @@ class MoBE(Factoriser):
         types = len(self.matrices.split("+"))
         per_type = (budget - (layer.expert_size() * n - types * n * p * d)) // types
         divisors = [m for m in range(n, 0, -1) if n % m == 0]
-        for m in [self.bases] if self.bases else divisors if self.rank == "full" else [max(1, n // 4)]:
+        for m in (
+            [self.bases] if self.bases else divisors if self.rank == "full" else [max(1, n // 4)]
+        ):
             r = p if self.rank == "full" else (per_type - n * m) // (n * p + m * d)
             r = min(r, p * n // m, d) if m in divisors else 0
             if r >= 1 and n * p * r + m * r * d + n * m <= per_type:
                 return {"bases": m, "rank": r}
         kept = budget / (layer.expert_size() * n)
-        least = 1 - types / 3 + types * (p * n + d + n) / (3 * n * p * d) * (p if self.rank == "full" else 1)
+        least = (
+            1
+            - types / 3
+            + types * (p * n + d + n) / (3 * n * p * d) * (p if self.rank == "full" else 1)
+        )
         raise InputError(
             f"MoBE with matrices={self.matrices}, rank={self.rank}, bases={self.bases} cannot store layer "
             f"{layer.index} in {kept:.4g} of its numbers; bases must divide {n}, and ratios from 0 to about "
@@ -81,11 +87,15 @@ class MoBE(Factoriser):
 
     def spec(self, layer: MoELayer, sizes: Mapping[str, int]) -> BankSpec:
         """Return the basis form."""
-        names = tuple(f"{t}.{part}" for t in self.matrices.split("+") for part in ("A", "alpha", "B"))
+        names = tuple(
+            f"{t}.{part}" for t in self.matrices.split("+") for part in ("A", "alpha", "B")
+        )
         options = {"matrices": self.matrices, "activation": self.activation}
         return BankSpec("basis", layer.num_experts, (), dict(sizes), options, names)
 
-    def factor(self, layer: MoELayer, statistics: LayerStatistics, sizes: Mapping[str, int]) -> dict[str, Tensor]:  # noqa: ARG002
+    def factor(
+        self, layer: MoELayer, statistics: LayerStatistics, sizes: Mapping[str, int]
+    ) -> dict[str, Tensor]:
         """Fit each type; the down projection on its transpose."""
         gate, up, down = layer.stack()
         stacks = {"gate": gate, "up": up, "down": down.mT}
@@ -106,11 +116,17 @@ class MoBE(Factoriser):
         every, stale = max(1, self.steps // 40), 0
         for step in range(self.steps + 1):
             with torch.enable_grad():
-                loss = (mixed(free[0], F.softmax(free[1], -1), free[2], self.activation) - target).square().sum()
+                loss = (
+                    (mixed(free[0], F.softmax(free[1], -1), free[2], self.activation) - target)
+                    .square()
+                    .sum()
+                )
             if step % every == 0 or step == self.steps:
                 progress = float(loss) < best[0] * 0.999
                 stale = 0 if progress else stale + 1
-                best = min(best, (float(loss), [t.detach().clone() for t in free]), key=lambda x: x[0])
+                best = min(
+                    best, (float(loss), [t.detach().clone() for t in free]), key=lambda x: x[0]
+                )
                 if stale >= self.patience:
                     break
             adam.zero_grad()
