@@ -8,6 +8,7 @@ DATA = ("conf", "experiments", "slurm")
 
 
 def yamls(folder: str) -> list[str]:
+    """Return the yaml files below a folder, relative to it."""
     return [str(p.relative_to(folder)) for p in sorted(Path(folder).rglob("*.yaml"))]
 
 
@@ -15,7 +16,7 @@ setup(
     packages=[*find_packages("src"), *(f"rerail.{folder}" for folder in DATA)],
     package_dir={"": "src", **{f"rerail.{folder}": folder for folder in DATA}},
     package_data={
-        "rerail": ["py.typed", "evaluate/tasks/*.yaml", "zoo/**/*"],
+        "rerail": ["py.typed", "evaluate/tasks/*.yaml", "track/page.*", "zoo/**/*"],
         **{f"rerail.{folder}": yamls(folder) for folder in DATA},
     },
 )

@@ -1,4 +1,4 @@
-"""Tiny random models of many families: two MoE layers of 8 experts, top 2, hidden 16, vocabulary 64."""
+"""Tiny random models of many families: 2 MoE layers, 8 experts, top 2, hidden 16, 64 words."""
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -24,6 +24,8 @@ _MLA = {
     "v_head_dim": 8,
 }
 _SHARED = {
+    "first_k_dense_replace": 0,
+    "n_shared_experts": 1,
     "n_routed_experts": 8,
     "num_experts_per_tok": 2,
     "moe_intermediate_size": 8,
@@ -41,27 +43,60 @@ CONFIGS: dict[str, dict[str, object]] = {
     "qwen2_moe": {**_QWEN, "shared_expert_intermediate_size": 24},
     "mixtral": {"num_local_experts": 8, "num_experts_per_tok": 2, "intermediate_size": 24},
     "olmoe": {"num_experts": 8, "num_experts_per_tok": 2, "intermediate_size": 8},
-    "deepseek_v2": {**_SHARED, **_MLA, "first_k_dense_replace": 0, "n_shared_experts": 1, "topk_method": "greedy"},
-    "deepseek_v3": {
-        **_SHARED, **_MLA, "first_k_dense_replace": 0, "n_shared_experts": 1, "n_group": 2, "topk_group": 1,
+    "deepseek_v2": {**_SHARED, **_MLA, "topk_method": "greedy"},
+    "deepseek_v3": {**_SHARED, **_MLA, "n_group": 2, "topk_group": 1},
+    "gpt_oss": {
+        "num_local_experts": 8,
+        "num_experts_per_tok": 2,
+        "intermediate_size": 8,
+        "head_dim": 8,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
     },
-    "gpt_oss": {"num_local_experts": 8, "num_experts_per_tok": 2, "intermediate_size": 8, "head_dim": 8},
     "granitemoe": {
-        "num_local_experts": 8, "num_experts_per_tok": 2, "intermediate_size": 8, "logits_scaling": 4.0,
+        "num_local_experts": 8,
+        "num_experts_per_tok": 2,
+        "intermediate_size": 8,
+        "logits_scaling": 4.0,
     },
     "ernie4_5_moe": {
-        "moe_num_experts": 8, "moe_k": 2, "moe_intermediate_size": 8, "intermediate_size": 24,
-        "moe_layer_start_index": 0, "moe_num_shared_experts": 1,
+        "moe_num_experts": 8,
+        "moe_k": 2,
+        "moe_intermediate_size": 8,
+        "intermediate_size": 24,
+        "moe_layer_start_index": 0,
+        "moe_num_shared_experts": 1,
     },
-    "glm4_moe": {
-        **_SHARED, "first_k_dense_replace": 0, "n_shared_experts": 1, "n_group": 1, "topk_group": 1, "head_dim": 8,
-    },
+    "glm4_moe": {**_SHARED, "n_group": 1, "topk_group": 1, "head_dim": 8},
     "flex_olmo": {"num_experts": 8, "num_experts_per_tok": 2, "intermediate_size": 8},
-}  # fmt: skip
+    "afmoe": {
+        "num_experts": 8,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 8,
+        "intermediate_size": 24,
+        "num_dense_layers": 0,
+        "num_shared_experts": 1,
+        "head_dim": 8,
+    },
+    "hunyuan_v1_moe": {
+        "num_experts": 8,
+        "moe_topk": 2,
+        "intermediate_size": 8,
+        "head_dim": 8,
+        "pad_id": 0,
+    },
+    "lfm2_moe": {
+        "num_experts": 8,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 8,
+        "intermediate_size": 24,
+        "num_dense_layers": 0,
+        "layer_types": ["full_attention", "full_attention"],
+    },
+}
 
 
 def tiny(family: str, seed: int = 0, **changes: object) -> MoEModel:
-    """Return a tiny random float32 model in eval mode, with biases and correction biases made non-zero."""
+    """Return a tiny random frozen float32 model in eval mode, its biases made non-zero."""
     config = AutoConfig.for_model(family, **{**_COMMON, **CONFIGS[family], **changes})
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()

@@ -23,7 +23,8 @@ from rerail.data.documents import Document, split_of, without_near_duplicates
 EOS = "<|endoftext|>"
 MEGABYTES = {  # of each further domain, beside all of the train split of speeches and docs
     "wiki": 2.9, "tinystories_cased_2MB": 1.9, "tinystories_lower_4.2MB": 1.2, "books_a": 3.0,
-    "dialog": 2.0, "children": 1.8, "code": 1.2, "tech": 1.6, "factbook": 0.9, "tinyshakespeare": 0.4,
+    "dialog": 2.0, "children": 1.8, "code": 1.2, "tech": 1.6, "factbook": 0.9,
+    "tinyshakespeare": 0.4,
 }  # fmt: skip
 
 

@@ -2,8 +2,8 @@
 
 Needs torch and transformers only. `DIR/train.bin` and `DIR/val.<domain>.bin` hold uint16 token ids
 (written by prepare.py). Block i of the training file is block i of a seeded permutation, so both
-models see the same tokens in the same order. A checkpoint is written every five minutes and a run
-that is started again continues from it with the same numbers.
+models see the same tokens in the same order. A checkpoint is written every five minutes (and at
+`--stop`), and a run that is started again continues from it with the same numbers.
 
 Matrices are trained by Muon (momentum, then a Newton-Schulz step towards the nearest orthogonal
 matrix, one expert at a time), everything else by Adam.
@@ -25,7 +25,7 @@ SEED = 0
 
 
 def config_of(kind: str) -> Qwen3MoeConfig:
-    """64 experts of width 32, top 16, or 8 experts of width 256, top 2: equal but for the router."""
+    """64 experts of width 32, top 16, or 8 of width 256, top 2: equal but for the router."""
     fine = kind == "fine"
     return Qwen3MoeConfig(
         vocab_size=4096,
@@ -61,10 +61,10 @@ def orthogonalised(g: torch.Tensor) -> torch.Tensor:
 
 
 class Muon(torch.optim.Optimizer):
-    """Muon for 2-D and 3-D parameters; `gate_up_proj` counts as two matrices an expert."""
+    """Muon for stacks of matrices; a group says how many lie one above another in each tensor."""
 
     def __init__(self, params, lr: float, momentum: float = 0.95):
-        super().__init__(params, {"lr": lr, "momentum": momentum})
+        super().__init__(params, {"lr": lr, "momentum": momentum, "stacked": 1})
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -74,17 +74,18 @@ class Muon(torch.optim.Optimizer):
                 buffer = state.setdefault("momentum", torch.zeros_like(p))
                 buffer.lerp_(p.grad, 1 - group["momentum"])
                 update = p.grad.lerp(buffer, group["momentum"])
-                parts = (
-                    update.chunk(2, dim=-2) if p.dim() == 3 and p.shape[-2] != 128 else (update,)
-                )
+                parts = update.chunk(group["stacked"], dim=-2)
                 scaled = [orthogonalised(u) * 0.2 * math.sqrt(max(u.shape[-2:])) for u in parts]
                 p.add_(torch.cat(scaled, dim=-2), alpha=-group["lr"])
 
 
 def optimisers(model, lr: float):
-    matrices = [p for n, p in model.named_parameters() if "proj" in n]
-    others = [p for n, p in model.named_parameters() if "proj" not in n]
-    return Muon(matrices, lr), torch.optim.Adam(others, lr=lr, betas=(0.9, 0.95))
+    named = list(model.named_parameters())
+    fused = [p for n, p in named if "gate_up_proj" in n]
+    single = [p for n, p in named if "proj" in n and "gate_up_proj" not in n]
+    others = [p for n, p in named if "proj" not in n]
+    muon = Muon([{"params": fused, "stacked": 2}, {"params": single}], lr)
+    return muon, torch.optim.Adam(others, lr=lr, betas=(0.9, 0.95))
 
 
 def rate(step: int, steps: int) -> float:
@@ -98,13 +99,10 @@ def validate(model, folder: Path, device: str, blocks: int = 48) -> dict[str, fl
     nll = {}
     for path in sorted(folder.glob("val.*.bin")):
         ids = np.fromfile(path, dtype=np.uint16).astype(np.int64)
-        x = torch.from_numpy(ids[: len(ids) // BLOCK * BLOCK].reshape(-1, BLOCK)[:blocks]).to(
-            device
-        )
-        losses = [model(b, labels=b, use_cache=False).loss.item() for b in x.split(16)]
-        nll[path.name.split(".")[1]] = float(
-            np.average(losses, weights=[len(b) for b in x.split(16)])
-        )
+        whole = ids[: len(ids) // BLOCK * BLOCK].reshape(-1, BLOCK)[:blocks]
+        parts = torch.from_numpy(whole).to(device).split(16)
+        losses = [model(b, labels=b, use_cache=False).loss.item() for b in parts]
+        nll[path.name.split(".")[1]] = float(np.average(losses, weights=[len(b) for b in parts]))
     model.train()
     return nll
 
@@ -114,7 +112,7 @@ def save(out: Path, name: str, value) -> None:
     (out / f"{name}.tmp").replace(out / name)
 
 
-def main() -> None:
+def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("kind", choices=["fine", "coarse"])
     parser.add_argument("--data", type=Path, required=True)
@@ -124,7 +122,12 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--lr", type=float, default=4e-3)
     parser.add_argument("--device", default="cpu")
-    a = parser.parse_args()
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    a = arguments(argv)
+    settings = {k: str(v) for k, v in vars(a).items() if k in ("kind", "steps", "batch", "lr")}
     a.out.mkdir(parents=True, exist_ok=True)
     if a.device == "cpu":
         torch.set_num_threads(1)
@@ -135,14 +138,16 @@ def main() -> None:
     opts = optimisers(model, a.lr)
     ids = np.memmap(a.data / "train.bin", dtype=np.uint16, mode="r")
     order = np.random.default_rng(SEED).permutation(len(ids) // BLOCK)
-    step, seconds, rows = 0, 0.0, []
+    step, seconds, rows, ema = 0, 0.0, [], None
     if (a.out / "checkpoint.pt").exists():
         held = torch.load(a.out / "checkpoint.pt", weights_only=True, map_location=a.device)
         model.load_state_dict(held["model"])
         [o.load_state_dict(s) for o, s in zip(opts, held["optimisers"], strict=True)]
-        step, seconds, rows = held["step"], held["seconds"], held["rows"]
-    started, saved, ema = time.time() - seconds, time.time(), None
-    while step < (a.stop or a.steps):
+        if held["settings"] != settings:
+            raise SystemExit(f"{a.out} holds a run of {held['settings']}, not of {settings}")
+        step, seconds, rows, ema = held["step"], held["seconds"], held["rows"], held["ema"]
+    started, saved, last = time.time() - seconds, time.time(), a.stop or a.steps
+    while step < last:
         picked = [order[i % len(order)] for i in range(step * a.batch, (step + 1) * a.batch)]
         x = np.stack([ids[i * BLOCK : (i + 1) * BLOCK] for i in picked]).astype(np.int64)
         x = torch.from_numpy(x).to(a.device)
@@ -166,10 +171,11 @@ def main() -> None:
             }
             rows.append(row)
             print(json.dumps(row), flush=True)
-        if time.time() - saved > 300 or step == a.steps:
+        if time.time() - saved > 300 or step == last:
             saved = time.time()
             held = {"model": model.state_dict(), "optimisers": [o.state_dict() for o in opts]}
-            held |= {"step": step, "seconds": saved - started, "rows": rows}
+            held |= {"step": step, "seconds": saved - started, "rows": rows, "ema": ema}
+            held["settings"] = settings
             save(a.out, "checkpoint.pt", held)
     with (a.out / "log.csv").open("w", newline="") as handle:
         writer = csv.DictWriter(handle, rows[0].keys() if rows else ["step"])

@@ -1,6 +1,7 @@
 """Files that are either whole or absent: temporary name, then rename; JSON with a hash."""
 
 import contextlib
+import errno
 import hashlib
 import json
 import logging
@@ -17,9 +18,9 @@ log = logging.getLogger(__name__)
 
 
 def cache_dir() -> Path:
-    """Return the folder of reusable artefacts: `RERAIL_CACHE`, else `rerail` in the user's cache."""
+    """Return the folder of reusable artefacts: `RERAIL_CACHE`, or a folder in the user's cache."""
     if given := os.environ.get("RERAIL_CACHE"):
-        return Path(given)
+        return Path(given).expanduser()
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(base) / "rerail"
 
@@ -45,23 +46,31 @@ def whole_file(path: Path) -> Iterator[Path]:
     Raises:
         InputError: no space is left on the device.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
         if temporary.is_dir() and path.is_dir():
             shutil.rmtree(path)
         temporary.replace(path)
-    except OSError as error:
-        if error.errno == 28:
-            message = f"no space left on the device that holds {path.parent}; free some or set RERAIL_CACHE"
-            raise InputError(message) from error
+    except Exception as error:
+        if _is_full(error):
+            raise InputError(
+                f"no space left on the device that holds {path.parent}; "
+                "free some or set RERAIL_CACHE"
+            ) from error
         raise
     finally:
         if temporary.is_dir():
             shutil.rmtree(temporary, ignore_errors=True)
         else:
             temporary.unlink(missing_ok=True)
+
+
+def _is_full(error: Exception) -> bool:
+    # safetensors writes from Rust and names the same condition in words
+    full = (errno.ENOSPC, errno.EDQUOT)
+    return getattr(error, "errno", None) in full or "(os error 28)" in str(error)
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -1,9 +1,10 @@
 """What a method is: a frozen dataclass that turns statistics into a plan."""
 
+import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -35,7 +36,7 @@ class Compressor(ABC):
 
     @abstractmethod
     def check(self, layers: Sequence[MoELayer], ratio: Ratio, allocation: Allocation) -> None:
-        """Raise InputError where the ratio cannot be reached; layers may lie on the meta device."""
+        """Raise OutOfReach where the ratio cannot be reached; layers may lie on the meta device."""
 
     @abstractmethod
     def allocate(
@@ -57,7 +58,7 @@ class Compressor(ABC):
         """Decide about one scope of layers."""
 
     def scopes(self, layers: Sequence[MoELayer]) -> list[list[int]]:
-        """Return positions of layers that are planned together: one by one unless a method says more."""
+        """Return positions of layers that are planned together; by default one by one."""
         return [[i] for i in range(len(layers))]
 
 
@@ -70,10 +71,14 @@ def make_plan(
 ) -> Plan:
     """Return the one-shot plan of a compressor; ratio 0 gives the empty plan.
 
+    Its lineage says what was asked for (`removed`) and what integers made of it (`achieved`, the
+    removed share of routed experts).
+
     Raises:
-        InputError: the ratio cannot be reached.
+        OutOfReach: the ratio cannot be reached.
+        InputError: the plan does not fit the model.
     """
-    lineage = {
+    lineage: dict[str, Any] = {
         "compressor": repr(compressor),
         "removed": ratio.removed,
         "allocation": repr(allocation),
@@ -90,6 +95,8 @@ def make_plan(
         planned = compressor.plan_scope(chosen, views, [shares[i] for i in scope])
         parts += planned.layers
         tensors |= {f"layers.{name}": t for name, t in planned.tensors.items()}
-    plan = Plan(tuple(parts), lineage | {"shares": shares}, tensors)
-    plan.validate(tuple(layers))
-    return plan
+    plan = Plan(tuple(parts), lineage, tensors)
+    plan.validate(layers)
+    dense = sum(layer.expert_size * layer.num_experts for layer in layers)
+    achieved = 1 - plan.stored(layers) / dense
+    return dataclasses.replace(plan, lineage=lineage | {"shares": shares, "achieved": achieved})

@@ -8,10 +8,11 @@ from typing import ClassVar
 from torch import Tensor
 
 from rerail.compress.compressor import Compressor, ScopePlan
+from rerail.errors import OutOfReach
 from rerail.moe.bank import BankSpec
 from rerail.moe.layer import MoELayer
 from rerail.plan.plan import LayerPlan
-from rerail.plan.ratio import Allocation, Ratio
+from rerail.plan.ratio import Allocation, Ratio, Uniform
 from rerail.stats.statistic import LayerStatistics, StatisticSet
 
 
@@ -29,7 +30,7 @@ class Factoriser(Compressor):
         """Return the integers of the form (ranks, bases) for at most `budget` numbers.
 
         Raises:
-            InputError: nothing fits.
+            OutOfReach: nothing fits.
         """
 
     @abstractmethod
@@ -44,8 +45,13 @@ class Factoriser(Compressor):
 
     def check(self, layers: Sequence[MoELayer], ratio: Ratio, allocation: Allocation) -> None:
         """Find sizes for every layer, or say why not."""
-        for layer, budget in zip(layers, _budgets(layers, ratio), strict=True):
-            self.sizes(layer, budget)
+        if not isinstance(allocation, Uniform):
+            raise OutOfReach(
+                f"allocation {allocation} counts experts, and {type(self).__name__} keeps them "
+                "all; use allocation=uniform"
+            )
+        for layer in layers:
+            self.sizes(layer, ratio.numbers_kept(layer))
 
     def allocate(
         self,
@@ -55,7 +61,7 @@ class Factoriser(Compressor):
         allocation: Allocation,
     ) -> list[int]:
         """Return the numbers that each layer may store."""
-        return _budgets(layers, ratio)
+        return [ratio.numbers_kept(layer) for layer in layers]
 
     def plan_scope(
         self,
@@ -71,14 +77,6 @@ class Factoriser(Compressor):
             solved = self.factor(layer, held, sizes)
             tensors |= {f"{layer.index}.{name}": t for name, t in solved.items()}
             everyone = tuple(range(layer.num_experts))
-            parts.append(
-                LayerPlan(layer.index, everyone, everyone, "untouched", self.spec(layer, sizes))
-            )
+            spec = self.spec(layer, sizes)
+            parts.append(LayerPlan(layer.index, everyone, everyone, "untouched", spec))
         return ScopePlan(tuple(parts), tensors)
-
-
-def _budgets(layers: Sequence[MoELayer], ratio: Ratio) -> list[int]:
-    return [
-        int((1 - ratio.removed) * layer.expert_size() * layer.num_experts + 1e-6)
-        for layer in layers
-    ]

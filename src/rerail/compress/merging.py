@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from rerail.compress.compressor import Compressor, ScopePlan
-from rerail.moe.bank import BankSpec
+from rerail.moe.bank import BankSpec, Member
 from rerail.moe.layer import MoELayer
 from rerail.plan.plan import LayerPlan
 from rerail.plan.ratio import Allocation, Ratio, check_kept
@@ -18,7 +18,7 @@ from rerail.stats.statistic import LayerStatistics, StatisticSet
 
 @dataclass(frozen=True, kw_only=True)
 class Merger(Compressor):
-    """Groups the experts of a layer and stores one merged expert a group; a share is the number of groups.
+    """Groups the experts of a layer and stores one merged expert a group; a share counts groups.
 
     The router keeps its E rows (`remap`): two chosen slots of one group add their gate weights.
     """
@@ -35,7 +35,8 @@ class Merger(Compressor):
 
     def check(self, layers: Sequence[MoELayer], ratio: Ratio, allocation: Allocation) -> None:
         """At least one group a layer; the router keeps all rows, so top_k is no bound."""
-        check_kept(layers, allocation.keep(layers, ratio, None), selectable=False)
+        even, least = [torch.ones(layer.num_experts) for layer in layers], [1] * len(layers)
+        check_kept(layers, allocation.keep(layers, ratio, even, least), least)
 
     def allocate(
         self,
@@ -46,7 +47,7 @@ class Merger(Compressor):
     ) -> list[int]:
         """Return the number of groups in each layer."""
         scores = [self.weights(statistics.of(layer, self.requires)).double() for layer in layers]
-        return allocation.keep(layers, ratio, scores)
+        return allocation.keep(layers, ratio, scores, [1] * len(layers))
 
     def plan_scope(
         self,
@@ -58,7 +59,7 @@ class Merger(Compressor):
         parts = []
         for layer, held, share in zip(layers, statistics, shares, strict=True):
             labels = self.group(layer, held, share)
-            members = group_members(labels, self.weights(held))
+            members = group_members(layer.index, labels, self.weights(held))
             spec = BankSpec("dense", share, members)
             slots = tuple(int(label) for label in labels)
             everyone = tuple(range(layer.num_experts))
@@ -66,13 +67,14 @@ class Merger(Compressor):
         return ScopePlan(tuple(parts), {})
 
 
-def group_members(labels: Tensor, weights: Tensor) -> tuple[tuple[tuple[int, float], ...], ...]:
-    """Return (expert, normalised weight) pairs for each label; a group without weight is averaged."""
+def group_members(layer: int, labels: Tensor, weights: Tensor) -> tuple[tuple[Member, ...], ...]:
+    """Return the members of each label, weights normalised; a group without weight is averaged."""
     groups = []
     for label in range(int(labels.max()) + 1):
         experts = torch.nonzero(labels == label).flatten()
         share = weights[experts].double()
         share = torch.ones_like(share) if share.sum() == 0 else share
         share = share / share.sum()
-        groups.append(tuple((int(e), float(w)) for e, w in zip(experts, share, strict=True)))
+        pairs = zip(experts.tolist(), share.tolist(), strict=True)
+        groups.append(tuple((layer, expert, weight) for expert, weight in pairs))
     return tuple(groups)

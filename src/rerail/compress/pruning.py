@@ -9,17 +9,17 @@ import torch
 from torch import Tensor
 
 from rerail.compress.compressor import Compressor, ScopePlan
-from rerail.errors import InputError
+from rerail.errors import OutOfReach
 from rerail.moe.bank import BankSpec
 from rerail.moe.layer import MoELayer
 from rerail.plan.plan import LayerPlan
-from rerail.plan.ratio import Allocation, GlobalScore, Ratio, check_kept
+from rerail.plan.ratio import Allocation, Ratio, check_kept
 from rerail.stats.statistic import LayerStatistics, StatisticSet
 
 
-def dense_spec(kept: Sequence[int]) -> BankSpec:
-    """Return the spec of a bank that stores these experts of the teacher as they are."""
-    return BankSpec("dense", len(kept), tuple(((int(e), 1.0),) for e in kept))
+def dense_spec(kept: Sequence[tuple[int, int]]) -> BankSpec:
+    """Return the spec of a bank that stores these (layer, expert) pairs as they are."""
+    return BankSpec("dense", len(kept), tuple(((layer, e, 1.0),) for layer, e in kept))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,17 +43,18 @@ class Pruner(Compressor):
 
     def check(self, layers: Sequence[MoELayer], ratio: Ratio, allocation: Allocation) -> None:
         """Check top_k and groups before anything heavy."""
-        if isinstance(allocation, GlobalScore):
-            allocation.keep(layers, ratio, [torch.ones(layer.num_experts) for layer in layers])
-            return
-        counts = allocation.keep(layers, ratio, None)
-        check_kept(layers, counts, selectable=True)
+        even = [torch.ones(layer.num_experts) for layer in layers]
+        counts = allocation.keep(layers, ratio, even, _least(layers))
+        check_kept(layers, counts, _least(layers))
         for layer, count in zip(layers, counts, strict=True):
-            if self.router == "slice" and count % layer.num_groups:
-                raise InputError(
-                    f"the ratio keeps {count} experts in layer {layer.index}, and its router has "
-                    f"{layer.num_groups} groups that must stay equal; keep a multiple of {layer.num_groups} or "
-                    "set compressor.router=mask"
+            if self.router == "mask" or layer.num_groups == 1:
+                continue
+            if not allocation.fixed or count % layer.num_groups:
+                raise OutOfReach(
+                    f"layer {layer.index} cannot be sliced to {count} experts by {allocation}: "
+                    f"its router has {layer.num_groups} groups that must stay equal; keep a "
+                    f"multiple of {layer.num_groups} in each layer by allocation=uniform, or set "
+                    "compressor.router=mask"
                 )
 
     def allocate(
@@ -65,7 +66,7 @@ class Pruner(Compressor):
     ) -> list[int]:
         """Return kept counts, by the allocation's rule."""
         scores = [self.score(statistics.of(layer, self.requires)) for layer in layers]
-        return allocation.keep(layers, ratio, scores)
+        return allocation.keep(layers, ratio, scores, _least(layers))
 
     def plan_scope(
         self,
@@ -76,31 +77,35 @@ class Pruner(Compressor):
         """Keep the best `share` experts of each layer."""
         parts = []
         for layer, held, share in zip(layers, statistics, shares, strict=True):
-            groups = layer.num_groups if self.router == "slice" else 1
-            kept = best(self.score(held), share, groups)
+            groups = layer.num_groups
+            each = share // groups if self.router == "slice" else layer.least_per_group
+            kept = best(self.score(held), share, groups, each)
             parts.append(_layer_plan(layer, kept, self.router))
         return ScopePlan(tuple(parts), {})
 
 
-def best(score: Tensor, count: int, groups: int = 1) -> tuple[int, ...]:
-    """Return the slots of the `count` highest scores, ascending; `count / groups` in each group.
+def _least(layers: Sequence[MoELayer]) -> list[int]:
+    return [layer.num_groups * layer.least_per_group for layer in layers]
+
+
+def best(score: Tensor, count: int, groups: int = 1, each: int = 0) -> tuple[int, ...]:
+    """Return the slots of the `count` highest scores, ascending; at least `each` in every group.
 
     Ties keep the lower slot, so that a plan does not depend on the sort.
     """
+    order = torch.argsort(score, descending=True, stable=True).tolist()
     size = len(score) // groups
-    kept: list[int] = []
-    for g in range(groups):
-        part = score[g * size : (g + 1) * size]
-        order = torch.argsort(part, descending=True, stable=True)[: count // groups]
-        kept += [g * size + int(i) for i in order]
-    return tuple(sorted(kept))
+    kept = [s for g in range(groups) for s in [s for s in order if s // size == g][:each]]
+    rest = [s for s in order if s not in kept]
+    return tuple(sorted(kept + rest[: count - len(kept)]))
 
 
 def _layer_plan(
     layer: MoELayer, kept: tuple[int, ...], router: Literal["slice", "mask"]
 ) -> LayerPlan:
+    spec = dense_spec([(layer.index, slot) for slot in kept])
     if router == "slice":
-        return LayerPlan(layer.index, kept, tuple(range(len(kept))), "slice", dense_spec(kept))
+        return LayerPlan(layer.index, kept, tuple(range(len(kept))), "slice", spec)
     position = {slot: i for i, slot in enumerate(kept)}
     slots = tuple(position.get(slot, 0) for slot in range(layer.num_experts))
-    return LayerPlan(layer.index, kept, slots, "mask", dense_spec(kept))
+    return LayerPlan(layer.index, kept, slots, "mask", spec)

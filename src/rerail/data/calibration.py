@@ -1,5 +1,6 @@
 """From text to blocks of tokens: a mix of sources, packed or padded, with a fingerprint."""
 
+import hashlib
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -42,7 +43,8 @@ class TokenBlocks:
 
     def batches(self, size: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Yield (input_ids, mask) of `size` blocks each, in order."""
-        yield from zip(self.input_ids.split(size), self.mask.split(size), strict=True)
+        for first in range(0, len(self), size):
+            yield self.input_ids[first : first + size], self.mask[first : first + size]
 
 
 @dataclass(frozen=True)
@@ -68,11 +70,19 @@ class Calibration:
 
     def __post_init__(self) -> None:
         """Check the numbers."""
+        object.__setattr__(self, "sources", tuple(self.sources))
         if not self.sources:
             raise InputError("calibration.sources is empty; name at least one source")
+        for source in self.sources:
+            if not isinstance(source, Source):
+                raise InputError(
+                    f"source {source!r} is none of Speeches(), Docs(), Files(...), Hub(...) and "
+                    "SelfText() of rerail.data.text"
+                )
         if self.samples < 1 or self.block < 2:
             raise InputError(
-                f"samples={self.samples} and block={self.block}: at least 1 sample of 2 tokens is needed"
+                f"samples={self.samples} and block={self.block}: "
+                "at least 1 sample of 2 tokens is needed"
             )
         if self.mode not in ("pack", "pad"):
             raise InputError(f"mode={self.mode!r} is not one of pack, pad")
@@ -104,16 +114,15 @@ class Calibration:
             model: the teacher, where a source is the teacher itself.
 
         Raises:
-            InputError: a source is empty or too short.
+            InputError: a source is empty or too short, or needs a model and none is given.
         """
         share = -(-self.samples // len(self.sources))
         parts = [self._of(source, share, tokenizer, model) for source in self.sources]
         ids = torch.stack([p[0] for p in parts], dim=1).flatten(0, 1)[: self.samples]
         mask = torch.stack([p[1] for p in parts], dim=1).flatten(0, 1)[: self.samples]
-        key = self.fingerprint(tokenizer)
-        if model is not None and self.needs_model:
-            key = digest([key, digest(ids.tolist())])
-        return TokenBlocks(ids, mask, key)
+        # the tokens themselves, too: no setting tells what a model said or what a hub holds today
+        tokens = hashlib.sha256(ids.numpy().tobytes() + mask.numpy().tobytes()).hexdigest()
+        return TokenBlocks(ids, mask, digest([self.fingerprint(tokenizer), tokens]))
 
     def _of(
         self,
@@ -123,7 +132,8 @@ class Calibration:
         model: PreTrainedModel | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         if isinstance(source, SelfText):
-            assert model is not None
+            if model is None:
+                raise InputError("self text is written by the teacher: give blocks() the model")
             ids = source.tokens(model, tokenizer, count, self.block, self.seed)
             return ids, torch.ones_like(ids, dtype=torch.bool)
         assert isinstance(source, Corpus)
@@ -133,8 +143,8 @@ class Calibration:
         rows = make(texts, count, tokenizer)
         if len(rows) < count:
             raise InputError(
-                f"{source.name} ({self.split}) gives {len(rows)} blocks of {self.block} tokens and {count} are "
-                "asked for; lower calibration.samples or calibration.block, or add text"
+                f"{source.name} ({self.split}) gives {len(rows)} blocks of {self.block} tokens "
+                f"and {count} are asked for; lower samples or block of the calibration, or add text"
             )
         ids = torch.zeros(count, self.block, dtype=torch.int64)
         mask = torch.zeros(count, self.block, dtype=torch.bool)
@@ -147,10 +157,11 @@ class Calibration:
         self, texts: list[str], count: int, tokenizer: PreTrainedTokenizerBase
     ) -> list[list[int]]:
         stream: list[int] = []
+        end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
         for text in texts:
             if len(stream) >= count * self.block:
                 break
-            stream += [*_ids(tokenizer, text), tokenizer.eos_token_id]
+            stream += [*_ids(tokenizer, text), *end]
         full = min(count, len(stream) // self.block)
         return [stream[i * self.block : (i + 1) * self.block] for i in range(full)]
 
@@ -180,8 +191,8 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> Non
     """
     if len(tokenizer) > vocab_size:
         raise InputError(
-            f"the tokenizer has {len(tokenizer)} entries and the model {vocab_size}: they do not belong "
-            "together; give the model's own tokenizer"
+            f"the tokenizer has {len(tokenizer)} entries and the model {vocab_size}: they do not "
+            "belong together; give the model's own tokenizer"
         )
 
 

@@ -1,68 +1,80 @@
 """Technical prose that every installation has: the docstrings of its own dependencies."""
 
-import ast
 import importlib.metadata
 import importlib.util
+import json
 import os
-import warnings
-from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
+import subprocess
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from rerail.data import docstring_reader
 from rerail.data.documents import Document
+from rerail.errors import InputError
 
 PACKAGES = ("torch", "transformers", "numpy", "scipy", "sklearn", "sympy", "pandas", "networkx")
 _DISTRIBUTION = {"sklearn": "scikit-learn"}
-_MIN_CHARACTERS = 200
 
 
-def package_versions(packages: tuple[str, ...]) -> dict[str, str]:
-    """Return the installed version of each package; they belong to a corpus' fingerprint."""
-    return {p: importlib.metadata.version(_DISTRIBUTION.get(p, p)) for p in packages}
+def package_versions(packages: Sequence[str]) -> dict[str, str]:
+    """Return the installed version of each package; they belong to a corpus' fingerprint.
+
+    Raises:
+        InputError: a package is not installed.
+    """
+    try:
+        return {p: importlib.metadata.version(_DISTRIBUTION.get(p, p)) for p in packages}
+    except (importlib.metadata.PackageNotFoundError, ValueError) as error:
+        raise InputError(
+            f"packages={', '.join(packages)}: not all are installed ({error}); "
+            f"name installed packages, for instance {', '.join(PACKAGES)}"
+        ) from error
 
 
-def extract(packages: tuple[str, ...] = PACKAGES) -> list[Document]:
+def extract(packages: Sequence[str] = PACKAGES) -> list[Document]:
     """Return the docstrings of at least 200 characters, named by their qualified names.
 
-    Files are parsed in parallel and never imported; test folders are left out.
+    Files are parsed by one process a core and never imported; test folders are left out.
+
+    Raises:
+        InputError: a package is not installed.
     """
-    files = [(root, path) for root in map(_root, packages) for path in _sources(root)]
-    workers = min(len(os.sched_getaffinity(0)), 8)
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        parts = pool.map(_of_file, files, chunksize=64)
-        found = {name: text for part in parts for name, text in part}
+    files = [item for package in packages for item in _sources(package)]
+    allowed = getattr(os, "sched_getaffinity", None)  # not on every system
+    workers = min(len(allowed(0)) if allowed else os.cpu_count() or 1, 8)
+    with ThreadPoolExecutor(workers) as pool:
+        parts = pool.map(_read, [files[i::workers] for i in range(workers)])
+        by_path = {path: pairs for part in parts for path, pairs in part.items()}
+    # in the order of the files, because a name that comes twice keeps its last text
+    found = {name: text for path, _ in files for name, text in by_path[path]}
     return [Document(name, text) for name, text in sorted(found.items())]
 
 
-def _root(package: str) -> Path:
+def _sources(package: str) -> list[tuple[str, str]]:
+    """Return (path, qualified name) of each module of a package."""
     spec = importlib.util.find_spec(package)
-    if spec is None or spec.origin is None:
-        raise ModuleNotFoundError(f"{package} is not installed, and the docs corpus reads it")
-    return Path(spec.origin).parent
+    if spec is None or spec.origin is None or Path(spec.origin).name != "__init__.py":
+        raise InputError(
+            f"packages: {package} is not an installed package of Python sources; "
+            f"name such packages, for instance {', '.join(PACKAGES)}"
+        )
+    root = Path(spec.origin).parent
+    found = []
+    for path in sorted(root.rglob("*.py")):
+        inside = path.relative_to(root.parent).with_suffix("").parts
+        if not {"tests", "test"} & set(path.relative_to(root).parts):
+            found.append((str(path), ".".join(inside).removesuffix(".__init__")))
+    return found
 
 
-def _sources(root: Path) -> list[Path]:
-    return [p for p in sorted(root.rglob("*.py")) if not {"tests", "test"} & set(p.parts)]
-
-
-def _of_file(item: tuple[Path, Path]) -> list[tuple[str, str]]:
-    root, path = item
-    module = ".".join(path.relative_to(root.parent).with_suffix("").parts).removesuffix(".__init__")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            tree = ast.parse(path.read_text(encoding="utf-8"))
-    except (SyntaxError, UnicodeDecodeError):
-        return []
-    return list(_walk(tree, module))
-
-
-def _walk(node: ast.AST, name: str) -> Iterator[tuple[str, str]]:
-    if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-        text = ast.get_docstring(node)
-        if text and len(text) >= _MIN_CHARACTERS:
-            yield name, text
-    for child in ast.iter_child_nodes(node):
-        named = isinstance(child, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
-        yield from _walk(child, f"{name}.{child.name}" if named else name)
+def _read(files: list[tuple[str, str]]) -> dict[str, list[tuple[str, str]]]:
+    # multiprocessing would run the user's script a second time unless it is guarded by __main__
+    command = [sys.executable, "-I", docstring_reader.__file__]
+    given = json.dumps(files)
+    done = subprocess.run(command, input=given, capture_output=True, check=True, encoding="ascii")
+    return {
+        path: [(name, text) for name, text in pairs]
+        for path, pairs in json.loads(done.stdout).items()
+    }

@@ -25,7 +25,7 @@ class Document:
 
 
 def split_of(name: str) -> Split:
-    """Return the split of a document's name: 70 / 20 / 10 % by sha256, whatever the other documents."""
+    """Return the split of a name: 70 / 20 / 10 % by sha256, whatever other documents there are."""
     share = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") / 2**64
     return next(split for split in SPLITS if share < _UPPER[split])
 

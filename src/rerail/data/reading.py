@@ -1,19 +1,21 @@
 """Texts of a user's files: txt, jsonl, json and parquet, each also compressed by xz."""
 
+import contextlib
 import importlib
 import io
 import json
 import lzma
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from rerail.errors import InputError
+from rerail.files import file_digest
 
 KINDS = (".txt", ".jsonl", ".json", ".parquet")
 
 
-def expand(paths: tuple[str, ...]) -> list[Path]:
+def expand(paths: Sequence[str]) -> list[Path]:
     """Return the files that paths and globs name, each once, in order; a glob's matches are sorted.
 
     Raises:
@@ -32,6 +34,16 @@ def expand(paths: tuple[str, ...]) -> list[Path]:
 def stem(path: Path) -> str:
     """Return a file's name without its kind and without .xz."""
     return Path(path.name.removesuffix(".xz")).stem
+
+
+def digest_of(path: Path) -> str:
+    """Return the sha256 of a file, in hex.
+
+    Raises:
+        InputError: it cannot be read.
+    """
+    with _readable(path):
+        return file_digest(path)
 
 
 def read_rows(path: Path, column: str) -> list[tuple[int, str]]:
@@ -57,7 +69,7 @@ def read_rows(path: Path, column: str) -> list[tuple[int, str]]:
 
 
 def text_of(record: Any, column: str, where: str) -> str:
-    """Return a record's text; null counts as empty.
+    """Return a record's text; null counts as empty, half a surrogate pair as a question mark.
 
     Raises:
         InputError: the record has no such column, or the column holds something else than text.
@@ -73,7 +85,7 @@ def text_of(record: Any, column: str, where: str) -> str:
         raise InputError(
             f"{where} holds {type(value).__name__} in column {column!r} where text is expected"
         )
-    return value
+    return value.encode("utf-8", "replace").decode("utf-8")
 
 
 def _matches(pattern: str) -> list[Path]:
@@ -93,20 +105,27 @@ def _kind(path: Path) -> str:
 
 
 def _bytes(path: Path) -> bytes:
-    try:
+    with _readable(path):
         data = path.read_bytes()
         return lzma.decompress(data) if path.suffix == ".xz" else data
+
+
+@contextlib.contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    try:
+        yield
     except (OSError, lzma.LZMAError) as error:
-        raise InputError(f"{path} cannot be read: {error}") from error
+        raise InputError(
+            f"{path} cannot be read ({error}); name a readable file, whole if it ends in .xz"
+        ) from error
 
 
 def _decode(data: bytes, path: Path) -> str:
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise InputError(
-            f"{path} is not UTF-8 (byte {error.start} is 0x{data[error.start]:02x}); convert it first"
-        ) from error
+        byte = f"byte {error.start} is 0x{error.object[error.start]:02x}"
+        raise InputError(f"{path} is not UTF-8 ({byte}); convert it first") from error
 
 
 def _records(data: bytes, path: Path) -> Iterator[Any]:

@@ -6,6 +6,8 @@ import torch
 from jaxtyping import Int64
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from rerail.errors import InputError
+
 _BATCH = 16
 
 
@@ -21,11 +23,12 @@ def sample(
     """Return `blocks` texts of `block_length` tokens, sampled from the model's own distribution.
 
     A text starts with the tokenizer's bos, or with a random token where there is none. The end of
-    text is a token like any other: what follows it is a new document, as in packed text. Equal
-    seeds give equal texts, and fewer blocks are a prefix of more; the global random state is kept.
+    text is a token like any other: what follows it is a new document, as in packed text. Rows that
+    pad the model's vocabulary are never sampled. Equal seeds give equal texts, and fewer blocks are
+    a prefix of more; the global random state is kept.
 
     Raises:
-        InputError: the model writes tokens that its tokenizer does not know, but nothing else.
+        InputError: the tokenizer knows no token of the model's.
     """
     device = model.device
     devices = [device] if device.type == "cuda" else []
@@ -42,7 +45,8 @@ def sample(
 def _batch(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, length: int, temperature: float
 ) -> torch.Tensor:
-    start = _starts(tokenizer).to(model.device)
+    known = _known(tokenizer, model.config.get_text_config().vocab_size)
+    start = _starts(tokenizer, known).to(model.device)
     options: dict[str, Any] = {
         "do_sample": True,
         "temperature": temperature,
@@ -50,9 +54,35 @@ def _batch(
         "top_p": 1.0,
         "repetition_penalty": 1.0,
         "eos_token_id": None,
+        "suppress_tokens": (~known).nonzero().flatten().tolist() or None,
         "pad_token_id": 0,
         "min_new_tokens": length - 1,
         "max_new_tokens": length - 1,
     }
-    written = model.generate(start, attention_mask=torch.ones_like(start), **options)
-    return written.to("cpu", torch.int64)
+    writer: Any = model
+    written: torch.Tensor = writer.generate(start, attention_mask=torch.ones_like(start), **options)
+    return written.cpu().long()
+
+
+def _known(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> torch.Tensor:
+    """Return (vocab_size,) bool: which of the model's tokens the tokenizer can name."""
+    known = torch.zeros(vocab_size, dtype=torch.bool)
+    known[[i for i in tokenizer.get_vocab().values() if i < vocab_size]] = True
+    if not known.any():
+        raise InputError(
+            f"the tokenizer has {len(tokenizer)} entries and knows none of the {vocab_size} tokens "
+            "of the model; give the model's own tokenizer"
+        )
+    return known
+
+
+def _starts(tokenizer: PreTrainedTokenizerBase, known: torch.Tensor) -> torch.Tensor:
+    """Return the first tokens of a batch, (_BATCH, 1)."""
+    bos = tokenizer.bos_token_id
+    if bos is not None:
+        return torch.full((_BATCH, 1), bos)
+    ordinary = known.clone()
+    ordinary[[i for i in tokenizer.all_special_ids if i < len(known)]] = False
+    return torch.multinomial((ordinary if ordinary.any() else known).double(), _BATCH, True)[
+        :, None
+    ]

@@ -6,6 +6,7 @@ import itertools
 import logging
 import sys
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from typing import Any, ClassVar
@@ -18,13 +19,13 @@ from rerail.data import reading, self_text
 from rerail.data.docstrings import PACKAGES, extract, package_versions
 from rerail.data.documents import Document, Split, split_of, without_near_duplicates
 from rerail.errors import InputError
-from rerail.files import cache_dir, digest, file_digest, read_sealed, write_sealed
+from rerail.files import cache_dir, digest, read_sealed, write_sealed
 
 log = logging.getLogger(__name__)
 
 
 class Source(ABC):
-    """What calibration text is made of; `needs_model` tells whether the teacher must speak first."""
+    """What calibration text is made of; `needs_model`: the teacher must speak first."""
 
     name: ClassVar[str]
     needs_model: ClassVar[bool] = False
@@ -65,7 +66,7 @@ class Docs(Corpus):
         InputError: a package is not installed.
     """
 
-    packages: tuple[str, ...] = PACKAGES
+    packages: Sequence[str] = PACKAGES
     name: ClassVar[str] = "docs"
 
     def __post_init__(self) -> None:
@@ -100,7 +101,7 @@ class Files(Corpus):
         InputError: no path is given (the other errors are those of `rerail.data.reading`).
     """
 
-    paths: tuple[str, ...]
+    paths: Sequence[str]
     column: str = "text"
     split_by_name: bool = False
     name: ClassVar[str] = "files"
@@ -113,7 +114,7 @@ class Files(Corpus):
 
     def fingerprint(self) -> dict[str, Any]:
         """Return the names and hashes of the files, wherever they lie."""
-        held = [[path.name, file_digest(path)] for path in reading.expand(self.paths)]
+        held = [[path.name, reading.digest_of(path)] for path in reading.expand(self.paths)]
         options = {"column": self.column, "split_by_name": self.split_by_name}
         return {"name": self.name, "files": held, **options}
 
@@ -213,7 +214,7 @@ class SelfText(Source):
             raise InputError(f"length={self.length} of self text must be at least 2 tokens")
 
     def fingerprint(self) -> dict[str, Any]:
-        """Return the parameters; the model that speaks is fingerprinted by whoever keeps the text."""
+        """Return the parameters; the text depends on the model, too."""
         return {"name": self.name, **asdict(self)}
 
     def tokens(

@@ -16,23 +16,31 @@ import torch
 from torch import Tensor, nn
 
 from rerail.distill.settings import RouterKD
+from rerail.errors import InputError
 from rerail.moe.layer import MoEModel
 from rerail.teacher.kl import chunked_kl, target_weights, token_kl
 from rerail.teacher.teacher import Teacher
 
+Batch = dict[str, Tensor]
+
 
 class RouterDistillation(lightning.LightningModule):
-    """Holds the student, and the teacher outside its parameters.
+    """Trains masters; student and teacher are held outside its parameters.
+
+    Student and teacher share tensors and may be spread over devices, so Lightning must neither move
+    nor save them: what it sees, moves and writes to checkpoints are the masters alone.
 
     Args:
-        student: the compressed model.
-        teacher: source of the teacher's final hidden states; not a submodule.
+        student: the compressed model, in the mode (eval) in which its teacher speaks.
+        teacher: source of the teacher's final hidden states.
         settings: hyper-parameters.
         trained: the trainable parameters, from `rerail.distill.masters`.
         steps: optimiser steps of the whole fit, for the schedule.
-    """
 
-    strict_loading = False
+    Attributes:
+        curve: {step, train_kl, val_kl} at every validation; the first is step 0.
+        best: validation KL, step and masters of the best validation.
+    """
 
     def __init__(
         self,
@@ -43,91 +51,110 @@ class RouterDistillation(lightning.LightningModule):
         steps: int,
     ):
         super().__init__()
-        self.model = student.model
         self._student = [student]
         self._teacher = [teacher]
         self.settings = settings
-        self.trained = trained
+        self.masters = nn.ParameterDict({n.replace(".", "_"): p for n, p in trained.items()})
         self.steps = steps
         self.curve: list[dict[str, float]] = []
         self.best: tuple[float, int, dict[str, Tensor]] = (math.inf, 0, {})
-        self._sums = [0.0, 0.0]
-        self._train = [0.0, 0]
+        self._validation = (0.0, 0)
+        self._train = (0.0, 0)
 
-    def loss(self, batch: dict[str, Tensor]) -> Tensor:
+    def on_fit_start(self) -> None:
+        """Check that the trainer's precision left the masters what they are.
+
+        Raises:
+            InputError: it cast them to 16 bits, where steps of 5e-5 are lost.
+        """
+        if any(p.dtype != torch.float32 for p in self.masters.values()):
+            raise InputError(
+                f"trainer.precision={self.trainer.precision!r} casts the router's float32 masters "
+                "to 16 bits, in which small steps are lost; use 32-true, bf16-mixed or 16-mixed"
+            )
+
+    def loss(self, batch: Batch) -> Tensor:
         """Return L averaged over the batch's sequences (or tokens, by `average`)."""
-        student, teacher, mask = self._states(batch)
-        weights = target_weights(batch["mask"], self.settings.average)[mask]
-        head, tau = self._student[0].head, self.settings.temperature
-        return chunked_kl(
-            student, teacher, weights, head, temperature=tau, chunk=self.settings.chunk
-        )
+        student, teacher, valid = self._states(batch)
+        weights = target_weights(batch["mask"], self.settings.average).to(valid.device)[valid]
+        head, s = self._student[0].head, self.settings
+        return chunked_kl(student, teacher, weights, head, temperature=s.temperature, chunk=s.chunk)
 
-    def _states(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        ids, mask = batch["input_ids"], batch["mask"]
+    def _states(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """Return both final hidden states (N, H) at the N targets, and where they are (B, S-1)."""
+        device = self._student[0].layers[0].router_rows.device
+        ids, mask = batch["input_ids"].to(device), batch["mask"].to(device)
         teacher = self._teacher[0].hidden(batch["index"], ids, mask)
         student = self._student[0].hidden(ids, mask)
-        valid = mask[:, 1:]
-        return student[:, :-1][valid], teacher[:, :-1][valid].to(student), valid
+        valid = mask[:, 1:].to(student.device)
+        return student[:, :-1][valid], teacher[:, :-1].to(student)[valid], valid
 
-    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """One forward of the student, and the KL to the teacher."""
         loss = self.loss(batch)
-        self._train[0] += float(loss.detach())
-        self._train[1] += 1
+        self._train = (self._train[0] + float(loss.detach()), self._train[1] + 1)
         self.log("train_kl", loss.detach(), prog_bar=True)
         return loss
 
-    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        """Add up the KL of held-out calibration blocks, per token."""
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Add up the KL of held-out calibration blocks."""
         student, teacher, _ = self._states(batch)
-        kl = token_kl(
-            student, teacher, self._student[0].head, self.settings.temperature, self.settings.chunk
+        head, s = self._student[0].head, self.settings
+        kl = token_kl(student, teacher, head, s.temperature, s.chunk)
+        self._validation = (
+            self._validation[0] + float(kl.double().sum()),
+            self._validation[1] + len(kl),
         )
-        self._sums[0] += float(kl.double().sum())
-        self._sums[1] += len(kl)
-
-    def on_validation_epoch_start(self) -> None:
-        """Start a new mean."""
-        self._sums = [0.0, 0.0]
 
     def on_validation_epoch_end(self) -> None:
-        """Keep the masters when this is the best step so far (step 0 included)."""
-        kl = self._sums[0] / max(self._sums[1], 1)
+        """Keep the masters when this is the best step so far (step 0 included).
+
+        Raises:
+            InputError: the KL is not finite before the first step.
+        """
+        kl = self._validation[0] / max(self._validation[1], 1)
         train = self._train[0] / self._train[1] if self._train[1] else kl
-        self._train = [0.0, 0]
+        self._validation = self._train = (0.0, 0)
+        if not math.isfinite(kl):
+            if not self.curve:
+                raise InputError(
+                    f"the KL from teacher to student is {kl} before the first step, so teacher or "
+                    "student give logits that are not finite; a repair needs sound ones"
+                )
+            self.trainer.should_stop = True
         self.curve.append({"step": self.global_step, "train_kl": train, "val_kl": kl})
         self.log("val_kl", kl, prog_bar=True)
         if kl < self.best[0]:
-            held = {n: p.detach().clone() for n, p in self.trained.items()}
+            held = {n: p.detach().clone() for n, p in self.masters.items()}
             self.best = (kl, self.global_step, held)
 
+    @torch.no_grad()
     def on_fit_end(self) -> None:
         """Put the best step's masters back."""
-        with torch.no_grad():
-            for name, value in self.best[2].items():
-                self.trained[name].copy_(value)
+        for name, value in self.best[2].items():
+            self.masters[name].copy_(value)
 
     def configure_optimizers(self) -> Any:
-        """AdamW on the selected parameters only."""
+        """AdamW on the masters."""
         s = self.settings
         adam = torch.optim.AdamW(
-            self.trained.values(), lr=s.learning_rate, weight_decay=s.weight_decay
+            self.masters.values(), lr=s.learning_rate, weight_decay=s.weight_decay
         )
-
-        def factor(step: int) -> float:
-            warm = min(1.0, (step + 1) / s.warmup) if s.warmup else 1.0
-            if s.schedule == "constant":
-                return warm
-            return warm * (
-                0.1 + 0.45 * (1 + math.cos(math.pi * min(1.0, step / max(1, self.steps))))
-            )
-
-        schedule = torch.optim.lr_scheduler.LambdaLR(adam, factor)
+        schedule = torch.optim.lr_scheduler.LambdaLR(adam, self._factor)
         return {"optimizer": adam, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
+    def _factor(self, step: int) -> float:
+        """Return the learning rate of a step over `learning_rate`."""
+        s = self.settings
+        warm = min(1.0, (step + 1) / s.warmup) if s.warmup else 1.0
+        if s.schedule == "constant":
+            return warm
+        return warm * (0.1 + 0.45 * (1 + math.cos(math.pi * min(1.0, step / max(1, self.steps)))))
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep only what trains; the rest is the teacher's and the plan's."""
-        kept = {id(p) for p in self.trained.values()}
-        names = {n for n, p in self.named_parameters() if id(p) in kept}
-        checkpoint["state_dict"] = {n: t for n, t in checkpoint["state_dict"].items() if n in names}
+        """Add what the fit has seen so far."""
+        checkpoint["curve"], checkpoint["best"] = self.curve, self.best
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Go on from it."""
+        self.curve, self.best = checkpoint["curve"], checkpoint["best"]

@@ -1,7 +1,7 @@
 """The hyper-parameters of a repair; the dataclass is its config."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args, get_type_hints
 
 from rerail.errors import InputError
 
@@ -12,7 +12,8 @@ class RouterKD:
 
     Attributes:
         enabled: false skips the repair.
-        learning_rate, weight_decay, warmup, schedule: of AdamW; warm-up in steps; `constant` or `cosine`.
+        learning_rate, weight_decay, warmup: of AdamW; warm-up in steps.
+        schedule: `constant`, or `cosine` down to a tenth.
         temperature: tau.
         epochs: passes over the calibration text.
         batch_size, accumulate: sequences a forward, forwards an optimiser step.
@@ -20,7 +21,7 @@ class RouterKD:
         teacher: `cached` final hidden states (exact), or `live`.
         trains: `router_rows`, or `router_rows+bias` where the family's routers have a trained bias.
         validation: share of the calibration blocks held out to choose the best step.
-        evaluations: how often the validation KL is computed during training.
+        evaluations: how often the validation KL is computed during training, at most.
         chunk: tokens at a time in the KL.
         clip: gradient norm limit, 0 for none.
     """
@@ -43,30 +44,19 @@ class RouterKD:
     clip: float = 0.0
 
     def __post_init__(self) -> None:
-        """Check the numbers before anything is loaded."""
-        positive = (
-            "learning_rate",
-            "temperature",
-            "epochs",
-            "batch_size",
-            "accumulate",
-            "chunk",
-            "evaluations",
-        )
-        for name in positive:
-            if getattr(self, name) <= 0:
-                raise InputError(f"distill.{name}={getattr(self, name)} must be greater than 0")
-        if not 0 < self.validation < 1:
-            raise InputError(
-                f"distill.validation={self.validation} must lie between 0 and 1, both excluded"
-            )
-        for name, allowed in (
-            ("schedule", ("constant", "cosine")),
-            ("average", ("sequence", "token")),
-            ("teacher", ("cached", "live")),
-            ("trains", ("router_rows", "router_rows+bias")),
-        ):
-            if getattr(self, name) not in allowed:
-                raise InputError(
-                    f"distill.{name}={getattr(self, name)!r} is not one of {', '.join(allowed)}"
-                )
+        """Check the values before anything is loaded."""
+        counts = ("epochs", "batch_size", "accumulate", "chunk", "evaluations")
+        for name in ("learning_rate", "temperature", *counts):
+            self._require(name, getattr(self, name) > 0, "must be greater than 0")
+        for name in ("weight_decay", "warmup", "clip"):
+            self._require(name, getattr(self, name) >= 0, "must be at least 0")
+        inside = 0 < self.validation < 1
+        self._require("validation", inside, "must lie between 0 and 1, both excluded")
+        for name in ("schedule", "average", "teacher", "trains"):
+            words = get_args(get_type_hints(type(self))[name])
+            known = getattr(self, name) in words
+            self._require(name, known, f"is not one of {', '.join(words)}")
+
+    def _require(self, name: str, holds: bool, reason: str) -> None:
+        if not holds:
+            raise InputError(f"distill.{name}={getattr(self, name)!r} {reason}")

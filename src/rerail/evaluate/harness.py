@@ -11,7 +11,7 @@ import lzma
 import math
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,7 +43,7 @@ class Harness:
         include_defaults: index lm-eval's own tasks (seconds) even if only local ones are named.
     """
 
-    tasks: tuple[str, ...] = ()
+    tasks: Sequence[str] = ()
     limit: int | None = None
     batch_size: int = 16
     num_fewshot: int | None = None
@@ -59,8 +59,8 @@ class Harness:
         """Find bad settings, unknown tasks and missing data before any model is loaded.
 
         Raises:
-            InputError: a number out of range, an unknown task, `RERAIL_DATA` unset, a data file that
-                is missing or unreadable, or a hub task whose data cannot be fetched.
+            InputError: a number out of range, an unknown task, `RERAIL_DATA` unset, a data file
+                that is missing or unreadable, or a hub task whose data cannot be fetched.
         """
         self._check_here()
         if any(not name.startswith("local_") for name in self.tasks):
@@ -72,8 +72,8 @@ class Harness:
         """Score the tasks; the model is left as it was (training mode, gradients, device).
 
         Returns:
-            One row a task and metric: {task, metric, value, se, n}; `se` is None where lm-eval knows
-            no standard error, `n` counts documents.
+            One row a task and metric: {task, metric, value, se, n}; `se` is None where lm-eval
+            knows no standard error, `n` counts documents.
 
         Raises:
             InputError: as `check`.
@@ -119,7 +119,7 @@ class Harness:
 
         names = list(dict.fromkeys(self.tasks))
         stock = [name for name in names if not name.startswith("local_")]
-        manager = _stock_manager() if stock or self.include_defaults else None
+        manager: Any = _stock_manager() if stock or self.include_defaults else None
         for name in stock:
             _check_known(name, manager.all_tasks)
         try:
@@ -192,7 +192,9 @@ def rows_of(results: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
                 continue
             name = metric if kept == "none" else key
             se = number(found.get(f"{metric}_stderr,{kept}"))
-            n = int(found["sample_len"])
+            n = int(
+                found.get("sample_count", {}).get(key, found["sample_len"])
+            )  # groups count each
             rows.append({"task": task, "metric": name, "value": float(value), "se": se, "n": n})
     return rows
 
@@ -208,7 +210,8 @@ def _folder() -> Path:
     given = os.environ.get("RERAIL_DATA")
     if not given:
         raise InputError(
-            "RERAIL_DATA is not set, but local tasks read $RERAIL_DATA/eval; set it to the data folder"
+            "RERAIL_DATA is not set, but local tasks read $RERAIL_DATA/eval; "
+            "set it to the data folder"
         )
     folder = Path(given).expanduser().resolve() / "eval"
     if not folder.is_dir():
@@ -228,9 +231,10 @@ def _check_local(name: str) -> None:
         try:
             with lzma.open(path, "rt", encoding="utf-8") as handle:
                 json.loads(handle.readline())
-        except (ValueError, EOFError, lzma.LZMAError) as error:
+        except (OSError, ValueError, EOFError, lzma.LZMAError) as error:
             raise InputError(
-                f"task {name} cannot read {path} ({error}); it must be xz-compressed JSON lines in UTF-8"
+                f"task {name} cannot read {path} ({error}); "
+                "it must be xz-compressed JSON lines in UTF-8"
             ) from error
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from rerail.evaluate.routing import Routing, tracing
 from rerail.moe.layer import MoEModel
-from rerail.teacher.kl import kl_and_logs
+from rerail.teacher.kl import kl_of, log_distribution
 
 Batch = tuple[Tensor, Tensor]
 Progress = Callable[[Sequence[Batch]], Iterable[Batch]]
@@ -48,8 +48,8 @@ def score_blocks(
     Args:
         model: teacher or student.
         batches: (input_ids (B, S), mask (B, S)).
-        teacher: the teacher's final hidden states (N, S, H) on the same blocks; None where the model is
-            the teacher itself, whose KL is 0 and agreement 1; its states are then returned.
+        teacher: the teacher's final hidden states (N, S, H) on the same blocks; None where the
+            model is the teacher itself (KL 0, agreement 1), whose states are then returned.
         progress: wraps the batches.
         chunk: tokens whose logits exist at once.
     """
@@ -62,7 +62,8 @@ def score_blocks(
             routing.mask = mask
             hidden = model.hidden(ids.to(device), mask.to(device))
             theirs = hidden if teacher is None else teacher[done : done + len(ids)].to(hidden)
-            rows.append(_batch_sums(model, ids.to(device), mask.to(device), hidden, theirs, chunk))
+            here = (ids.to(hidden.device), mask.to(hidden.device))
+            rows.append(_batch_sums(model, *here, hidden, theirs, chunk))
             if teacher is None:
                 states.append(hidden.cpu())
             done += len(ids)
@@ -78,15 +79,12 @@ def _batch_sums(
     block = torch.arange(len(ids), device=ids.device)[:, None].expand_as(valid)[valid]
     targets = ids[:, 1:][valid]
     sums = torch.zeros(len(ids), 4, dtype=torch.float64, device=ids.device)
-    pieces = (
-        t.split(chunk) for t in (hidden[:, :-1][valid], teacher[:, :-1][valid], targets, block)
-    )
+    states = hidden[:, :-1][valid], teacher[:, :-1][valid]
+    pieces = (torch.split(x, chunk) for x in (*states, targets, block))
     for s, t, y, b in zip(*pieces, strict=True):
-        kl, log_s, log_t = kl_and_logs(s, t, model.head, 1.0)
-        nll = -log_s.gather(1, y[:, None]).squeeze(1)
-        agree = log_s.argmax(-1) == log_t.argmax(-1)
-        found = torch.stack(
-            [nll.double(), kl.double(), agree.double(), torch.ones_like(nll).double()], 1
-        )
-        sums.index_add_(0, b, found)
+        log_s, log_t = (log_distribution(model.head(x)) for x in (s, t))
+        nll = -log_s.gather(1, y[:, None]).squeeze(1).double()
+        agree = (log_s.argmax(-1) == log_t.argmax(-1)).double()
+        found = [nll, kl_of(log_t, log_s).double(), agree, torch.ones_like(nll)]
+        sums.index_add_(0, b, torch.stack(found, dim=1))
     return sums.cpu()

@@ -30,50 +30,42 @@ class Routing:
         return torch.cat(self.chosen[layer])
 
     def load_entropy(self, layer: int) -> float:
-        """Return the entropy of the slots' shares of choices over log(rows): 1 is even, 0 is one slot."""
-        counts = torch.bincount(
-            self.of(layer).flatten().long(), minlength=self.rows[layer]
-        ).double()
-        share = counts / counts.sum()
-        entropy = -(share * share.clamp(min=1e-300).log()).sum()
-        return float(entropy / torch.tensor(float(self.rows[layer])).log().clamp(min=1e-12))
+        """Return the entropy of the slots' shares of choices over log(rows).
+
+        1 is an even load, 0 is one slot for all tokens.
+        """
+        chosen, rows = self.of(layer).flatten().long(), self.rows[layer]
+        share = torch.bincount(chosen, minlength=rows).double() / len(chosen)
+        entropy = torch.special.entr(share).sum()
+        return float(entropy / torch.tensor(float(max(rows, 2))).log())
 
 
-class _Tracer(nn.Module):
-    def __init__(self, layer: MoELayer, routing: Routing):
-        super().__init__()
-        self.inner = layer.experts
-        self.index = layer.index
-        self.routing = routing
-        routing.chosen[layer.index] = []
-        routing.rows[layer.index] = layer.num_experts
+def _recorder(layer: MoELayer, routing: Routing) -> Any:
+    """Return a forward pre-hook for a layer's experts (or bank)."""
+    routing.chosen[layer.index] = []
+    routing.rows[layer.index] = layer.num_experts
 
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(super().__getattr__("inner"), name)
+    def record(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        index = inputs[1]
+        if routing.mask is not None:
+            index = index[routing.mask.flatten().to(index.device)]
+        routing.chosen[layer.index].append(index.sort(dim=1).values.to(torch.int16).cpu())
 
-    def forward(self, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
-        mask = self.routing.mask
-        kept = index if mask is None else index[mask.flatten().to(index.device)]
-        self.routing.chosen[self.index].append(kept.sort(dim=1).values.to(torch.int16).cpu())
-        out: Tensor = self.inner(hidden, index, weights)
-        return out
+    return record
 
 
 @contextlib.contextmanager
 def tracing(model: MoEModel) -> Iterator[Routing]:
     """Record the choices of every forward inside the block."""
     routing = Routing()
-    tracers = [(layer, _Tracer(layer, routing)) for layer in model.layers]
-    for layer, tracer in tracers:
-        layer.swap(tracer)
+    hooks = [
+        layer.experts.register_forward_pre_hook(_recorder(layer, routing)) for layer in model.layers
+    ]
     try:
         yield routing
     finally:
-        for layer, tracer in tracers:
-            layer.swap(tracer.inner)
+        for hook in hooks:
+            hook.remove()
         routing.mask = None
 
 

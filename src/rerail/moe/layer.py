@@ -1,19 +1,17 @@
-"""MoE layers and models as rerail sees them: the only file that touches attributes of transformers models."""
+"""MoE layers and models: the only file that touches attributes of transformers models."""
 
-import contextlib
 import copy
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, cast
 
-import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.modeling_outputs import MoeModelOutputWithPast
 
 from rerail.errors import InputError
-from rerail.moe.bank import ExpertBank, ExpertWeights, Layout, expert_parameters
-from rerail.moe.router import MaskedRouter, slice_rows
+from rerail.moe.bank import ExpertBank, Stored
+from rerail.moe.head import head_logits
+from rerail.moe.router import MaskedRouter, gates_are_constant, rows_of, slice_rows
+from rerail.moe.stock import Dims, ExpertWeights, Layout, dims_of, expert_parameters
 from rerail.moe.traits import OUTSIDE_THE_SEAM, traits_of
 
 
@@ -42,6 +40,11 @@ class MoELayer:
         return cast(nn.Module, getattr(self.block, _traits(self.block).router))
 
     @property
+    def inner_router(self) -> nn.Module:
+        """The family's own router, also below a mask."""
+        return self.router.inner if isinstance(self.router, MaskedRouter) else self.router
+
+    @property
     def router_rows(self) -> nn.Parameter:
         """The router's weight (E, H)."""
         owner, name = self.rows_owner()
@@ -55,8 +58,7 @@ class MoELayer:
     def rows_owner(self) -> tuple[nn.Module, str]:
         """Return the module and the parameter name that hold the router's rows."""
         *path, name = _traits(self.block).rows.split(".")
-        router = self.router.inner if isinstance(self.router, MaskedRouter) else self.router
-        return cast(nn.Module, router).get_submodule(".".join(path)), name
+        return self.inner_router.get_submodule(".".join(path)), name
 
     @property
     def num_experts(self) -> int:
@@ -66,41 +68,64 @@ class MoELayer:
     @property
     def top_k(self) -> int:
         """K, the experts chosen for a token."""
-        for owner in (self.router, self.block):
+        for owner in (self.inner_router, self.block):
             if isinstance(k := getattr(owner, "top_k", None), int):
                 return k
-        return int(self.experts.config.num_experts_per_tok)  # type: ignore[union-attr]
-
-    @property
-    def hidden_size(self) -> int:
-        """H."""
-        return int(self.router_rows.shape[1])
-
-    @property
-    def intermediate_size(self) -> int:
-        """I, the width of one routed expert."""
-        shell = self.experts.shell if isinstance(self.experts, ExpertBank) else self.experts
-        down = cast(Tensor, cast(nn.Module, shell).down_proj)
-        return int(down.shape[-2] if self.layout.transposed else down.shape[-1])
+        return int(cast(Any, self.experts).config.num_experts_per_tok)
 
     @property
     def num_groups(self) -> int:
         """Groups of a group-limited router; 1 where routing is not grouped."""
-        method = getattr(self.router, "topk_method", "group_limited_greedy")
-        groups = getattr(self.router, "num_group", None) or getattr(self.router, "n_group", None)
+        router = self.inner_router
+        method = getattr(router, "topk_method", "group_limited_greedy")
+        groups = getattr(router, "num_group", None) or getattr(router, "n_group", None)
         return int(groups) if groups and method != "greedy" else 1
 
     @property
     def top_k_groups(self) -> int:
         """Groups chosen for a token; 1 where routing is not grouped."""
-        return int(getattr(self.router, "topk_group", None) or 1)
+        return int(getattr(self.inner_router, "topk_group", None) or 1)
+
+    @property
+    def least_per_group(self) -> int:
+        """Selectable experts that a group needs: K in the chosen groups, and 2 to score a group."""
+        if self.num_groups == 1:
+            return self.top_k
+        return max(2, -(-self.top_k // self.top_k_groups))
+
+    @property
+    def dims(self) -> Dims:
+        """Sizes of the dense experts, whatever form they are stored in."""
+        experts = self.experts
+        return experts.dims if isinstance(experts, ExpertBank) else dims_of(experts)
+
+    @property
+    def hidden_size(self) -> int:
+        """H."""
+        return self.dims.hidden
+
+    @property
+    def intermediate_size(self) -> int:
+        """I, the width of one routed expert."""
+        return self.dims.intermediate
+
+    @property
+    def expert_size(self) -> int:
+        """Numbers in one dense expert, biases included."""
+        return self.dims.expert
+
+    @property
+    def row_size(self) -> int:
+        """Numbers that a checkpoint holds for one router row: the row and its biases."""
+        owners = [(self.inner_router, True), (self.block, False)]
+        rows = [r for m, deep in owners for r in rows_of(m, self.num_experts, recurse=deep)]
+        return sum(tensor.numel() // self.num_experts for _, _, tensor, _ in rows)
 
     @property
     def layout(self) -> Layout:
         """How the family fuses its tensors."""
-        return (
-            self.experts.layout if isinstance(self.experts, ExpertBank) else Layout.of(self.experts)
-        )
+        experts = self.experts
+        return experts.layout if isinstance(experts, ExpertBank) else Layout.of(experts)
 
     @property
     def fine_grained(self) -> bool:
@@ -122,16 +147,15 @@ class MoELayer:
             dense = dict(expert_parameters(self.experts))
         return self.layout.unpack(dense["gate_up_proj"], dense["down_proj"])
 
-    def expert_size(self) -> int:
-        """Numbers in one dense expert, biases included."""
-        shell = self.experts.shell if isinstance(self.experts, ExpertBank) else self.experts
-        return sum(p[0].numel() for p in expert_parameters(cast(nn.Module, shell)).values())
+    def stock(self) -> nn.Module:
+        """Return the experts as a stock module: itself, or a plain copy of what a bank answers."""
+        return self.experts.as_stock() if isinstance(self.experts, ExpertBank) else self.experts
 
-    def stored_parameters(self) -> int:
-        """Numbers that an export of this layer's routed experts writes."""
+    def stored(self) -> Stored:
+        """Return the numbers of each stored expert (or solved tensor) by name."""
         if isinstance(self.experts, ExpertBank):
-            return self.experts.stored_parameters()
-        return self.expert_size() * self.num_experts
+            return self.experts.stored()
+        return {((self.index, e, 1.0),): self.expert_size for e in range(self.num_experts)}
 
     def swap(self, bank: nn.Module) -> None:
         """Put a bank in the place of the experts."""
@@ -148,25 +172,9 @@ class MoELayer:
         masked = MaskedRouter(self.router, kept, self.num_experts)
         setattr(self.block, _traits(self.block).router, masked)
 
-    def route(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the chosen slots (T, K) and gate weights (T, K) for hidden states (T, H)."""
-        _, weights, index = self.router(hidden)
-        return index, weights
-
     def gates_are_constant(self) -> bool:
-        """Return whether gate weights never change (top-1, renormalised): no gradient reaches the rows.
-
-        On the meta device a random copy of the router answers.
-        """
-        if self.top_k > 1:
-            return False
-        router = copy.deepcopy(self.router).to_empty(device="cpu").float()
-        generator = torch.Generator().manual_seed(0)
-        with torch.no_grad():
-            for tensor in [*router.parameters(), *router.buffers()]:
-                tensor.copy_(torch.randn(tensor.shape, generator=generator))
-            _, weights, _ = router(torch.randn(8, self.hidden_size, generator=generator))
-        return bool(torch.allclose(weights, weights.flatten()[0].expand_as(weights)))
+        """Return whether gate weights never change (top-1, renormalised): rows get no gradient."""
+        return self.top_k == 1 and gates_are_constant(self.inner_router, self.hidden_size)
 
 
 def _traits(block: nn.Module) -> Any:
@@ -191,7 +199,7 @@ def find_layers(model: nn.Module) -> tuple[MoELayer, ...]:
     family = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
     if family in OUTSIDE_THE_SEAM:
         raise InputError(f"model family {family!r} is not supported: {OUTSIDE_THE_SEAM[family]}")
-    found = []
+    found: list[MoELayer] = []
     for name, module in model.named_modules():
         if hasattr(module, "experts") and traits_of(module) is not None:
             if not _inside_the_seam(module.experts):
@@ -248,48 +256,35 @@ class MoEModel:
         The model's own forward runs with its body replaced by the given states, so that no family
         needs a row of its own here.
         """
-        flat = hidden.reshape(1, -1, hidden.shape[-1])
-        with _body_returns(self.model, flat):
-            dummy = torch.zeros(1, 1, dtype=torch.int64, device=hidden.device)
-            out = self.model(input_ids=dummy, use_cache=False, return_dict=True)
-        return cast(Tensor, out.logits).reshape(*hidden.shape[:-1], -1)
+        return head_logits(self.model, hidden)
 
     def parameters_total(self) -> int:
-        """Numbers that an export writes: shared and tied tensors once, banks by what they store."""
-        routed = {id(p) for layer in self.layers for p in layer.experts.parameters()}
-        rest = {id(p): p.numel() for p in self.model.parameters() if id(p) not in routed}
+        """Numbers that an export writes: shared and tied tensors once, banks by what they store.
+
+        Persistent buffers (correction biases) count, as they lie in the checkpoint too.
+        """
+        routed = {id(t) for layer in self.layers for t in _state(layer.experts)}
+        rest = {id(t): t.numel() for t in _state(self.model) if id(t) not in routed}
         return sum(rest.values()) + self.parameters_routed()
 
     def parameters_routed(self) -> int:
-        """Numbers in stored routed experts."""
-        return sum(layer.stored_parameters() for layer in self.layers)
+        """Numbers in stored routed experts; one that several layers use counts once."""
+        stored: Stored = {}
+        for layer in self.layers:
+            stored |= layer.stored()
+        return sum(stored.values())
 
     def parameters_active(self) -> int:
-        """Numbers used for one token: everything but routed experts, plus K dense experts a layer."""
-        active = sum(layer.top_k * layer.expert_size() for layer in self.layers)
+        """Numbers used for one token: all but the routed experts, and K dense experts a layer."""
+        active = sum(layer.top_k * layer.expert_size for layer in self.layers)
         return self.parameters_total() - self.parameters_routed() + active
 
     def with_shared_parameters(self) -> "MoEModel":
-        """Return a copy whose modules are new and whose Parameters and buffers are the same objects."""
+        """Return a copy with new modules and the very same Parameters and buffers."""
         memo: dict[int, Any] = {id(p): p for p in self.model.parameters()}
         memo |= {id(b): b for b in self.model.buffers()}
         return MoEModel(copy.deepcopy(self.model, memo))
 
 
-@contextlib.contextmanager
-def _body_returns(model: PreTrainedModel, hidden: Tensor) -> Iterator[None]:
-    body = model.base_model
-
-    def forward(*_: Any, **__: Any) -> MoeModelOutputWithPast:
-        return MoeModelOutputWithPast(last_hidden_state=hidden)
-
-    body.forward = forward
-    before = model.config.__dict__.get("output_router_logits")
-    if before:
-        model.config.output_router_logits = False
-    try:
-        yield
-    finally:
-        del body.forward
-        if before:
-            model.config.output_router_logits = before
+def _state(module: nn.Module) -> list[Tensor]:
+    return list(module.state_dict(keep_vars=True).values())

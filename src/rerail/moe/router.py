@@ -1,8 +1,8 @@
 """Routers: which rows they have, how to keep some of them, and how to silence some."""
 
 import copy
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -10,53 +10,83 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 _COUNTS = ("num_experts", "n_routed_experts", "num_local_experts")
+_CORRECTIONS = ("correction_bias", "expert_bias", "balancing_biases")
+_Table = dict[str, Any]
+
+
+def rows_of(
+    module: nn.Module, experts: int, *, recurse: bool
+) -> Iterator[tuple[_Table, str, Tensor, int]]:
+    """Yield table, name, tensor and expert axis of every tensor with one entry an expert.
+
+    Covers router rows (E, H), and biases and correction biases (E,) or (1, E).
+    """
+    for part in module.modules() if recurse else [module]:
+        tables = cast(list[_Table], [part._parameters, part._buffers])
+        for table in tables:
+            for name, tensor in list(table.items()):
+                axis = None if tensor is None else _expert_axis(tuple(tensor.shape), experts)
+                if axis is not None:
+                    yield table, name, tensor, axis
+
+
+def _expert_axis(shape: tuple[int, ...], experts: int) -> int | None:
+    if len(shape) in (1, 2) and shape[0] == experts:
+        return 0
+    return 1 if shape == (1, experts) else None
 
 
 def slice_rows(module: nn.Module, kept: Sequence[int], experts: int, *, recurse: bool) -> None:
     """Keep the given rows of every tensor of `module` that has one entry an expert, in place.
 
-    Covers router rows (E, H), biases and correction buffers (E,) or (1, E), and count attributes.
-    New tensors are made, so whatever was shared with a teacher is left as it was.
+    Counts of experts follow. New tensors are made, so what a teacher shares is left as it was.
     """
-    index = torch.tensor(kept, dtype=torch.int64)
+    for table, name, tensor, axis in rows_of(module, experts, recurse=recurse):
+        index = torch.tensor(kept, dtype=torch.int64, device=tensor.device)
+        new = tensor.detach().index_select(axis, index)
+        held = isinstance(tensor, nn.Parameter)
+        table[name] = nn.Parameter(new, tensor.requires_grad) if held else new
     for part in module.modules() if recurse else [module]:
-        for table in (part._parameters, part._buffers):
-            for name, tensor in table.items():
-                axis = _expert_axis(tensor, experts)
-                if tensor is not None and axis is not None:
-                    new = tensor.detach().index_select(axis, index.to(tensor.device))
-                    parameter = isinstance(tensor, nn.Parameter)
-                    table[name] = nn.Parameter(new, tensor.requires_grad) if parameter else new  # type: ignore[assignment]
         for name in _COUNTS:
             if getattr(part, name, None) == experts:
                 setattr(part, name, len(kept))
 
 
-def _expert_axis(tensor: Tensor | None, experts: int) -> int | None:
-    if tensor is None:
-        return None
-    if tensor.dim() in (1, 2) and tensor.shape[0] == experts:
-        return 0
-    return 1 if tensor.dim() == 2 and tuple(tensor.shape) == (1, experts) else None
+def gates_are_constant(router: nn.Module, hidden_size: int) -> bool:
+    """Return whether a random copy of the router gives every token the same gate weight."""
+    random = copy.deepcopy(router).to_empty(device="cpu").float()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for tensor in [*random.parameters(), *random.buffers()]:
+            tensor.copy_(torch.randn(tensor.shape, generator=generator))
+        _, weights, _ = random(torch.randn(8, hidden_size, generator=generator))
+    return bool(torch.allclose(weights, weights.flatten()[0].expand_as(weights)))
 
 
 class MaskedRouter(nn.Module):
     """A router that keeps all rows but never selects the dropped ones: their logit is -inf.
 
-    The family's own router computes; the -inf is added to the one product that has E columns, and
-    to a correction bias where there is one (a sigmoid of -inf is 0, which a bias could still lift).
+    The family's own router computes; -inf is put into the one product that has E columns, and into
+    a correction bias where there is one, of the router or handed to it (a sigmoid of -inf is 0,
+    which a bias could still lift). Dropped experts leave the softmax too, so gate weights are those
+    of the sliced router: where a family does not renormalise over the chosen experts (OLMoE,
+    DeepSeek-V2), those of the kept experts grow by the probability that the dropped ones had.
+
+    `inner` is a copy with modules of its own and the same Parameters, except correction biases.
     """
 
     def __init__(self, router: nn.Module, kept: Sequence[int], experts: int):
         super().__init__()
-        self.inner = copy.copy(router)
-        self.inner._buffers = dict(router._buffers)
-        dropped = torch.ones(experts, dtype=torch.bool)
+        memo: dict[int, Any] = {id(t): t for t in [*router.parameters(), *router.buffers()]}
+        self.inner = copy.deepcopy(router, memo)
+        dropped = torch.ones(experts, dtype=torch.bool, device=next(router.parameters()).device)
         dropped[list(kept)] = False
-        self.register_buffer("dropped", dropped)
-        bias = self.inner._buffers.get("e_score_correction_bias")
-        if bias is not None:
-            self.inner._buffers["e_score_correction_bias"] = bias.masked_fill(dropped, -torch.inf)
+        self.register_buffer("dropped", dropped, persistent=False)
+        for table, name, tensor, _ in rows_of(self.inner, experts, recurse=True):
+            if name.endswith(_CORRECTIONS):
+                new = tensor.detach().masked_fill(dropped, -torch.inf)
+                held = isinstance(tensor, nn.Parameter)
+                table[name] = nn.Parameter(new, requires_grad=False) if held else new
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -64,10 +94,21 @@ class MaskedRouter(nn.Module):
         except AttributeError:
             return getattr(super().__getattr__("inner"), name)
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, hidden: Tensor, *others: Any, **named: Any) -> Any:
         """Route as the inner router does, over the kept rows only."""
-        with _MinusInfinity(self.get_buffer("dropped")):
-            return self.inner(*args, **kwargs)
+        dropped = self.get_buffer("dropped")
+        with _MinusInfinity(dropped):
+            silent = [_silenced(value, dropped) for value in others]
+            return self.inner(
+                hidden, *silent, **{k: _silenced(v, dropped) for k, v in named.items()}
+            )
+
+
+def _silenced(value: Any, dropped: Tensor) -> Any:
+    is_bias = isinstance(value, Tensor) and value.is_floating_point()
+    if is_bias and value.shape[-1:] == dropped.shape:
+        return value.masked_fill(dropped, -torch.inf)
+    return value
 
 
 class _MinusInfinity(TorchFunctionMode):

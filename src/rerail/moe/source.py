@@ -1,5 +1,6 @@
 """Where a model comes from. Building a source loads nothing."""
 
+import functools
 import importlib.resources
 import json
 from dataclasses import dataclass
@@ -7,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from rerail.errors import InputError
@@ -15,6 +17,8 @@ from rerail.moe.layer import MoEModel
 from rerail.moe.traits import OUTSIDE_THE_SEAM
 
 _HASHED_WHOLE = 2**31
+_HASHED_KINDS = (".json", ".safetensors", ".bin", ".model", ".txt", ".py")
+_DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 @dataclass(frozen=True)
@@ -41,13 +45,18 @@ class ModelSource:
     remote_code: bool = False
     refuse: str | None = None
 
+    def __post_init__(self) -> None:
+        """Check the words."""
+        if self.dtype not in _DTYPES:
+            raise InputError(f"model.dtype={self.dtype!r} is not one of {', '.join(_DTYPES)}")
+
     @property
     def location(self) -> str:
         """The folder or hub id; a zoo name becomes the package's folder."""
         if self.path_or_id.startswith("zoo:"):
-            return str(
-                importlib.resources.files("rerail.zoo") / self.path_or_id.removeprefix("zoo:")
-            )
+            return str(_zoo() / self.path_or_id.removeprefix("zoo:"))
+        if self.path_or_id.startswith("~"):
+            return str(Path(self.path_or_id).expanduser())
         return self.path_or_id
 
     def config(self) -> Any:
@@ -66,20 +75,34 @@ class ModelSource:
 
     def meta(self) -> MoEModel:
         """Return the model on the meta device: all shapes, no weights."""
+        config = self.config()
         with torch.device("meta"):
-            return MoEModel(AutoModelForCausalLM.from_config(self.config()))
+            model = self._readable(AutoModelForCausalLM.from_config, config)
+        return MoEModel(model)
 
     def tokenizer(self) -> Any:
-        """Return the tokenizer; text without a padding token pads with end-of-text."""
+        """Return the tokenizer; one without a padding token pads with end-of-text.
+
+        Raises:
+            InputError: not found, or it has no vocabulary or no end-of-text token.
+        """
         tokenizer = self._from(AutoTokenizer)
+        if len(tokenizer) < 2 or tokenizer.eos_token_id is None:
+            raise InputError(
+                f"the tokenizer of model {self.path_or_id!r} has {len(tokenizer)} entries and "
+                f"end-of-text token {tokenizer.eos_token!r}; put the model's own tokenizer files "
+                "beside its weights"
+            )
         tokenizer.model_max_length = int(1e9)
+        if tokenizer.pad_token_id is None:
+            tokenizer.pad_token = tokenizer.eos_token
         return tokenizer
 
     def load(self) -> MoEModel:
         """Return the frozen model in eval mode.
 
         Raises:
-            InputError: as `config`, or the weights hold NaN or infinity.
+            InputError: as `config`; or weights are damaged, absent, or hold NaN or infinity.
         """
         config = self.config()
         device = self._device()
@@ -88,9 +111,20 @@ class ModelSource:
             dtype = torch.float32
         implementation = self.experts_implementation or ("eager" if device == "cpu" else None)
         extra = {"experts_implementation": implementation} if implementation else {}
-        model = self._from(
-            AutoModelForCausalLM, config=config, dtype=dtype, device_map=self.device_map, **extra
+        model, report = self._from(
+            AutoModelForCausalLM,
+            config=config,
+            dtype=dtype,
+            device_map=self.device_map,
+            output_loading_info=True,
+            **extra,
         )
+        if absent := sorted(report["missing_keys"]):
+            # transformers fills them with random numbers and only logs it
+            raise InputError(
+                f"model {self.path_or_id!r} lacks {len(absent)} of its tensors, {absent[0]} for "
+                "one; load a complete checkpoint of this family"
+            )
         if self.device_map is None:
             model.to(device)
         model.eval().requires_grad_(False)
@@ -98,44 +132,91 @@ class ModelSource:
         return MoEModel(model)
 
     def itemsize(self) -> int:
-        """Return the bytes of a number in the checkpoint's dtype; 2 where the config does not say."""
+        """Return the bytes of a number in the checkpoint's dtype; 2 where no dtype is stated."""
         dtype = getattr(self.config(), "dtype", None)
         return dtype.itemsize if isinstance(dtype, torch.dtype) else 2
 
     def fingerprint(self) -> str:
-        """Return a hash of the weights' files, or of hub id and commit."""
+        """Return a hash of the files of a folder, or of hub id and commit.
+
+        Files that weigh more than 2 GiB together are told apart by name, size and time of change.
+        """
         folder = Path(self.location)
         if not folder.is_dir():
             return digest([self.path_or_id, getattr(self.config(), "_commit_hash", self.revision)])
-        files = sorted(p for p in folder.iterdir() if p.suffix in (".json", ".safetensors"))
-        whole = sum(p.stat().st_size for p in files) < _HASHED_WHOLE
-        return digest([(p.name, file_digest(p) if whole else p.stat().st_size) for p in files])
+        files = sorted(p for p in folder.iterdir() if p.suffix in _HASHED_KINDS)
+        stats = [p.stat() for p in files]
+        if sum(s.st_size for s in stats) >= _HASHED_WHOLE:
+            marks = [f"{s.st_size}.{s.st_mtime_ns}" for s in stats]
+        else:
+            marks = [
+                _hash_of(p, (s.st_size, s.st_mtime_ns)) for p, s in zip(files, stats, strict=True)
+            ]
+        return digest([(p.name, mark) for p, mark in zip(files, marks, strict=True)])
 
     def _device(self) -> str:
-        if self.device != "auto":
-            return self.device
-        return "cuda" if torch.cuda.is_available() else "cpu"
+        gpu = torch.cuda.is_available()
+        if self.device == "auto":
+            return "cuda" if gpu else "cpu"
+        if self.device.startswith("cuda") and not gpu:
+            raise InputError(f"model.device={self.device!r}: no GPU is there; use auto or cpu")
+        return self.device
 
     def _from(self, auto: Any, **options: Any) -> Any:
         folder = Path(self.location)
-        looks_local = self.location.startswith((".", "/", "~")) or self.path_or_id.startswith(
-            "zoo:"
-        )
+        zoo = self.path_or_id.startswith("zoo:")
+        looks_local = zoo or self.location.startswith((".", "/"))
         if looks_local and not (folder / "config.json").exists():
+            held = [p.parent.name for p in sorted(_zoo().glob("*/config.json"))]
+            allowed = f"the zoo has {', '.join(held)}" if zoo else "give a folder with a checkpoint"
             raise InputError(
-                f"model {self.path_or_id!r} does not exist: there is no {folder / 'config.json'}"
+                f"model {self.path_or_id!r} does not exist: no {folder / 'config.json'}; {allowed}"
             )
+        return self._readable(
+            auto.from_pretrained,
+            self.location,
+            revision=self.revision,
+            trust_remote_code=self.remote_code,
+            **options,
+        )
+
+    def _readable(self, read: Any, *args: Any, **options: Any) -> Any:
+        """Call `read`; what transformers has against the checkpoint becomes a sentence."""
         try:
-            return auto.from_pretrained(
-                self.location, revision=self.revision, trust_remote_code=self.remote_code, **options
-            )
+            return read(*args, **options)
         except (OSError, json.JSONDecodeError) as error:
             raise InputError(
-                f"model {self.path_or_id!r} could not be read ({str(error).splitlines()[0]}); give a local "
+                f"model {self.path_or_id!r} could not be read ({_first_line(error)}); give a local "
                 "folder, or a hub id with a network or a filled cache"
             ) from error
+        except SafetensorError as error:
+            raise InputError(
+                f"model {self.path_or_id!r} has a damaged safetensors file ({_first_line(error)}); "
+                "fetch it again"
+            ) from error
         except ValueError as error:
-            raise InputError(f"model {self.path_or_id!r}: {str(error).splitlines()[0]}") from error
+            raise InputError(f"model {self.path_or_id!r}: {_first_line(error)}") from error
+        except RuntimeError as error:
+            if "above report" not in str(error):
+                raise
+            raise InputError(
+                f"model {self.path_or_id!r} does not fit its config: tensors are lacking or have "
+                "other shapes (the load report above names them); load a complete checkpoint"
+            ) from error
+
+
+def _zoo() -> Path:
+    return Path(str(importlib.resources.files("rerail.zoo")))
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0]
+
+
+@functools.cache
+def _hash_of(path: Path, _: tuple[int, int]) -> str:
+    """Return the hash of a file, read once as long as size and time of change stay the same."""
+    return file_digest(path)
 
 
 def _check_finite(model: torch.nn.Module, name: str) -> None:

@@ -11,13 +11,16 @@ from torch import nn
 
 @dataclass(frozen=True)
 class Traits:
-    """Where a family keeps its router: the block's attribute and the path of the rows (E, H) below it."""
+    """Where a family keeps its router: the block's attribute, and the path to the rows (E, H)."""
 
     router: str
     rows: str = "weight"
 
 
-_ODD: dict[str, Traits] = {"AfmoeMoE": Traits("router", "gate.weight")}
+_ODD: dict[str, Traits] = {
+    "AfmoeSparseMoeBlock": Traits("router", "gate.weight"),
+    "HunYuanMoEV1Moe": Traits("gate", "wg.weight"),
+}
 
 OUTSIDE_THE_SEAM = {
     "llama4": "its experts are called with routing already applied",

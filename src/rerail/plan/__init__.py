@@ -1,1 +1,1 @@
-"""What is decided: plans as plain data, ratios and allocators, and the one function that applies a plan."""
+"""What is decided: plans as plain data, ratios, allocators, and how a plan is applied."""

@@ -1,10 +1,14 @@
 """Apply a plan: teacher + plan -> student that shares every Parameter it does not change."""
 
-import torch
+from collections.abc import Mapping
+
+from torch import Tensor, nn
 
 from rerail.moe.bank import build_bank
 from rerail.moe.layer import MoELayer, MoEModel
 from rerail.plan.plan import LayerPlan, Plan
+
+_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 
 
 def apply_plan(teacher: MoEModel, plan: Plan) -> MoEModel:
@@ -19,17 +23,18 @@ def apply_plan(teacher: MoEModel, plan: Plan) -> MoEModel:
     plan.validate(teacher.layers)
     student = teacher.with_shared_parameters()
     by_index = {layer.index: layer for layer in student.layers}
+    reads = {i for part in plan.layers for i in part.bank.reads() | {part.layer}}
+    stocks = {i: by_index[i].stock() for i in reads}
     for part in plan.layers:
-        tensors = {
-            n: t.to(by_index[part.layer].router_rows) for n, t in plan.of_layer(part.layer).items()
-        }
-        _apply_layer(by_index[part.layer], part, tensors)
+        _apply_layer(by_index[part.layer], part, stocks, plan.of_layer(part.layer))
     _tell_config(student)
     return student
 
 
-def _apply_layer(layer: MoELayer, part: LayerPlan, tensors: dict[str, torch.Tensor]) -> None:
-    layer.swap(build_bank(part.bank, part.slots, layer.experts, tensors))
+def _apply_layer(
+    layer: MoELayer, part: LayerPlan, stocks: Mapping[int, nn.Module], tensors: Mapping[str, Tensor]
+) -> None:
+    layer.swap(build_bank(part.bank, part.slots, layer.index, stocks, tensors))
     if part.router == "slice" and len(part.kept) < layer.num_experts:
         layer.keep_rows(part.kept)
     if part.router == "mask" and len(part.kept) < layer.num_experts:
@@ -37,11 +42,10 @@ def _apply_layer(layer: MoELayer, part: LayerPlan, tensors: dict[str, torch.Tens
 
 
 def _tell_config(student: MoEModel) -> None:
-    """Write a uniform new expert count into the student's own config, where the family keeps one."""
+    """Write a uniform new expert count into the student's own config, where it has one."""
     rows = {layer.num_experts for layer in student.layers}
-    config = student.config
     if len(rows) != 1:
         return
-    for name in ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"):
-        if isinstance(getattr(config, name, None), int):
-            setattr(config, name, next(iter(rows)))
+    for name in _COUNTS:
+        if isinstance(getattr(student.config, name, None), int):
+            setattr(student.config, name, next(iter(rows)))

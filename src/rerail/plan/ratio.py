@@ -1,14 +1,17 @@
-"""Ratios and allocators: from a removed share to exact per-layer counts, and back to sizes."""
+"""Ratios, sizes and allocators: what is asked for, what it comes to, how layers share it."""
 
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
+from torch import Tensor
 
-from rerail.errors import InputError
+from rerail.errors import InputError, OutOfReach
 from rerail.moe.layer import MoELayer, MoEModel
+from rerail.plan.plan import Plan
 
 
 @dataclass(frozen=True)
@@ -36,10 +39,15 @@ class Ratio:
         """Return int(E * ratio), as REAP counts; exact where integers allow, else rounded down."""
         return math.floor(layer.num_experts * self.removed + 1e-9)
 
+    def numbers_kept(self, layer: MoELayer) -> int:
+        """Return how many of the layer's numbers may stay, rounded down."""
+        dense = layer.expert_size * layer.num_experts
+        return dense - math.ceil(dense * self.removed - 1e-6)
+
 
 @dataclass(frozen=True)
 class Sizes:
-    """What a model weighs, counted from its tensors.
+    """What a model weighs, in numbers.
 
     Attributes:
         total: numbers in the checkpoint.
@@ -55,9 +63,17 @@ class Sizes:
 
     @classmethod
     def of(cls, model: MoEModel, itemsize: int) -> "Sizes":
-        """Count a model."""
+        """Count a model from its tensors."""
         counted = (model.parameters_total(), model.parameters_routed(), model.parameters_active())
         return cls(*counted, itemsize)
+
+    @classmethod
+    def predicted(cls, teacher: MoEModel, plan: Plan, itemsize: int) -> "Sizes":
+        """Return the sizes of a plan's student; the teacher may lie on the meta device."""
+        before = cls.of(teacher, itemsize)
+        routed, rows = plan.stored(teacher.layers), plan.rows_removed(teacher.layers)
+        total = before.total - (before.routed - routed) - rows
+        return cls(total, routed, before.active - rows, itemsize)
 
     @property
     def bytes(self) -> int:
@@ -74,18 +90,29 @@ class Sizes:
 
 
 class Allocation(ABC):
-    """Says how many experts each layer keeps."""
+    """Says how many experts each layer keeps.
+
+    Attributes:
+        fixed: whether the counts are known before any score.
+    """
+
+    fixed: ClassVar[bool] = True
 
     @abstractmethod
     def keep(
-        self, layers: Sequence[MoELayer], ratio: Ratio, scores: Sequence[torch.Tensor] | None
+        self,
+        layers: Sequence[MoELayer],
+        ratio: Ratio,
+        scores: Sequence[Tensor],
+        least: Sequence[int],
     ) -> list[int]:
-        """Return the kept count of each layer, at least top_k.
+        """Return the kept count of each layer.
 
         Args:
             layers: the layers that are compressed.
             ratio: the removed share.
-            scores: one (E,) tensor a layer, higher means keep, where a method has them.
+            scores: one (E,) tensor a layer, higher means keep.
+            least: how many each layer must keep.
         """
 
 
@@ -94,7 +121,11 @@ class Uniform(Allocation):
     """Every layer keeps the same share."""
 
     def keep(
-        self, layers: Sequence[MoELayer], ratio: Ratio, scores: Sequence[torch.Tensor] | None
+        self,
+        layers: Sequence[MoELayer],
+        ratio: Ratio,
+        scores: Sequence[Tensor],
+        least: Sequence[int],
     ) -> list[int]:
         """Return E - int(E * ratio) for each layer."""
         return [layer.num_experts - ratio.experts_removed(layer) for layer in layers]
@@ -102,69 +133,86 @@ class Uniform(Allocation):
 
 @dataclass(frozen=True)
 class GlobalScore(Allocation):
-    """Scores compete across layers; every layer keeps at least top_k (and `floor`).
+    """Scores compete across layers; every layer keeps what it must, and at least `floor`.
 
-    Scores are divided by their layer's sum first, as SEER-MoE and M-SMoE rank shares.
+    Scores are divided by their layer's sum first, as SEER-MoE and M-SMoE rank shares; ties are
+    dealt out evenly.
     """
+
+    fixed: ClassVar[bool] = False
 
     floor: int = 1
 
     def keep(
-        self, layers: Sequence[MoELayer], ratio: Ratio, scores: Sequence[torch.Tensor] | None
+        self,
+        layers: Sequence[MoELayer],
+        ratio: Ratio,
+        scores: Sequence[Tensor],
+        least: Sequence[int],
     ) -> list[int]:
         """Return counts that sum to exactly the uniform total."""
-        if scores is None:
-            raise InputError(
-                "allocation 'global' ranks scores, which this compressor has none of; use uniform or per_layer"
-            )
-        total = sum(Uniform().keep(layers, ratio, None))
-        least = [max(self.floor, layer.top_k) for layer in layers]
-        if sum(least) > total:
-            raise InputError(
-                f"allocation 'global' cannot keep {total} experts with at least {least} a layer"
+        total = sum(Uniform().keep(layers, ratio, scores, least))
+        counts = [max(self.floor, n) for n in least]
+        free = total - sum(counts)
+        if free < 0:
+            raise OutOfReach(
+                f"allocation=global cannot keep {total} experts with at least {counts} a layer; "
+                f"allowed ratios: 0 to {_reach(layers, counts):.4g}"
             )
         ranked = [
-            (float(s), i, r)
+            (-float(share), rank, i)
             for i, score in enumerate(scores)
-            for r, s in enumerate(torch.sort(score / score.sum(), descending=True).values)
-            if r >= least[i]
+            for rank, share in enumerate(_shares(score))
+            if rank >= counts[i]
         ]
-        counts = list(least)
-        for _, i, _ in sorted(ranked, key=lambda entry: (-entry[0], entry[1], entry[2]))[
-            : total - sum(least)
-        ]:
+        for _, _, i in sorted(ranked)[:free]:
             counts[i] += 1
         return counts
 
 
+def _shares(score: Tensor) -> Tensor:
+    """Return a layer's scores as shares of their sum, falling; all zero where the sum is."""
+    total = score.double().sum()
+    shares = score.double() / total if total > 0 else torch.zeros_like(score, dtype=torch.float64)
+    return shares.sort(descending=True).values
+
+
 @dataclass(frozen=True)
 class PerLayer(Allocation):
-    """An explicit list of kept counts."""
+    """An explicit list of kept counts; the ratio then only says that something is removed."""
 
     kept: tuple[int, ...] = ()
 
     def keep(
-        self, layers: Sequence[MoELayer], ratio: Ratio, scores: Sequence[torch.Tensor] | None
+        self,
+        layers: Sequence[MoELayer],
+        ratio: Ratio,
+        scores: Sequence[Tensor],
+        least: Sequence[int],
     ) -> list[int]:
         """Return the list as given."""
         if len(self.kept) != len(layers):
             raise InputError(
-                f"allocation.kept has {len(self.kept)} entries; the model has {len(layers)} MoE layers"
+                f"allocation.kept has {len(self.kept)} entries; the model has {len(layers)} MoE "
+                "layers"
             )
-        return list(self.kept)
+        return [int(count) for count in self.kept]
 
 
-def check_kept(layers: Sequence[MoELayer], counts: Sequence[int], selectable: bool) -> None:
+def check_kept(layers: Sequence[MoELayer], counts: Sequence[int], least: Sequence[int]) -> None:
     """Check kept counts before anything heavy.
 
     Raises:
-        InputError: a count is outside [1, E], or leaves fewer selectable rows than top_k.
+        OutOfReach: a count is outside [least, E].
     """
-    for layer, count in zip(layers, counts, strict=True):
-        least = layer.top_k if selectable else 1
-        if not least <= count <= layer.num_experts:
-            reach = 1 - least / layer.num_experts
-            raise InputError(
-                f"the ratio leaves {count} of {layer.num_experts} experts in layer {layer.index}, and "
-                f"{least} are needed (top_k = {layer.top_k}); allowed ratios: 0 to {reach:.4g}"
+    for layer, count, needed in zip(layers, counts, least, strict=True):
+        if not needed <= count <= layer.num_experts:
+            raise OutOfReach(
+                f"the ratio leaves {count} of {layer.num_experts} experts in layer {layer.index}, "
+                f"and at least {needed} are needed (top_k = {layer.top_k}, {layer.num_groups} "
+                f"router groups); allowed ratios: 0 to {_reach([layer], [needed]):.4g}"
             )
+
+
+def _reach(layers: Sequence[MoELayer], least: Sequence[int]) -> float:
+    return 1 - sum(least) / sum(layer.num_experts for layer in layers)

@@ -1,6 +1,8 @@
 """Finished stages of a cell on disk: each is whole and hashed, or is made again."""
 
+import contextlib
 import json
+import logging
 import platform
 import resource
 import time
@@ -8,11 +10,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
 from rerail.files import file_digest, read_sealed, whole_file, write_json, write_sealed
+
+log = logging.getLogger(__name__)
 
 Stage = tuple[dict[str, Any], dict[str, Tensor]]
 
@@ -26,31 +29,47 @@ def saved(path: Path, make: Callable[[], Stage]) -> Stage:
     held = _read(path)
     if held is not None:
         return held
+    start_peak()
     start = time.perf_counter()
     data, tensors = make()
     data = {**data, "seconds": time.perf_counter() - start, "peak_memory": peak_memory()}
     data = json.loads(json.dumps(data))
     tensors = {n: t.detach().contiguous().cpu() for n, t in tensors.items()}
-    beside = path.with_suffix(".safetensors")
-    with whole_file(beside) as temporary:
-        temporary.write_bytes(save(tensors))
-    write_sealed(path, {"data": data, "tensors": file_digest(beside)})
+    seal = None
+    if tensors:
+        beside = path.with_suffix(".safetensors")
+        with whole_file(beside) as temporary:
+            temporary.write_bytes(save(tensors))
+        seal = file_digest(beside)
+    write_sealed(path, {"data": data, "tensors": seal})
     return data, tensors
 
 
 def _read(path: Path) -> Stage | None:
     content = read_sealed(path)
+    if content is None:
+        return None
+    if content["tensors"] is None:
+        return content["data"], {}
     beside = path.with_suffix(".safetensors")
-    if content is None or not beside.exists() or file_digest(beside) != content["tensors"]:
-        return None
-    try:
+    if beside.exists() and file_digest(beside) == content["tensors"]:
         return content["data"], load_file(beside)
-    except SafetensorError:
-        return None
+    log.warning("%s is damaged (its hash does not match) and will be made again", beside)
+    return None
+
+
+def start_peak() -> None:
+    """Start a new peak of this process's memory, where the kernel can (Linux)."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
 
 
 def peak_memory() -> int:
-    """Return the peak resident memory of this process in bytes."""
+    """Return the peak resident memory since `start_peak` (elsewhere: of the process), in bytes."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if platform.system() == "Darwin" else peak * 1024
 

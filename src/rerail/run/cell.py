@@ -1,6 +1,7 @@
 """One cell of a sweep: its choices as typed values."""
 
 import dataclasses
+import importlib.metadata
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -39,7 +40,7 @@ class Cell:
     """All choices of one run.
 
     Attributes:
-        model, compressor, ratio, allocation, calibration, distill, evaluation, export: the decisions.
+        model, compressor, ratio, allocation, calibration, distill, evaluation, export: decisions.
         trainer: further arguments of lightning.Trainer.
         seed: of sampling order and repair.
         prompt: what the models continue, for the eye.
@@ -73,15 +74,22 @@ class Cell:
     def folder(self) -> str:
         """A readable, unique folder name."""
         names = [self.names.get(n, "custom") for n in ("model", "compressor")]
-        return "-".join(
-            [
-                *names,
-                f"r{self.ratio.removed:g}",
-                f"n{self.calibration.samples}",
-                f"s{self.seed}",
-                self.key[:8],
-            ]
-        )
+        numbers = (f"r{self.ratio.removed:g}", f"n{self.calibration.samples}", f"s{self.seed}")
+        return "-".join([*names, *numbers, self.key[:8]])
+
+    def inputs(self) -> dict[str, Any]:
+        """Return fingerprints of what the choices only name: weights, texts, and this package.
+
+        An artefact made from other inputs is not used again.
+        """
+        tokenizer = self.model.tokenizer()
+        texts = {n: text.fingerprint(tokenizer) for n, text in self.evaluation.texts.items()}
+        return {
+            "model": self.model.fingerprint(),
+            "calibration": self.calibration.fingerprint(tokenizer),
+            "texts": texts,
+            "rerail": importlib.metadata.version("rerail"),
+        }
 
     def implementation(self, model: MoEModel) -> str:
         """Return which experts implementation the model runs: results differ in the last bits."""
@@ -100,6 +108,6 @@ class Cell:
         tied = [layer for layer in meta.layers if layer.gates_are_constant()]
         if self.distill.enabled and tied:
             raise InputError(
-                f"layer {tied[0].index} routes to top_k = 1 and renormalises, so the KL has no gradient at the "
-                "router; set distill=none or use a model with top_k > 1"
+                f"layer {tied[0].index} routes to top_k = 1 and renormalises, so the KL has no "
+                "gradient at the router; set distill=none or use a model with top_k > 1"
             )

@@ -1,5 +1,6 @@
 """From the numbers of a cell's stages to the rows of result.json."""
 
+import importlib.metadata
 import math
 import platform
 import subprocess
@@ -9,18 +10,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from omegaconf import OmegaConf
 
+from rerail.files import digest
 from rerail.moe.layer import MoEModel
 from rerail.plan.ratio import Sizes
 from rerail.run.cell import Cell
 from rerail.track.estimates import mean_and_se, recovery_of
-from rerail.track.results import Row, new_row
+from rerail.track.results import Row, new_row, write_rows
 
 Scores = Mapping[str, Any]
 
 
 def revision() -> str | None:
-    """Return the git revision of the code that runs, `+` appended where it was edited; None outside git."""
+    """Return the git revision of this code, `+` where it was edited; None outside git."""
     here = Path(__file__).parent
     try:
         head = subprocess.run(
@@ -38,6 +41,13 @@ def revision() -> str | None:
     except (OSError, subprocess.CalledProcessError):
         return None
     return head + ("+" if changed else "")
+
+
+def provenance() -> dict[str, Any]:
+    """Return the git revision and the versions of the libraries that numbers depend on."""
+    names = ("rerail", "torch", "transformers", "lightning", "numpy", "scipy", "tokenizers")
+    versions = {name: importlib.metadata.version(name) for name in names}
+    return {"revision": revision(), "python": platform.python_version(), "versions": versions}
 
 
 def identity(cell: Cell) -> dict[str, Any]:
@@ -65,6 +75,15 @@ def identity(cell: Cell) -> dict[str, Any]:
 def failed_row(cell: Cell, status: str, reason: str) -> Row:
     """Return the one row of a cell that did not finish."""
     return new_row(**identity(cell), status=status, reason=reason)
+
+
+def failed_choice(config: Any, command: str, reason: str, out: Path) -> Row:
+    """Write and return the row of a cell whose choices could not be understood."""
+    choices = OmegaConf.to_container(config, resolve=False)
+    key = digest([choices, command])
+    row = new_row(status="failed", reason=reason, key=key, choices={"command": command})
+    write_rows(out / f"failed-{key[:8]}", [row])
+    return row
 
 
 def pooled(scores: Scores, name: str) -> np.ndarray:
@@ -99,14 +118,13 @@ def stage_row(
         load_entropy=float(np.mean([e["load_entropy"] for e in layers])) if layers else None,
         layers=layers or None,
         nll_by=by_text(scores),
+        evaluation_seconds=scores["seconds"],
         bytes=sizes.bytes,
         expert_bytes=sizes.routed * sizes.itemsize,
         removed_of_experts=sizes.removed_of_experts(before),
         removed_of_model=sizes.removed_of_model(before),
         active_parameters=sizes.active,
-        seconds=scores["seconds"],
-        peak_memory=scores["peak_memory"],
-        **extra,
+        **{"seconds": 0.0, "peak_memory": scores["peak_memory"], **extra},
     )
 
 
@@ -140,6 +158,6 @@ def recovery_columns(
     teacher: Scores, compressed: Scores, repaired: Scores
 ) -> dict[str, float | None]:
     """Return recovery and its error; both None where the gap is under two standard errors."""
-    sums = [pooled(s, "nll") for s in (teacher, compressed, repaired)]
-    found = recovery_of(*sums, pooled(teacher, "tokens"))
+    first, middle, last = (pooled(s, "nll") for s in (teacher, compressed, repaired))
+    found = recovery_of(first, middle, last, pooled(teacher, "tokens"))
     return {"recovery": found.value, "recovery_se": found.se}

@@ -1,13 +1,9 @@
-"""What a person sees at the end: the table, one comparison, continuations, and the report's path."""
+"""What a person sees at the end: table, comparison, continuations, and the report's path."""
 
 from pathlib import Path
-from typing import Any
 
-from omegaconf import OmegaConf
-
-from rerail.files import digest
 from rerail.track.report import write_report
-from rerail.track.results import Row, new_row, read_rows, write_csv, write_rows
+from rerail.track.results import read_rows, write_csv
 from rerail.track.terminal import print_summary
 
 
@@ -20,13 +16,3 @@ def finish(out: Path, title: str = "rerail") -> Path:
     print_summary(rows)
     print(f"report: {path}")  # noqa: T201
     return path
-
-
-def failed_choice(config: Any, command: str, reason: str, out: Path) -> Row:
-    """Write and return the row of a cell whose choices could not be understood."""
-    choices = OmegaConf.to_container(config, resolve=False)
-    assert isinstance(choices, dict)
-    key = digest([choices, command])
-    row = new_row(status="failed", reason=reason, key=key, choices={"command": command})
-    write_rows(out / f"failed-{key[:8]}", [row])
-    return row

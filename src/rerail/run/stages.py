@@ -1,23 +1,25 @@
 """The stages of one cell, one function each; every one is re-entrant."""
 
+import functools
 import logging
-from collections.abc import Iterable, Sequence
+import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from rerail.compress.compressor import Compressor, make_plan
+from rerail.compress.compressor import make_plan
 from rerail.data.calibration import TokenBlocks
 from rerail.distill.repair import repair
 from rerail.evaluate.perplexity import BlockScores, score_blocks
 from rerail.evaluate.routing import Routing, changed
-from rerail.files import cache_dir, digest
+from rerail.files import cache_dir, digest, read_sealed, write_sealed
 from rerail.moe.layer import MoEModel
 from rerail.plan.plan import Plan
-from rerail.run.artefacts import Stage, saved
+from rerail.run.artefacts import Stage, peak_memory, saved, start_peak
 from rerail.run.cell import Cell
 from rerail.stats.collect import collect
 from rerail.stats.statistic import Statistic, StatisticSet
@@ -26,16 +28,10 @@ from rerail.teacher.teacher import CachedTeacher, LiveTeacher, Teacher, cached_s
 
 log = logging.getLogger(__name__)
 
-T = TypeVar("T")
-
 
 def bar(label: str) -> Any:
     """Return a wrapper that shows a progress bar over its items."""
-
-    def wrap(items: Sequence[T]) -> Iterable[T]:
-        return tqdm(items, desc=label, leave=False, dynamic_ncols=True, mininterval=0.5)
-
-    return wrap
+    return functools.partial(tqdm, desc=label, leave=False, dynamic_ncols=True, mininterval=0.5)
 
 
 def statistics(
@@ -53,21 +49,26 @@ def statistics(
     return merge_sets([held, fresh])
 
 
-def plan(cell: Cell, model: MoEModel, blocks: TokenBlocks, folder: Path) -> Plan:
-    """Return the plan, from its file or made anew."""
-    path = folder / "plan.json"
-    held = Plan.load(path)
-    if held is not None:
+def plan(
+    cell: Cell, model: MoEModel, blocks: TokenBlocks, folder: Path
+) -> tuple[Plan, dict[str, Any]]:
+    """Return the plan, read or made, and what making it cost (statistics included)."""
+    path, beside = folder / "plan.json", folder / "plan.cost.json"
+    held, cost = Plan.load(path), read_sealed(beside)
+    if held is not None and cost is not None:
         held.validate(model.layers)
-        return held
-    compressor: Compressor = cell.compressor
+        return held, cost
+    start_peak()
+    start = time.perf_counter()
     filled = StatisticSet()
     if cell.ratio.removed > 0:
-        compressor.check(model.layers, cell.ratio, cell.allocation)
-        filled = statistics(cell, model, blocks, compressor.requires)
-    made = make_plan(compressor, model.layers, filled, cell.ratio, cell.allocation)
+        cell.compressor.check(model.layers, cell.ratio, cell.allocation)
+        filled = statistics(cell, model, blocks, cell.compressor.requires)
+    made = make_plan(cell.compressor, model.layers, filled, cell.ratio, cell.allocation)
     made.save(path)
-    return made
+    cost = {"seconds": time.perf_counter() - start, "peak_memory": peak_memory()}
+    write_sealed(beside, cost)
+    return made, cost
 
 
 def teacher_states(cell: Cell, model: MoEModel, blocks: TokenBlocks) -> Teacher:
@@ -149,7 +150,7 @@ def _sums(scores: BlockScores) -> dict[str, list[float]]:
 def repair_student(
     cell: Cell, model: MoEModel, student: MoEModel, blocks: TokenBlocks, folder: Path
 ) -> Stage:
-    """Train the student's router, or put the rows of an earlier fit back; rows before and after are kept."""
+    """Train the router, or put an earlier fit's rows back; rows before and after are kept."""
 
     def make() -> Stage:
         teacher = teacher_states(cell, model, blocks)
@@ -181,7 +182,7 @@ def continuation(cell: Cell, model: MoEModel, tokenizer: Any) -> str:
     inputs = tokenizer(cell.prompt, return_tensors="pt", add_special_tokens=False).to(device)
     with torch.random.fork_rng():
         torch.manual_seed(cell.seed)
-        out = model.model.generate(
+        out = cast(Any, model.model).generate(
             input_ids=inputs.input_ids,
             attention_mask=inputs.attention_mask,
             do_sample=True,

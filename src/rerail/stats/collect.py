@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from rerail.errors import InputError
+from rerail.moe.bank import ExpertBank
 from rerail.moe.layer import MoELayer, MoEModel
 from rerail.stats.statistic import (
     DenseStatistic,
@@ -35,7 +36,7 @@ def pair_outputs(experts: nn.Module, hidden: Tensor, index: Tensor) -> Tensor:
     k = index.shape[1]
     ones = hidden.new_ones(index.numel(), 1)
     if _is_eager(experts):
-        out = experts(hidden.repeat(k, 1), index.T.reshape(-1, 1), ones)
+        out: Tensor = experts(hidden.repeat(k, 1), index.T.reshape(-1, 1), ones)
         return out.view(k, len(hidden), -1).transpose(0, 1)
     out = experts(hidden.repeat_interleave(k, dim=0), index.reshape(-1, 1), ones)
     return out.view(len(hidden), k, -1)
@@ -45,8 +46,8 @@ def combined(experts: nn.Module, pairs: Tensor, index: Tensor, weights: Tensor) 
     """Add gated pairs (T, K, H) up to (T, H), bit for bit as the experts module does."""
     gated = pairs * weights.unsqueeze(-1)
     if not _is_eager(experts):
-        return gated.to(pairs.dtype).sum(dim=1)
-    slots = experts.slots[index] if hasattr(experts, "slots") else index
+        return gated.sum(dim=1).to(pairs.dtype)
+    slots = experts.slots[index] if isinstance(experts, ExpertBank) else index
     order = slots.argsort(dim=1, stable=True)
     rows = torch.arange(len(index), device=index.device)
     out = torch.zeros_like(pairs[:, 0])
@@ -98,9 +99,14 @@ class _Recorder(nn.Module):
     def _update_routed(
         self, hidden: Tensor, index: Tensor, weights: Tensor, pairs: Tensor | None
     ) -> None:
-        norms = None if pairs is None else self._valid(torch.linalg.vector_norm(pairs, dim=-1))
-        valid = (self._valid(t) for t in (hidden, index, weights))
-        tokens = RoutedTokens(*valid, norms, self.num_slots)
+        norms = None if pairs is None else torch.linalg.vector_norm(pairs, dim=-1)
+        tokens = RoutedTokens(
+            hidden=self._valid(hidden),
+            index=self._valid(index),
+            gates=self._valid(weights),
+            norms=None if norms is None else self._valid(norms),
+            num_experts=self.num_slots,
+        )
         for s in self.routed:
             self.held[s] = s.merged(self.held[s], s.of(tokens).cpu())
 
@@ -159,7 +165,7 @@ def collect(
         for name, tensor in tensors.items():
             if not torch.isfinite(tensor).all():
                 raise InputError(
-                    f"statistic {name} of layer {index} is not finite: the model's weights or activations "
-                    "hold NaN or infinity; load a sound checkpoint or a wider dtype"
+                    f"statistic {name} of layer {index} is not finite: the model's weights or "
+                    "activations hold NaN or infinity; load a sound checkpoint or a wider dtype"
                 )
     return StatisticSet(held)

@@ -57,7 +57,7 @@ class StatisticStore:
             if json.loads(seal.read_text(encoding="utf-8"))["sha256"] == file_digest(path):
                 with safe_open(path, framework="pt") as file:
                     return {int(k): file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
-        except (ValueError, KeyError, SafetensorError):
+        except (ValueError, KeyError, TypeError, SafetensorError):
             pass
         log.warning("%s is damaged (its hash does not match) and will be collected again", path)
         return None

@@ -4,23 +4,26 @@
 
 Its gradient has a closed form at the logits, dL/dz_S = tau w (p_S - p_T), which is carried back
 through the model's own head chunk by chunk. A full (tokens, V) tensor never exists (arXiv
-2603.02217, eq. 1-3; routing objective of section 4).
+2603.02217, section 4, eq. 1-3).
 """
 
 from collections.abc import Callable
 from typing import Any
 
 import torch
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 Head = Callable[[Tensor], Tensor]
 
 
-def target_weights(mask: Tensor, average: str = "sequence", eps: float = 1e-8) -> Tensor:
+def target_weights(
+    mask: Bool[Tensor, "B S"], average: str = "sequence", eps: float = 1e-8
+) -> Float[Tensor, "B S-1"]:
     """Return float32 (B, S-1): the weight of the KL at position t, whose target is t + 1.
 
     Args:
-        mask: (B, S) bool, true where a token is real.
+        mask: (B, S), true where a token is real.
         average: `sequence` divides by each sequence's own targets, then by B (the paper's N_x);
             `token` divides by all targets of the batch.
         eps: keeps an empty sequence finite.
@@ -31,28 +34,39 @@ def target_weights(mask: Tensor, average: str = "sequence", eps: float = 1e-8) -
     return targets / (targets.sum(dim=1, keepdim=True) + eps) / len(mask)
 
 
+def log_distribution(logits: Tensor, tau: float = 1.0) -> Tensor:
+    """Return log softmax(logits / tau) over the last axis, in float32 or wider."""
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    out: Tensor = torch.log_softmax(wide if tau == 1.0 else wide / tau, dim=-1)
+    return out
+
+
+def kl_of(log_teacher: Tensor, log_student: Tensor) -> Tensor:
+    """Return KL(teacher || student) (n,) of two log-distributions (n, V)."""
+    out: Tensor = torch.linalg.vecdot(log_teacher.exp(), log_teacher - log_student)
+    return out
+
+
+@torch.no_grad()
 def token_kl(
-    student: Tensor, teacher: Tensor, head: Head, temperature: float, chunk: int
-) -> Tensor:
-    """Return float32 (N,): tau^2 KL of each token, from hidden states (N, H) of both. No gradient."""
-    parts = []
-    with torch.no_grad():
-        for s, t in zip(student.split(chunk), teacher.split(chunk), strict=True):
-            parts.append(kl_and_logs(s, t, head, temperature)[0])
-    return torch.cat(parts) if parts else student.new_zeros(0, dtype=torch.float32)
-
-
-def kl_and_logs(
-    student: Tensor, teacher: Tensor, head: Head, tau: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return tau^2 KL (n,), and both log-distributions (n, V)."""
-    log_t = torch.log_softmax(head(teacher).float() / tau, dim=-1)
-    log_s = torch.log_softmax(head(student).float() / tau, dim=-1)
-    kl = (log_t.exp() * (log_t - log_s)).sum(dim=-1)
-    return tau**2 * kl, log_s, log_t
+    student: Float[Tensor, "N H"],
+    teacher: Float[Tensor, "N H"],
+    head: Head,
+    temperature: float,
+    chunk: int,
+) -> Float[Tensor, " N"]:
+    """Return tau^2 KL of each token from final hidden states of both. No gradient."""
+    pieces = zip(torch.split(student, chunk), torch.split(teacher, chunk), strict=True)
+    parts = [
+        kl_of(log_distribution(head(t), temperature), log_distribution(head(s), temperature))
+        for s, t in pieces
+    ]
+    return temperature**2 * torch.cat(parts)
 
 
 class _ChunkedKL(torch.autograd.Function):
+    """The forward computes the gradient too, so that no logits have to wait for the backward."""
+
     @staticmethod
     def forward(  # noqa: PLR0913
         ctx: Any,
@@ -65,20 +79,20 @@ class _ChunkedKL(torch.autograd.Function):
     ) -> Tensor:
         total = torch.zeros((), dtype=torch.float64, device=student.device)
         gradient = torch.empty_like(student)
-        pieces = (t.split(chunk) for t in (student, teacher, weights, gradient))
+        pieces = (torch.split(x, chunk) for x in (student, teacher, weights, gradient))
         for s, t, w, g in zip(*pieces, strict=True):
-            log_t = torch.log_softmax(head(t).float() / tau, dim=-1)
+            log_t = log_distribution(head(t), tau)
             with torch.enable_grad():
                 state = s.detach().requires_grad_()
                 logits = head(state)
-            log_s = torch.log_softmax(logits.detach().float() / tau, dim=-1)
+            log_s = log_distribution(logits.detach(), tau)
             p_t = log_t.exp()
-            total += (w * (p_t * (log_t - log_s)).sum(dim=-1)).sum().double()
-            d_logits = log_s.exp_().sub_(p_t).mul_(tau * w.unsqueeze(1)).to(logits.dtype)
-            (g_s,) = torch.autograd.grad(logits, state, d_logits)
-            g.copy_(g_s)
+            total += torch.dot(w.double(), torch.linalg.vecdot(p_t, log_t.sub_(log_s)).double())
+            # per token the head's backward is linear, so its weight can wait until after it
+            (g_s,) = torch.autograd.grad(logits, state, log_s.exp_().sub_(p_t).to(logits.dtype))
+            g.copy_(g_s * (tau * w).unsqueeze(1))
         ctx.save_for_backward(gradient)
-        return (tau**2 * total).float()
+        return (tau**2 * total).to(torch.promote_types(student.dtype, torch.float32))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -87,21 +101,21 @@ class _ChunkedKL(torch.autograd.Function):
 
 
 def chunked_kl(
-    student: Tensor,
-    teacher: Tensor,
-    weights: Tensor,
+    student: Float[Tensor, "N H"],
+    teacher: Float[Tensor, "N H"],
+    weights: Float[Tensor, " N"],
     head: Head,
     *,
     temperature: float = 1.0,
     chunk: int = 128,
-) -> Tensor:
+) -> Float[Tensor, ""]:
     """Return tau^2 sum_n w_n KL_n as a scalar whose gradient reaches `student` only.
 
     Args:
-        student: final hidden states (N, H) of the student.
-        teacher: the teacher's, (N, H); no gradient flows to it.
-        weights: (N,) as from `target_weights`; tokens of weight zero should be left out.
-        head: the frozen head, hidden states -> logits.
+        student: final hidden states of the student.
+        teacher: the teacher's; no gradient flows to it.
+        weights: as from `target_weights`; tokens of weight zero should be left out.
+        head: the frozen head, hidden states -> logits (n, V).
         temperature: tau.
         chunk: tokens at a time; the peak memory is a few (chunk, V) tensors.
     """

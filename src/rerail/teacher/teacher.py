@@ -1,4 +1,4 @@
-"""The teacher's final hidden states: live, or cached once and used by every student of the same text."""
+"""The teacher's final hidden states: live, or cached once for every student of the same text."""
 
 import logging
 from collections.abc import Callable, Iterable, Sequence
@@ -39,7 +39,11 @@ class LiveTeacher:
 
 
 class CachedTeacher:
-    """Looks the states up. Exact while final norm and head are the teacher's own, as they always are."""
+    """Looks the states up: exact, since final norm and head of a student are the teacher's own.
+
+    Args:
+        states: (N, S, H), one row a block, in the order of the text.
+    """
 
     def __init__(self, states: Tensor):
         self.states = states

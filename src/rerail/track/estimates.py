@@ -39,7 +39,7 @@ def _blocks(tokens: ArrayLike, *sums: ArrayLike) -> list[Sums]:
 def mean_and_se(values: ArrayLike, tokens: ArrayLike) -> tuple[float, float | None]:
     r"""Return the mean a token and its standard error, clustered by block.
 
-    With block sums S_b, token counts n_b, N = sum n_b and B non-empty blocks, the ratio estimator is
+    With block sums S_b, token counts n_b, N = sum n_b and B non-empty blocks, it is the ratio
 
         m = sum_b S_b / N,      se^2 = B / (B - 1) * sum_b (S_b - m n_b)^2 / N^2.
 

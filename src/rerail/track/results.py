@@ -1,11 +1,12 @@
 """Rows of results: result.json is the truth, results.csv its flat copy.
 
-A row is a plain dict, one for each stage of a cell. `COLUMNS` names every column; a column that does
-not apply holds None, and an unknown or missing one is refused, so that files of one version agree.
+A row is a plain dict, one for each stage of a cell. `COLUMNS` names every column; a column that
+does not apply holds None, and an unknown or missing one is refused: files of one version agree.
 """
 
 import csv
 import json
+import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -32,6 +33,8 @@ __all__ = [
     "write_csv",
     "write_rows",
 ]
+
+log = logging.getLogger(__name__)
 
 Row = dict[str, Any]
 
@@ -64,6 +67,7 @@ COLUMNS: dict[str, Column] = {
     "nll": Column(float, "held-out negative log-likelihood, nats a token"),
     "nll_se": Column(float, "its standard error, clustered by block"),
     "tokens": Column(int, "held-out tokens that were scored"),
+    "heldout": Column(str, "hash of the held-out token blocks; equal only for the same tokens"),
     "perplexity": Column(float, "exp(nll)"),
     "kl": Column(float, "KL(teacher, this model), nats a token"),
     "kl_se": Column(float, "its standard error, clustered by block"),
@@ -81,7 +85,8 @@ COLUMNS: dict[str, Column] = {
     "kl_first": Column(float, "validation KL before the repair"),
     "kl_best": Column(float, "lowest validation KL of the repair; its step is kept"),
     "kl_last": Column(float, "validation KL after the last step"),
-    "seconds": Column(float, "wall time of the stage"),
+    "seconds": Column(float, "wall time of making the model: compressing, repairing (teacher: 0)"),
+    "evaluation_seconds": Column(float, "wall time of scoring the held-out texts"),
     "peak_memory": Column(int, "peak memory of the stage in bytes"),
     "host": Column(str, "name of the machine"),
     "time": Column(str, "when the row was written, ISO 8601"),
@@ -90,6 +95,7 @@ COLUMNS: dict[str, Column] = {
     "nll_by": Column(dict, "corpus -> {nll, se, tokens}"),
     "curve": Column(list, "points {step, train_kl, val_kl} of the repair"),
     "layers": Column(list, "per MoE layer {layer, routing_changed, load_entropy}"),
+    "tasks": Column(list, "lm-eval results {task, metric, value, se, n}"),
     "samples_text": Column(str, "continuation of the fixed prompt"),
     "prompt": Column(str, "the fixed prompt"),
 }
@@ -169,7 +175,7 @@ def _fitting(name: str, value: Any) -> Any:
         value = int(value)
     if type(value) is not kind:
         raise ValueError(f"{name}={value!r} is {type(value).__name__}, not {kind.__name__}")
-    if kind is float and not math.isfinite(value):
+    if isinstance(value, float) and not math.isfinite(value):
         raise ValueError(f"{name}={value!r} is not finite; write a failed row with the reason")
     return _finite(value) if name in _NESTED else value
 
@@ -213,23 +219,35 @@ def write_rows(folder: Path | str, rows: Sequence[Mapping[str, Any]]) -> Path:
 def read_rows(folder_or_file: Path | str, recursive: bool = True) -> list[Row]:
     """Read a result.json, or every one in and (when recursive) below a folder, in path order.
 
+    In a folder a file that is damaged, foreign or of another version is reported by a warning and
+    left alone, and the others are read.
+
     Returns:
         All rows; an empty list for a folder without results.
 
     Raises:
-        InputError: the path does not exist, or a file is not a list of rows of this version.
+        InputError: the path does not exist, or is a file that holds no rows of this version.
     """
     path = Path(folder_or_file)
     if not path.exists():
         raise InputError(f"{path} does not exist; give a result.json or a folder that holds one")
+    if path.is_file():
+        return _rows_of(path)
     rows: list[Row] = []
-    for file in [path] if path.is_file() else _result_files(path, recursive):
+    for file in _result_files(path, recursive):
         try:
-            rows += [validate_row(row) for row in json.loads(file.read_text(encoding="utf-8"))]
-        except (ValueError, AttributeError, TypeError) as error:
-            message = f"{file} is not a list of result rows ({error}); run its cell again"
-            raise InputError(message) from error
+            rows += _rows_of(file)
+        except InputError as error:
+            log.warning("%s", error)
     return rows
+
+
+def _rows_of(file: Path) -> list[Row]:
+    try:
+        return [validate_row(row) for row in json.loads(file.read_text(encoding="utf-8"))]
+    except (ValueError, AttributeError, TypeError) as error:
+        message = f"{file} is not a list of result rows ({error}); remove it and run its cell again"
+        raise InputError(message) from error
 
 
 def _result_files(folder: Path, recursive: bool) -> Iterator[Path]:

@@ -1,1 +1,1 @@
-"""The two small trained models that ship with the package: a matched pair (experiments/zoo/README.md)."""
+"""Two small trained models that ship with the package, a matched pair: experiments/zoo/zoo.md."""

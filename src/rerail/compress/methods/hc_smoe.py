@@ -3,8 +3,8 @@
 1. o_e = (1/T) sum_t E_e(x_t), every expert on every token, ungated: (E, H).
 2. d_ij = ||o_i - o_j||_2.
 3. Agglomerative clustering; average linkage d(A, B) = mean of d_ij over A x B, until M clusters.
-4. W_c = sum_{e in c} f_e W_e / sum_{e in c} f_e with f_e the usage count (`merge=frequency`), or the
-   plain mean (`merge=average`); accumulated in float32. A cluster that was never used is averaged.
+4. W_c = sum_{e in c} f_e W_e / sum_{e in c} f_e with f_e the usage count (`merge=frequency`), or
+   the plain mean (`merge=average`); accumulated in float32. An unused cluster is averaged.
 5. The router keeps its E rows; the slots of a cluster share its expert.
 
 Public code differs in three places that are not followed: its complete linkage joins the farthest
@@ -48,10 +48,7 @@ class HCSMoE(Merger):
         """Return cluster labels (E,), numbered by their lowest member."""
         mean = statistics[OutputSum()] / statistics[TokenCount()].clamp(min=1).unsqueeze(1)
         tree = linkage(mean.numpy(), method=self.linkage, metric="euclidean")
-        raw = torch.from_numpy(cut_tree(tree, n_clusters=count).flatten().copy()).long()
-        first = {int(c): int((raw == c).nonzero()[0]) for c in raw.unique()}
-        order = {c: i for i, c in enumerate(sorted(first, key=first.__getitem__))}
-        return torch.tensor([order[int(c)] for c in raw])
+        return torch.from_numpy(cut_tree(tree, n_clusters=count).flatten().copy()).long()
 
     def weights(self, statistics: LayerStatistics) -> Tensor:
         """Return usage counts, or ones."""

@@ -2,7 +2,7 @@
 
 An expert matters as much as what it adds where it is used: over the tokens X_e routed to it,
 
-    S_e(b, a, p) = sum_{x in X_e} g_e(x)^a ||f_e(x)||_2^p / c_e^b,        REAP: (b, a, p) = (1, 1, 1)
+    S_e(b, a, p) = sum_{x in X_e} g_e(x)^a ||f_e(x)||_2^p / c_e^b,    REAP: (b, a, p) = (1, 1, 1)
 
 with gate weight g_e(x) (after the model's own normalisation), output f_e(x) before the gate and
 c_e = |X_e|. The int(E * ratio) lowest scores of each layer are removed; experts that were never

@@ -1,0 +1,133 @@
+"""Speed: statistics against a plain forward, a Router KD step against its floor, the chunked KL."""
+
+from functools import partial
+from typing import Any
+
+import torch
+from models import Batch, Size, head_share, random_model, reap_student, text
+from timing import Row, interleaved, ratio, row
+from torch import Tensor
+from torch.nn import functional as F
+
+from rerail.compress.methods.reap import MomentScore
+from rerail.distill.masters import masters
+from rerail.distill.router_distillation import RouterDistillation
+from rerail.distill.settings import RouterKD
+from rerail.moe.layer import MoEModel
+from rerail.stats.collect import collect
+from rerail.stats.routed import Count, Moment
+from rerail.stats.statistic import Statistic
+from rerail.teacher.kl import Head, chunked_kl
+from rerail.teacher.teacher import CachedTeacher, LiveTeacher, speak
+
+MOMENTS = (Count(), *(Moment(a, p) for a in range(3) for p in range(3)))
+ASKED: dict[str, tuple[tuple[Statistic, ...], float]] = {
+    "statistics for REAP": (MomentScore().requires, 1.3),
+    "counts and all moments g^a n^p": (MOMENTS, 1.6),
+}
+
+
+def differing_logits(model: MoEModel, batch: Batch, statistics: tuple[Statistic, ...]) -> int:
+    """Return how many logits of a pass that measures differ from a plain forward in any bit."""
+    states: list[Tensor] = []
+    hook = model.model.base_model.register_forward_hook(
+        lambda _module, _arguments, out: states.append(out.last_hidden_state)
+    )
+    collect(model, [batch], statistics)
+    hook.remove()
+    with torch.no_grad():
+        plain = model.model(input_ids=batch[0], use_cache=False).logits
+        return int((model.head(states[0]) != plain).sum())
+
+
+def statistics_rows(name: str, model: MoEModel, size: Size, rounds: int, limits: bool) -> list[Row]:
+    """Both sides run the body only: the head speaks in neither."""
+    batch = text(model, size)
+    work: dict[str, Any] = {"plain": partial(torch.no_grad()(model.hidden), *batch)}
+    work |= {a: partial(collect, model, [batch], s) for a, (s, _) in ASKED.items()}
+    found = interleaved(work, rounds)
+    rows = []
+    for asked, (statistics, limit) in ASKED.items():
+        value = ratio(found, asked, plain=1)
+        rows.append(row(f"{name}: {asked} / plain forward", value, limit if limits else None))
+        wrong = differing_logits(model, batch, statistics)
+        rows.append(row(f"{name}: {asked}, logits that differ", wrong, 0, "count"))
+    return rows
+
+
+def step(module: RouterDistillation, optimiser: torch.optim.Optimizer, batch: Batch) -> None:
+    """One optimiser step, as in a repair."""
+    ids, mask = batch
+    module.loss({"input_ids": ids, "mask": mask, "index": torch.arange(len(ids))}).backward()
+    optimiser.step()
+    optimiser.zero_grad()
+
+
+def router_kd_rows(
+    name: str, teacher: MoEModel, size: Size, rounds: int, limits: bool
+) -> list[Row]:
+    """The floor of a step: teacher (live) or its head (cached), and the student there and back."""
+    batch = text(teacher, size)
+    student = reap_student(teacher, batch)
+    sources = {"live": LiveTeacher(teacher), "cached": CachedTeacher(speak(teacher, [batch]))}
+    plain = torch.no_grad()(lambda model: model.model(input_ids=batch[0], use_cache=False))
+    with masters(student, "router_rows") as trained:
+        work: dict[str, Any] = {
+            "teacher": lambda: plain(teacher),
+            "student": lambda: plain(student),
+        }
+        for kind, source in sources.items():
+            module = RouterDistillation(student, source, RouterKD(), trained, 1)
+            optimiser = torch.optim.AdamW(trained.values(), lr=5e-5)
+            work[kind] = partial(step, module, optimiser, batch)
+        found = interleaved(work, rounds)
+    share = head_share(teacher, size.length)
+    limit = 1.25 if limits else None
+    return [
+        row(f"{name}: head's share h of a plain forward, from shapes", share, None, "share"),
+        row(f"{name}: student / teacher, plain forward", ratio(found, "student", teacher=1)),
+        row(f"{name}: Router KD step, live teacher / floor of 3 forwards",
+            ratio(found, "live", teacher=1, student=2), limit),
+        row(f"{name}: Router KD step, cached teacher / floor of 2 + h forwards",
+            ratio(found, "cached", teacher=share, student=2), limit),
+    ]  # fmt: skip
+
+
+def plain_kl(student: Tensor, teacher: Tensor, weights: Tensor, head: Head) -> Tensor:
+    """The KL as autograd computes it from full logits: what the chunked one replaces."""
+    with torch.no_grad():
+        target = torch.log_softmax(head(teacher), dim=-1)
+    log_s = torch.log_softmax(head(student), dim=-1)
+    return (weights * F.kl_div(log_s, target, reduction="none", log_target=True).sum(-1)).sum()
+
+
+KL = {"plain": plain_kl, "chunked": chunked_kl}
+
+
+def kl_case(size: Size) -> tuple[Tensor, Tensor, Tensor, Head]:
+    """Return student and teacher states (tokens, H), weights (tokens,) and a model's own head."""
+    shape = Size(size.hidden, 32, 2, 1, 1, size.kl_vocabulary)
+    generator = torch.Generator().manual_seed(0)
+    states = torch.randn(2, size.kl_tokens, size.hidden, generator=generator)
+    weights = torch.full((size.kl_tokens,), 1 / size.kl_tokens)
+    return states[0], states[1], weights, random_model(shape).head
+
+
+def gradient_of(kind: str, case: tuple[Tensor, Tensor, Tensor, Head]) -> tuple[Tensor, Tensor]:
+    student = case[0].clone().requires_grad_()
+    loss = KL[kind](student, *case[1:])
+    loss.backward()
+    assert student.grad is not None
+    return loss.detach(), student.grad
+
+
+def kl_rows(size: Size, rounds: int) -> list[Row]:
+    case = kl_case(size)
+    found = interleaved({kind: partial(gradient_of, kind, case) for kind in KL}, rounds)
+    (loss, gradient), (ours, our_gradient) = (gradient_of(kind, case) for kind in KL)
+    apart = (our_gradient - gradient).abs().max() / gradient.abs().max()
+    return [
+        row("chunked KL: time / plain", ratio(found, "chunked", plain=1), 1.0),
+        row("chunked KL: loss, relative error", float((ours - loss).abs() / loss), 1e-5, "share"),
+        row("chunked KL: gradient, largest error / largest entry", float(apart), 1e-5, "share"),
+    ]

@@ -1,0 +1,1 @@
+"""Checkpoints of students: one target a file, over shared ways to densify, write and reload."""

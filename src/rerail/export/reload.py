@@ -1,0 +1,93 @@
+"""Prove that a checkpoint loads where rerail is not: a fresh process, stock `from_pretrained`."""
+
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from rerail.moe.layer import MoEModel
+
+_SCRIPT = Path(__file__).with_name("reload_script.py")
+
+
+class ReloadError(RuntimeError):
+    """A checkpoint does not load with stock transformers, or computes something else."""
+
+
+@torch.no_grad()
+def logits_of(model: MoEModel, ids: Tensor) -> Tensor:
+    """Return the logits (B, S, V) of token ids (B, S), on the CPU."""
+    device = next(model.model.parameters()).device
+    out: Tensor = model.model(input_ids=ids.to(device), use_cache=False).logits
+    return out.cpu()
+
+
+def tolerance(dtype: torch.dtype) -> float:
+    """Return the allowed logit difference as a share of the largest logit.
+
+    Equal bits are the rule; a matrix product may still order its sums by where memory happens to
+    lie.
+    """
+    return 1e-5 if dtype in (torch.float32, torch.float64) else 1e-2
+
+
+def check_reload(path: Path, ids: Tensor, model: MoEModel) -> float:
+    """Return the largest absolute difference of logits between a reloaded checkpoint and `model`.
+
+    The fresh process loads in the dtype, on the device, with the number of threads and with the
+    implementations of experts and attention of `model`, so that only weights can make a difference.
+
+    Args:
+        path: the checkpoint's folder.
+        ids: token ids (B, S) to compare on.
+        model: what the checkpoint must be (`as_written`).
+
+    Raises:
+        ReloadError: it does not load, tensors are missing or left over, or the logits differ.
+    """
+    with tempfile.TemporaryDirectory() as name:
+        exchange = Path(name)
+        write_task(exchange, ids, model)
+        command = [sys.executable, "-P", str(_SCRIPT), str(path.absolute()), str(exchange)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+            raise ReloadError(f"{path} does not load with stock transformers: {last}")
+        report = json.loads((exchange / "report.json").read_text(encoding="utf-8"))
+    return judge(path, report, model.model.dtype)
+
+
+def write_task(exchange: Path, ids: Tensor, model: MoEModel) -> None:
+    """Write for the fresh process what it compares with and how it loads."""
+    names = ("experts_implementation", "attn_implementation")
+    options = {n: getattr(model.config, f"_{n}", None) for n in names}
+    task = {
+        "dtype": str(model.model.dtype).removeprefix("torch."),
+        "device": str(next(model.model.parameters()).device),
+        "threads": torch.get_num_threads(),
+        "options": {n: o for n, o in options.items() if o is not None},
+    }
+    (exchange / "task.json").write_text(json.dumps(task), encoding="utf-8")
+    given = {"ids": ids.cpu().contiguous(), "logits": logits_of(model, ids).contiguous()}
+    save_file(given, exchange / "given.safetensors")
+
+
+def judge(path: Path, report: Mapping[str, Any], dtype: torch.dtype) -> float:
+    """Return the difference that the fresh process reported, or raise ReloadError."""
+    difference, largest = float(report["difference"]), float(report["largest"])
+    if report["misfits"]:
+        raise ReloadError(f"{path} loads with tensors that do not fit: {report['misfits']}")
+    if report.get("rerail_was_loaded"):
+        raise ReloadError(f"{path} was loaded in a process that had imported rerail")
+    if not difference <= tolerance(dtype) * largest:
+        raise ReloadError(
+            f"{path} reloads with logits that differ by {difference:g}; the largest is {largest:g}"
+        )
+    return difference

@@ -1,0 +1,111 @@
+"""Stock experts modules of transformers: their layout, their sizes, and shallow copies of them.
+
+A stock module holds fused tensors with a leading expert axis, `gate_up_proj` (E, 2I, H) and
+`down_proj` (E, H, I), in some families transposed, interleaved or with biases.
+"""
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+
+
+class ExpertWeights(NamedTuple):
+    """Experts as (out, in) matrices in every family: one expert, or a stack with a leading axis."""
+
+    gate: Tensor
+    up: Tensor
+    down: Tensor
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a family fuses its expert tensors."""
+
+    transposed: bool = False
+    concatenated: bool = True
+
+    @classmethod
+    def of(cls, experts: nn.Module) -> "Layout":
+        """Read the layout from the flags that transformers puts on every experts module."""
+        transposed = bool(getattr(experts, "is_transposed", False))
+        return cls(transposed, bool(getattr(experts, "is_concatenated", True)))
+
+    def unpack(self, gate_up: Tensor, down: Tensor) -> ExpertWeights:
+        """Split fused tensors (..., 2I, H) and (..., H, I) into gate, up (..., I, H) and down."""
+        if self.transposed:
+            gate_up, down = gate_up.mT, down.mT
+        if self.concatenated:
+            gate, up = gate_up.chunk(2, dim=-2)
+        else:
+            gate, up = gate_up[..., ::2, :], gate_up[..., 1::2, :]
+        return ExpertWeights(gate, up, down)
+
+    def pack(self, weights: ExpertWeights) -> dict[str, Tensor]:
+        """Fuse again: the inverse of `unpack`, keyed by transformers' parameter names."""
+        gate, up, down = weights
+        if self.concatenated:
+            gate_up = torch.cat([gate, up], dim=-2)
+        else:
+            gate_up = torch.stack([gate, up], dim=-2).flatten(-3, -2)
+        if self.transposed:
+            gate_up, down = gate_up.mT, down.mT
+        return {"gate_up_proj": gate_up.contiguous(), "down_proj": down.contiguous()}
+
+
+class Dims(NamedTuple):
+    """Sizes of the dense experts of a layer.
+
+    Attributes:
+        experts: E, the router slots.
+        intermediate: I, the width of one expert.
+        hidden: H.
+        numbers: numbers in one expert, by the name of the fused tensor (biases included).
+    """
+
+    experts: int
+    intermediate: int
+    hidden: int
+    numbers: Mapping[str, int]
+
+    @property
+    def expert(self) -> int:
+        """Numbers in one dense expert."""
+        return sum(self.numbers.values())
+
+
+def expert_parameters(experts: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the fused parameters of a stock experts module: those with a leading expert axis."""
+    count = cast(int, experts.num_experts)
+    return {n: p for n, p in experts.named_parameters(recurse=False) if p.shape[0] == count}
+
+
+def dims_of(experts: nn.Module) -> Dims:
+    """Return the sizes of a stock experts module."""
+    held = expert_parameters(experts)
+    out, inner = held["down_proj"].shape[1:]
+    if Layout.of(experts).transposed:
+        out, inner = inner, out
+    numbers = {name: p.shape[1:].numel() for name, p in held.items()}
+    return Dims(len(held["down_proj"]), inner, out, numbers)
+
+
+def shell_of(experts: nn.Module, parameters: Mapping[str, Tensor], count: int) -> nn.Module:
+    """Return a shallow copy of a stock experts module that reads other tensors.
+
+    Parameter objects stay the objects they are, so what is shared with a teacher stays shared; the
+    copy has tables of its own, so that nothing done to it reaches the original.
+    """
+    shell = copy.copy(experts)
+    for table in ("_parameters", "_buffers", "_modules"):
+        setattr(shell, table, dict(getattr(experts, table)))
+    for name, tensor in parameters.items():
+        held = isinstance(tensor, nn.Parameter)
+        shell._parameters[name] = (
+            cast(nn.Parameter, tensor) if held else nn.Parameter(tensor, requires_grad=False)
+        )
+    shell.num_experts = count  # type: ignore[assignment]
+    return shell

@@ -1,0 +1,246 @@
+"""Rows seen as cells, cells as settings: what may be compared, and what may not.
+
+A cell is up to three rows (teacher, compressed, repaired) with one key. A setting is the cells that
+differ in nothing but seeds. Numbers of cells are put together only over the same held-out tokens.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+from scipy.stats import t as student_t
+
+from rerail.files import digest
+from rerail.track.results import Row
+
+STAGES = ("teacher", "compressed", "repaired")
+FIELDS = ("ratio", "samples", "calibration", "allocation", "distill")
+BLANK = "gap under two standard errors"
+UNREPAIRED = "no repair"
+
+
+class Estimate(NamedTuple):
+    """A number with its error.
+
+    Attributes:
+        value: the number of one cell, or the mean over n seeds.
+        error: the row's own standard error (n = 1), or the standard deviation over n seeds.
+        n: number of seeds.
+    """
+
+    value: float
+    error: float | None
+    n: int
+
+    @property
+    def half_interval(self) -> float | None:
+        """Half the width of the 95 % interval of the value."""
+        if self.error is None:
+            return None
+        if self.n == 1:
+            return 1.96 * self.error
+        return float(student_t.ppf(0.975, self.n - 1)) * self.error / math.sqrt(self.n)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """The rows of one key, in the order of `STAGES`; a cell that is not done has one row."""
+
+    rows: tuple[Row, ...]
+
+    @property
+    def head(self) -> Row:
+        """The row that shows the choices."""
+        return self.rows[0]
+
+    @property
+    def done(self) -> bool:
+        """Whether every row is done."""
+        return all(row["status"] == "done" for row in self.rows)
+
+    @property
+    def seconds(self) -> float | None:
+        """Wall time of all stages."""
+        known = [row["seconds"] for row in self.rows if row["seconds"] is not None]
+        return sum(known) if known else None
+
+    def get(self, stage: str, column: str) -> Any:
+        """Return a value of a stage, None where the stage or the value is absent."""
+        return next((row.get(column) for row in self.rows if row["stage"] == stage), None)
+
+    @property
+    def no_recovery(self) -> str:
+        """Why the recovery is blank; empty where it is not, or where the cell is not done."""
+        if not self.done or self.get("repaired", "recovery") is not None:
+            return ""
+        return BLANK if self.get("repaired", "nll") is not None else UNREPAIRED
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Done cells that differ in their seeds only and were scored on the same tokens."""
+
+    cells: tuple[Cell, ...]
+
+    @property
+    def head(self) -> Row:
+        """The row that shows the choices."""
+        return self.cells[0].head
+
+    def estimate(self, stage: str, column: str) -> Estimate | None:
+        """Return a column of a stage over the seeds that have it; None where none has."""
+        held = [(c.get(stage, column), c.get(stage, f"{column}_se")) for c in self.cells]
+        held = [(value, se) for value, se in held if value is not None]
+        if len(held) < 2:
+            return Estimate(*held[0], 1) if held else None
+        values = np.array([value for value, _ in held])
+        return Estimate(float(values.mean()), float(values.std(ddof=1)), len(held))
+
+    @property
+    def no_recovery(self) -> str:
+        """Why no seed has a recovery; empty where one has."""
+        reasons = [cell.no_recovery for cell in self.cells]
+        return reasons[0] if all(reasons) else ""
+
+
+def cells_of(rows: Sequence[Row]) -> list[Cell]:
+    """Group rows by key and sort: fine models first, then model, method, ratio, samples, seed.
+
+    A key that was measured twice shows the rows that were written last.
+    """
+    grouped: dict[Any, dict[str | None, Row]] = {}
+    for i, row in enumerate(sorted(rows, key=lambda row: row["time"] or "")):
+        cell = grouped.setdefault(row["key"] or i, {})
+        if row["stage"] is None or None in cell:
+            cell.clear()
+        cell[row["stage"]] = row
+    cells = [
+        Cell(tuple(cell[stage] for stage in (*STAGES, None) if stage in cell))
+        for cell in grouped.values()
+    ]
+    grain = {row["model"]: row["granularity"] for row in rows if row["granularity"]}
+
+    def order(cell: Cell) -> tuple[Any, ...]:
+        row = cell.head
+        rank = {"fine": 0, "coarse": 1}.get(grain.get(row["model"], ""), 2)
+        numbers = [-1 if row[n] is None else row[n] for n in ("ratio", "samples", "seed")]
+        return (rank, row["model"] or "", row["compressor"] or "", *numbers, row["key"] or "")
+
+    return sorted(cells, key=order)
+
+
+def tokens_of(row: Row) -> str:
+    """Return what identifies the held-out tokens of a row: only equal ones may be compared."""
+    texts = {name: held.get("tokens") for name, held in (row["nll_by"] or {}).items()}
+    asked = ((row["choices"] or {}).get("evaluation") or {}).get("texts")
+    return digest([row["tokens"], row["heldout"], texts, asked])
+
+
+def tokens_label(row: Row) -> str:
+    """Return the held-out texts of a row in words, as in `docs, speeches (32,640 tokens)`."""
+    names = ", ".join(sorted(row["nll_by"] or {})) or "held-out text"
+    return f"{names} ({row['tokens'] or 0:,} tokens)"
+
+
+def choices_without(row: Row, dropped: Iterable[str] = ()) -> str:
+    """Return what identifies a row's choices, seeds and some named groups left out."""
+    gone = {"command", "names", *dropped}
+    choices = dict(row["choices"] or {})
+    names = {k: v for k, v in (choices.get("names") or {}).items() if k not in gone}
+    kept = {
+        name: value if name == "evaluation" else _seedless(value, gone)
+        for name, value in choices.items()
+        if name not in gone | {"seed"}
+    }
+    columns = {name: row[name] for name in ("model", "compressor", *FIELDS) if name not in gone}
+    return digest([kept, names, columns, tokens_of(row)])
+
+
+def _seedless(value: Any, gone: set[str]) -> Any:
+    """Drop seeds at any depth, and `calibration.samples` where samples are left out."""
+    if not isinstance(value, Mapping):
+        return value
+    hidden = {"seed"} | ({"samples"} & gone)
+    return {k: _seedless(one, gone) for k, one in value.items() if k not in hidden}
+
+
+def settings_of(cells: Sequence[Cell]) -> list[Setting]:
+    """Return the settings of the done cells that were measured, in the order of the cells."""
+    measured = [c for c in cells if c.done and any(row["nll"] is not None for row in c.rows)]
+    grouped = grouped_by(measured, lambda cell: choices_without(cell.head))
+    return [Setting(tuple(group)) for group in grouped.values()]
+
+
+def by_tokens(settings: Sequence[Setting]) -> dict[str, list[Setting]]:
+    """Return the settings apart by held-out tokens, as tokens -> settings."""
+    return grouped_by(settings, lambda setting: tokens_of(setting.head))
+
+
+def by_model(settings: Sequence[Setting]) -> dict[str, list[Setting]]:
+    """Return the settings apart by model."""
+    return grouped_by(settings, lambda setting: setting.head["model"] or "?")
+
+
+def series_over(column: str, settings: Sequence[Setting]) -> list[list[Setting]]:
+    """Return settings that differ in one column only, sorted by it; at least two in each series."""
+    known = [s for s in settings if s.head[column] is not None and s.estimate("repaired", "nll")]
+    grouped = grouped_by(known, lambda s: choices_without(s.head, [column]))
+    series = [sorted(group, key=lambda s: s.head[column]) for group in grouped.values()]
+    return [group for group in series if len({s.head[column] for s in group}) > 1]
+
+
+def varying(settings: Iterable[Setting | Cell]) -> list[str]:
+    """Return the columns among `FIELDS` that hold more than one value."""
+    heads = [setting.head for setting in settings]
+    return [name for name in FIELDS if len({row[name] for row in heads} - {None}) > 1]
+
+
+def label_of(row: Row, columns: Iterable[str], first: str = "compressor") -> str:
+    """Return a label, as in `reap, ratio 0.5, 64 samples`."""
+    return _label(row, columns, first, ", ", {"ratio": "ratio {:g}", "samples": "{} samples"})
+
+
+def short_label(row: Row, columns: Iterable[str], first: str = "compressor") -> str:
+    """Return a label for figures, as in `reap r0.5 n64`."""
+    return _label(row, columns, first, " ", {"ratio": "r{:g}", "samples": "n{}"})
+
+
+def _label(
+    row: Row, columns: Iterable[str], first: str, comma: str, said: Mapping[str, str]
+) -> str:
+    parts = [said.get(n, "{}").format(row[n]) for n in columns if row[n] is not None]
+    return comma.join([str(row[first] or "?"), *parts])
+
+
+def grouped_by(items: Iterable[Any], key: Callable[[Any], str]) -> dict[str, list[Any]]:
+    """Return the items by their key, in the order of the items."""
+    grouped: dict[str, list[Any]] = {}
+    for item in items:
+        grouped.setdefault(key(item), []).append(item)
+    return grouped
+
+
+def percent(value: float) -> str:
+    """Return a share in whole percent."""
+    return f"{100 * value:.0f} %"
+
+
+def plus_minus(value: float | None, error: float | None, digits: int = 3) -> str:
+    """Return `3.512 ± 0.012`, without the error where there is none, empty without a value."""
+    if value is None:
+        return ""
+    return f"{value:.{digits}f}" + ("" if error is None else f" ± {error:.{digits}f}")
+
+
+def share(value: float | None, error: float | None) -> str:
+    """Return `56 % ± 3`, empty without a value."""
+    if value is None:
+        return ""
+    return percent(value) + ("" if error is None else f" ± {100 * error:.0f}")
+
+
+def megabytes(size: int | None) -> str:
+    """Return a size in MB (10^6 bytes), empty without a size."""
+    return "" if size is None else f"{size / 1e6:,.2f}" if size < 1e8 else f"{size / 1e6:,.0f}"

@@ -1,0 +1,193 @@
+"""A whole cell on a tiny model and a tiny text: re-entrance, rows, refusals."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+
+from families import tiny
+from rerail.errors import InputError, OutOfReach
+from rerail.run import artefacts, runner, stages
+from rerail.run.compose import to_cell
+from rerail.run.presets import config_root
+
+ZOO = Path(__file__).parents[2] / "src/rerail/zoo/tiny_fine"
+SAME = ("host", "time", "seconds", "evaluation_seconds", "peak_memory", "revision")
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    model = tiny("qwen3_moe", vocab_size=4096).model
+    model.save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(ZOO / name, folder / name)
+    text = "It was a bright cold day, and the clocks were striking thirteen. "
+    lines = [json.dumps({"text": f"{i}: {text * (3 + i % 4)}"}) for i in range(60)]
+    (folder / "text.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    return folder
+
+
+@pytest.fixture
+def cell(model_folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("RERAIL_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+
+    def make(*overrides: str):
+        GlobalHydra.instance().clear()
+        text = f"[{model_folder / 'text.jsonl'}]"
+        words = [
+            *("model=local", f"model.path_or_id={model_folder}", "calibration=files"),
+            *(f"calibration.sources.0.paths={text}", "evaluation=file", "samples.count=16"),
+            *(f"evaluation.texts.file.sources.0.paths={text}", "evaluation.texts.file.samples=6"),
+            *("calibration.block=16", "evaluation.texts.file.block=16", "evaluation.new_tokens=4"),
+            *("++distill.batch_size=4", "++distill.epochs=1", "++distill.evaluations=2"),
+            *("trainer=cpu", "trainer.enable_progress_bar=false"),
+        ]
+        with initialize_config_dir(str(config_root() / "conf"), version_base="1.3"):
+            return to_cell(compose("config", [*words, *overrides]), "rerail test")
+
+    return make
+
+
+def comparable(rows):
+    return [{k: v for k, v in row.items() if k not in SAME} for row in rows]
+
+
+def test_a_cell_gives_one_row_a_stage_with_the_same_tokens(cell, tmp_path):
+    rows = runner.run_cell(cell(), tmp_path / "out")
+    assert [r["stage"] for r in rows] == ["teacher", "compressed", "repaired"]
+    assert len({r["tokens"] for r in rows}) == 1
+    assert rows[0]["kl"] == 0.0
+    assert rows[1]["kl"] > 0
+    assert rows[1]["bytes"] < rows[0]["bytes"]
+    assert rows[1]["removed_of_experts"] == pytest.approx(0.5)
+    assert rows[2]["kl_best"] <= rows[2]["kl_first"]
+    assert rows[1]["seconds"] > 0
+
+
+def test_the_rows_follow_the_choices_by_which_a_folder_is_named(cell):
+    assert cell().folder == cell().folder
+    assert cell().folder != cell("seed=1").folder
+    assert cell().key != cell("calibration.block=15").key
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL: nothing below may catch it."""
+
+
+STEPS = ["text", "load", "plan", "apply", "evaluate teacher", "evaluate compressed", "repair"]
+STEPS += ["evaluate repaired", "done"]
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_a_run_killed_at_any_step_ends_with_the_same_numbers(cell, tmp_path, monkeypatch, step):
+    undisturbed = comparable(runner.run_cell(cell(), tmp_path / "whole"))
+    monkeypatch.setenv("RERAIL_CACHE", str(tmp_path / "cache2"))
+    write = artefacts.Status.write
+
+    def die(self, state, stage="", reason=""):
+        write(self, state, stage, reason)
+        if step in (stage, state):
+            raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(artefacts.Status, "write", die)
+        with pytest.raises(Killed):
+            runner.run_cell(cell(), tmp_path / "out")
+    assert comparable(runner.run_cell(cell(), tmp_path / "out")) == undisturbed
+
+
+def test_finished_stages_are_not_run_again(cell, tmp_path, monkeypatch):
+    runner.run_cell(cell(), tmp_path / "out")
+    [folder] = (tmp_path / "out").iterdir()
+    (folder / "result.json").unlink()
+    (folder / "repaired.json").unlink()
+
+    def refuse(*_, **__):
+        raise AssertionError("this stage was finished")
+
+    for name in ("collect", "make_plan", "repair"):
+        monkeypatch.setattr(stages, name, refuse)
+    assert len(runner.run_cell(cell(), tmp_path / "out")) == 3
+
+
+@pytest.mark.parametrize(
+    "name", ["plan.json", "repair.json", "repair.safetensors", "compressed.json"]
+)
+def test_a_damaged_artefact_is_noticed_and_made_again(cell, tmp_path, caplog, name):
+    before = comparable(runner.run_cell(cell(), tmp_path / "out"))
+    [folder] = (tmp_path / "out").iterdir()
+    (folder / "result.json").unlink()
+    damaged = bytearray((folder / name).read_bytes())
+    damaged[len(damaged) // 2] ^= 1
+    (folder / name).write_bytes(bytes(damaged))
+    assert comparable(runner.run_cell(cell(), tmp_path / "out")) == before
+    assert "damaged" in caplog.text
+
+
+def test_other_weights_in_the_same_folder_are_another_input(cell, tmp_path, model_folder):
+    copy = tmp_path / "copy"
+    shutil.copytree(model_folder, copy)
+    first = runner.run_cell(cell(f"model.path_or_id={copy}"), tmp_path / "out")
+    tiny("qwen3_moe", seed=5, vocab_size=4096).model.save_pretrained(copy)
+    second = runner.run_cell(cell(f"model.path_or_id={copy}"), tmp_path / "out")
+    assert first[0]["nll"] != second[0]["nll"]
+
+
+def test_ratio_zero_changes_nothing(cell, tmp_path):
+    rows = runner.run_cell(cell("ratio=none", "distill=none"), tmp_path / "out")
+    assert [r["stage"] for r in rows] == ["teacher", "compressed"]
+    assert rows[1]["nll"] == rows[0]["nll"]
+    assert rows[1]["kl"] == 0.0
+
+
+def test_a_ratio_out_of_reach_is_refused_before_anything_is_written(cell, tmp_path):
+    with pytest.raises(OutOfReach, match="top_k = 2"):
+        runner.run_cell(cell("ratio.removed=0.9"), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_in_a_sweep_it_is_a_row_that_says_why(cell, tmp_path):
+    [row] = runner.run_or_record(cell("ratio.removed=0.9"), tmp_path / "out")
+    assert row["status"] == "not_applicable"
+    assert "allowed" in row["reason"]
+
+
+def test_in_a_sweep_a_crash_is_a_failed_row_with_its_traceback(cell, tmp_path, monkeypatch):
+    monkeypatch.setattr(stages, "make_plan", lambda *_: 1 / 0)
+    [row] = runner.run_or_record(cell(), tmp_path / "out")
+    assert row["status"] == "failed"
+    assert "ZeroDivisionError" in row["reason"]
+    [folder] = (tmp_path / "out").iterdir()
+    assert "make_plan" in (folder / "traceback.txt").read_text()
+    assert json.loads((folder / "status.json").read_text())["state"] == "failed"
+
+
+def test_weights_that_are_not_finite_are_refused(cell, tmp_path, model_folder):
+    copy = tmp_path / "copy"
+    shutil.copytree(model_folder, copy)
+    model = tiny("qwen3_moe", vocab_size=4096).model
+    with torch.no_grad():
+        model.model.layers[0].mlp.experts.down_proj[0, 0, 0] = torch.nan
+    model.save_pretrained(copy)
+    with pytest.raises(InputError, match="NaN"):
+        runner.run_cell(cell(f"model.path_or_id={copy}"), tmp_path / "out")
+
+
+def test_an_exported_model_lies_beside_the_rows_and_was_reloaded(cell, tmp_path):
+    runner.run_cell(cell("export=native"), tmp_path / "out")
+    [folder] = (tmp_path / "out").iterdir()
+    assert (folder / "model" / "model.safetensors").exists()
+    assert (folder / "model" / "compression.json").exists()
+    assert (folder / "reload.json").exists()
+
+
+def test_what_cannot_be_exported_is_refused_before_the_repair(cell, tmp_path, monkeypatch):
+    monkeypatch.setattr(stages, "repair", lambda *_: 1 / 0)
+    with pytest.raises(InputError, match="densify"):
+        runner.run_cell(cell("export=native", "compressor=hc_smoe"), tmp_path / "out")

@@ -1,0 +1,104 @@
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from families import tiny, tokens
+from rerail.errors import InputError
+from rerail.export.manifest import read_manifest
+from rerail.export.native import export_native
+from rerail.files import read_sealed
+from rerail.moe.bank import BankSpec
+from rerail.moe.source import ModelSource
+from rerail.plan.apply import apply_plan
+from rerail.plan.plan import LayerPlan, Plan
+from rerail.run import exporting
+from rerail.run.cell import Export
+
+ROWS = [{"stage": "teacher", "nll": 1.0}, {"stage": "repaired", "nll": 1.5, "recovery": 0.4}]
+
+
+def kept(rows, layers=(0, 1)):
+    specs = {i: BankSpec("dense", len(rows), tuple(((i, e, 1.0),) for e in rows)) for i in layers}
+    slots = tuple(range(len(rows)))
+    return Plan(tuple(LayerPlan(i, rows, slots, "slice", s) for i, s in specs.items()))
+
+
+@dataclass
+class FakeCell:
+    """The few fields of a cell that an export reads."""
+
+    model: ModelSource
+    export: Export = field(default_factory=lambda: Export("native"))
+    key: str = "k"
+    choices: dict = field(default_factory=lambda: {"seed": 3})
+
+
+@pytest.fixture
+def stage(tmp_path, monkeypatch):
+    """A bfloat16 parent on disk, read in float32, with its student; reload checks are counted."""
+    parent = export_native(tiny("qwen3_moe"), Plan(), tmp_path / "parent", dtype=torch.bfloat16)
+    cell = FakeCell(ModelSource(str(parent)))
+    plan = kept((0, 2, 3))
+    student = apply_plan(cell.model.load(), plan)
+    seen = []
+
+    def check(path, ids, model):
+        seen.append((path, ids, model))
+        return 0.0
+
+    monkeypatch.setattr(exporting, "check_reload", check)
+    texts = {"held": SimpleNamespace(input_ids=tokens(5, 12))}
+
+    def run(rows=ROWS):
+        return exporting.export(cell, student, plan, None, texts, tmp_path / "run", rows)
+
+    return SimpleNamespace(run=run, seen=seen, cell=cell, student=student, folder=tmp_path / "run")
+
+
+def test_the_model_goes_out_in_the_dtype_of_its_parent_and_is_proved_against_its_rounded_self(
+    stage,
+):
+    path = stage.run()
+    assert path == stage.folder / "model"
+    tensors = load_file(path / "model.safetensors")
+    assert {t.dtype for t in tensors.values()} == {torch.bfloat16}
+    ((checked, ids, model),) = stage.seen
+    assert (checked, tuple(ids.shape)) == (path, (2, 12))
+    assert model.model.dtype == torch.float32
+    proof = read_sealed(stage.folder / "reload.json")
+    assert proof["max_logit_difference"] == 0
+    assert proof["max_logit_rounding"] == 0, "all of it came from a bfloat16 checkpoint"
+    held = read_manifest(path)
+    assert held["parent"]["fingerprint"] == stage.cell.model.fingerprint()
+    assert held["choices"] == {"seed": 3}
+    assert [row["nll"] for row in held["evaluation"]] == [1.0, 1.5]
+    assert held["evaluation"][1]["recovery"] == 0.4
+
+
+def test_a_trained_row_is_moved_by_rounding_and_the_record_says_so(stage):
+    stage.student.layers[0].router_rows.add_(1e-3)
+    stage.run()
+    assert read_sealed(stage.folder / "reload.json")["max_logit_rounding"] > 0
+
+
+def test_a_proved_export_is_used_and_a_stale_or_broken_one_is_made_again(stage):
+    path = stage.run()
+    stage.run()
+    assert len(stage.seen) == 1
+    (path / "model.safetensors").write_bytes(b"cut")
+    stage.run()
+    assert len(stage.seen) == 2
+    stage.run([ROWS[0], {**ROWS[1], "nll": 1.25}])
+    assert len(stage.seen) == 3
+    assert read_manifest(path)["evaluation"][1]["nll"] == 1.25
+
+
+def test_a_form_that_cannot_be_exported_is_refused_when_the_student_is_made(stage):
+    uneven = apply_plan(tiny("qwen3_moe"), kept((0, 2, 3), layers=(0,)))
+    with pytest.raises(InputError, match="layer 1: it keeps 8 experts and layer 0 keeps 3"):
+        exporting.check_export(stage.cell, uneven)
+    exporting.check_export(FakeCell(stage.cell.model, Export("none")), uneven)
+    exporting.check_export(stage.cell, stage.student)

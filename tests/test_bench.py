@@ -1,0 +1,104 @@
+"""Every measurement of the bench runs and has its shape; no time that it measures is judged."""
+
+import itertools
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+FOLDER = Path(__file__).parents[1] / "experiments" / "bench"
+MODULES = ("bench", "memory", "models", "speed", "timing")
+
+
+@pytest.fixture(scope="module")
+def bench() -> Iterator[SimpleNamespace]:
+    sys.path.insert(0, str(FOLDER))
+    try:
+        yield SimpleNamespace(**{name: __import__(name) for name in MODULES})
+    finally:
+        sys.path.remove(str(FOLDER))
+        for name in MODULES:
+            sys.modules.pop(name, None)
+
+
+@pytest.fixture(scope="module")
+def toy(bench: SimpleNamespace) -> object:
+    return bench.models.Size(16, 8, 8, 2, 2, 64, 2, 8, kl_vocabulary=64, kl_tokens=20)
+
+
+def test_the_whole_bench_gives_named_rows_with_the_promised_limits(
+    bench: SimpleNamespace, toy: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes = itertools.count(1_000_000, 1_000_000)
+    few = lambda size: bench.memory.memory_rows(size, lambda task, size: next(sizes))  # noqa: E731
+    monkeypatch.setattr(bench.bench, "memory_rows", few)
+    rows = json.loads(json.dumps(bench.bench.measure(toy, 1, ("tiny_coarse",))))
+    assert all(set(r) == {"name", "value", "limit", "unit"} for r in rows)
+    assert len({r["name"] for r in rows}) == len(rows)
+    limits = {r["name"]: r["limit"] for r in rows if r["limit"] is not None}
+    assert limits == {
+        "chunked KL: time / plain": 1.0,
+        "chunked KL: loss, relative error": 1e-5,
+        "chunked KL: gradient, largest error / largest entry": 1e-5,
+        "peak memory: chunked / plain KL": 0.25,
+        "peak memory: with REAP student / teacher alone": 1.15,
+        "random model: statistics for REAP / plain forward": 1.3,
+        "random model: statistics for REAP, logits that differ": 0,
+        "random model: counts and all moments g^a n^p / plain forward": 1.6,
+        "random model: counts and all moments g^a n^p, logits that differ": 0,
+        "random model: Router KD step, live teacher / floor of 3 forwards": 1.25,
+        "random model: Router KD step, cached teacher / floor of 2 + h forwards": 1.25,
+        "tiny_coarse: statistics for REAP, logits that differ": 0,
+        "tiny_coarse: counts and all moments g^a n^p, logits that differ": 0,
+    }
+    for r in rows:
+        if r["limit"] in (0, 1e-5):  # what is not a matter of speed
+            assert 0 <= r["value"] <= r["limit"], r
+
+
+def test_a_ratio_is_the_median_over_rounds_of_weighted_times(bench: SimpleNamespace) -> None:
+    found = {"a": [6.0, 8.0, 90.0], "b": [1.0, 2.0, 3.0], "c": [1.0, 1.0, 3.0]}
+    assert bench.timing.ratio(found, "a", b=1, c=2) == 2.0
+
+
+def test_work_takes_turns_and_the_first_round_is_not_counted(bench: SimpleNamespace) -> None:
+    calls: list[str] = []
+    work = {name: lambda name=name: calls.append(name) for name in "abc"}
+    found = bench.timing.interleaved(work, 7)
+    turns = {"".join(calls[i : i + 3]) for i in range(0, len(calls), 3)}
+    assert len(calls) == 24
+    assert len(turns) > 2
+    assert {"".join(sorted(turn)) for turn in turns} == {"abc"}
+    assert {name: len(times) for name, times in found.items()} == {"a": 7, "b": 7, "c": 7}
+
+
+def test_the_head_s_share_is_what_torch_counts(bench: SimpleNamespace, toy: object) -> None:
+    from torch.utils.flop_counter import FlopCounterMode
+
+    model = bench.models.random_model(toy)
+    model.model.set_attn_implementation("eager")  # torch counts no FLOPs of the fused attention
+    ids, _ = bench.models.text(model, toy)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model.model(input_ids=ids, use_cache=False)
+    head = 2 * ids.numel() * model.vocab_size * model.config.hidden_size
+    share = bench.models.head_share(model, ids.shape[1])
+    assert share == pytest.approx(head / counter.get_total_flops(), rel=1e-6)
+
+
+def test_a_step_trains_the_students_router_rows(bench: SimpleNamespace, toy: object) -> None:
+    teacher = bench.models.random_model(toy)
+    student = bench.models.reap_student(teacher, bench.models.text(teacher, toy))
+    assert [layer.num_experts for layer in student.layers] == [4, 4]
+    before = [layer.router_rows.clone() for layer in student.layers]
+    bench.memory.one_step(teacher, student, bench.models.text(teacher, toy))
+    for layer, rows in zip(student.layers, before, strict=True):
+        assert not torch.equal(layer.router_rows, rows)
+
+
+def test_a_fresh_process_measures_what_a_tensor_takes(bench: SimpleNamespace) -> None:
+    size = bench.models.Size(16, kl_vocabulary=4_000, kl_tokens=2_000)
+    assert 2 < bench.memory.fresh_peak("plain KL", size) / (4_000 * 2_000 * 4) < 12

@@ -1,0 +1,166 @@
+import errno
+import hashlib
+import json
+import logging
+from pathlib import Path
+
+import pytest
+from safetensors import SafetensorError
+
+from rerail.errors import InputError
+from rerail.files import (
+    cache_dir,
+    digest,
+    file_digest,
+    read_sealed,
+    whole_file,
+    write_json,
+    write_sealed,
+)
+
+
+def fail_half_way(path: Path, error: BaseException) -> None:
+    with whole_file(path) as temporary:
+        temporary.write_bytes(b"half")
+        raise error
+
+
+def fail_in_a_folder(path: Path, error: BaseException) -> None:
+    with whole_file(path) as temporary:
+        temporary.mkdir()
+        (temporary / "inside").write_text("half")
+        raise error
+
+
+FAILURES = pytest.mark.parametrize("fail", [fail_half_way, fail_in_a_folder])
+
+
+@FAILURES
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        OSError(errno.EDQUOT, "Disk quota exceeded"),
+        SafetensorError("Error while serializing: No space left on device (os error 28)"),
+    ],
+)
+def test_no_space_left_is_a_sentence_and_leaves_what_was_there(tmp_path, fail, error):
+    path = tmp_path / "new" / "a.bin"
+    for before in ([], ["a.bin"]):
+        with pytest.raises(
+            InputError, match=f"no space left on the device that holds {path.parent}"
+        ):
+            fail(path, error)
+        assert [p.name for p in path.parent.iterdir()] == before
+        path.write_bytes(b"whole")
+    assert path.read_bytes() == b"whole"
+
+
+@FAILURES
+@pytest.mark.parametrize(
+    "error", [ValueError("28"), KeyboardInterrupt(), PermissionError(errno.EACCES, "no")]
+)
+def test_any_other_failure_passes_through_and_leaves_nothing_half_written(tmp_path, fail, error):
+    with pytest.raises(type(error)) as caught:
+        fail(tmp_path / "a", error)
+    assert caught.value is error
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_has_its_old_content_until_the_new_is_whole(tmp_path):
+    path = tmp_path / "deep" / "a.txt"
+    for content in ("one", "two"):
+        before = path.read_text() if path.exists() else None
+        with whole_file(path) as temporary:
+            temporary.write_text(content)
+            assert (path.read_text() if path.exists() else None) == before
+        assert path.read_text() == content
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_a_folder_replaces_a_folder(tmp_path):
+    for name in ("one", "two"):
+        with whole_file(tmp_path / "folder") as temporary:
+            temporary.mkdir()
+            (temporary / name).write_text(name)
+    assert [str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*")] == ["folder", "folder/two"]
+
+
+def test_of_two_racing_writers_the_last_to_end_wins_whole(tmp_path):
+    path = tmp_path / "a.txt"
+    with whole_file(path) as first:
+        first.write_text("first")
+        with whole_file(path) as second:
+            second.write_text("second")
+        assert path.read_text() == "second"
+    assert path.read_text() == "first"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_sealed_json_comes_back(tmp_path):
+    value = {"b": [1, 2.5, None], "a": {"text": "\u00e9"}}
+    write_sealed(tmp_path / "a.json", value)
+    assert read_sealed(tmp_path / "a.json") == value
+
+
+def test_an_absent_seal_is_none_without_a_word(tmp_path, caplog):
+    assert read_sealed(tmp_path / "a.json") is None
+    assert caplog.text == ""
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda b: b[:-3],
+        lambda b: b.replace(b"1", b"2"),
+        lambda b: b"",
+        lambda b: b"\xff" + b,
+        lambda b: b"null",
+        lambda b: b"[1]",
+        lambda b: b'{"content": 1}',
+    ],
+)
+def test_damage_is_noticed_and_said(tmp_path, caplog, damage):
+    path = tmp_path / "a.json"
+    write_sealed(path, {"x": 1})
+    path.write_bytes(damage(path.read_bytes()))
+    with caplog.at_level(logging.WARNING):
+        assert read_sealed(path) is None
+    assert f"{path} is damaged" in caplog.text
+
+
+def test_digests_tell_values_apart_but_not_the_order_of_keys():
+    values = [1, "1", [1], [1, 2], [2, 1], {"a": 1}, {"a": [1]}, None, True]
+    assert len({digest(v) for v in values}) == len(values)
+    assert digest({"a": 1, "b": 2}) == digest({"b": 2, "a": 1})
+    assert digest({"a": [1, "x"]}) == "bf5c117331004f32"
+
+
+def test_file_digest_is_sha256(tmp_path):
+    (tmp_path / "a").write_bytes(b"content")
+    assert file_digest(tmp_path / "a") == hashlib.sha256(b"content").hexdigest()
+
+
+def test_json_is_readable_by_people_and_sorted(tmp_path):
+    write_json(tmp_path / "a.json", {"b": 1, "a": [2]})
+    text = (tmp_path / "a.json").read_text()
+    assert json.loads(text) == {"a": [2], "b": 1}
+    assert text.index('"a"') < text.index('"b"')
+    assert text.endswith("}\n")
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        ({"RERAIL_CACHE": "/r", "XDG_CACHE_HOME": "/x"}, "/r"),
+        ({"RERAIL_CACHE": "~/r"}, "/h/r"),
+        ({"XDG_CACHE_HOME": "/x"}, "/x/rerail"),
+        ({}, "/h/.cache/rerail"),
+    ],
+)
+def test_the_cache_lies_where_the_environment_says(monkeypatch, environment, expected):
+    for name in ("RERAIL_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in {"HOME": "/h", **environment}.items():
+        monkeypatch.setenv(name, value)
+    assert cache_dir() == Path(expected)

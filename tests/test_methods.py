@@ -1,0 +1,331 @@
+"""The table of checks: every method on every tiny family. A new method is one row of METHODS."""
+
+import copy
+import functools
+import hashlib
+import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from families import CONFIGS, tiny, tokens
+from rerail.compress.compressor import Compressor, make_plan
+from rerail.compress.methods.hc_smoe import HCSMoE
+from rerail.compress.methods.mobe import MoBE, start
+from rerail.compress.methods.reap import MomentScore
+from rerail.errors import OutOfReach
+from rerail.moe.layer import MoELayer, MoEModel
+from rerail.plan.apply import apply_plan
+from rerail.plan.plan import Plan
+from rerail.plan.ratio import Ratio, Sizes, Uniform
+from rerail.stats.collect import collect
+from rerail.stats.statistic import LayerStatistics, StatisticSet
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+class ExactMoBE(MoBE):
+    """MoBE where one basis an expert, of full rank, makes the start exact once alpha is one-hot."""
+
+    def fit(self, stack: torch.Tensor, bases: int, rank: int) -> tuple[torch.Tensor, ...]:
+        return start(stack, bases, rank)
+
+
+def all_experts(layer: MoELayer) -> int:
+    return layer.num_experts
+
+
+def no_limit(layer: MoELayer) -> int:
+    return 10 * layer.expert_size * layer.num_experts
+
+
+@dataclass(frozen=True)
+class Method:
+    """One row: how a method is built, a ratio for the tiny models, and what makes it exact.
+
+    `capacity` gives the share of a layer at which nothing is lost, for `exact` where that is not
+    the method itself. `unreachable` names the families that cannot reach the ratio.
+    """
+
+    name: str
+    compressor: Compressor
+    capacity: Callable[[MoELayer], int] = all_experts
+    removed: float = 0.5
+    exact: Compressor | None = None
+    unreachable: frozenset[str] = field(default_factory=frozenset)
+
+
+_EXACT = {"bases": 8, "rank": "full", "activation": "identity"}
+METHODS = [
+    Method("reap_slice", MomentScore()),
+    Method("reap_mask", MomentScore(router="mask")),
+    Method("hc_smoe", HCSMoE()),
+    Method("mobe", MoBE(steps=20), no_limit, exact=ExactMoBE(**_EXACT)),
+    Method(
+        "mobe_paper",
+        MoBE(matrices="gate+up", rank="full", steps=20),
+        no_limit,
+        removed=0.1,
+        exact=ExactMoBE(matrices="gate+up", **_EXACT),
+        unreachable=frozenset({"mixtral"}),
+    ),
+]
+CASES = [(method, family) for method in METHODS for family in CONFIGS]
+REACHED = [(m, family) for m, family in CASES if family not in m.unreachable]
+
+
+def table(cases: list[tuple[Method, str]]) -> pytest.MarkDecorator:
+    ids = [f"{method.name}-{family}" for method, family in cases]
+    return pytest.mark.parametrize(("method", "family"), cases, ids=ids)
+
+
+@functools.cache
+def filled(family: str) -> StatisticSet:
+    """Return the statistics of all methods, collected once on three batches, one of them padded."""
+    model, ids = tiny(family), tokens(9, 24)
+    mask = torch.ones_like(ids, dtype=torch.bool)
+    mask[7:, 12:] = False
+    batches = list(zip(ids.split(3), mask.split(3), strict=True))
+    return collect(model, batches, [s for m in METHODS for s in m.compressor.requires])
+
+
+def plan_of(method: Method, family: str, removed: float | None = None) -> Plan:
+    ratio = Ratio(method.removed if removed is None else removed)
+    layers = tiny(family).layers
+    return make_plan(method.compressor, layers, filled(family), ratio, Uniform())
+
+
+planned = functools.cache(plan_of)
+
+
+def logits(model: MoEModel) -> torch.Tensor:
+    with torch.no_grad():
+        return model.model(tokens(2, 12, seed=5)).logits
+
+
+def state_hash(model: MoEModel) -> str:
+    found = hashlib.sha256(repr(model.config.to_dict()).encode())
+    for name, tensor in model.model.state_dict().items():
+        found.update(name.encode() + tensor.contiguous().numpy().tobytes())
+    return found.hexdigest()
+
+
+def of_experts(model: MoEModel) -> set[int]:
+    """Return the ids of what may differ: experts, router rows and correction biases."""
+    blocks = [(layer.experts, layer.router, layer.block) for layer in model.layers]
+    deep = [p for experts, router, _ in blocks for m in (experts, router) for p in m.parameters()]
+    return {id(p) for p in [*deep, *(p for _, _, b in blocks for p in b.parameters(recurse=False))]}
+
+
+@table(CASES)
+def test_ratio_zero_is_the_empty_plan_and_bit_equal(method: Method, family: str) -> None:
+    teacher = tiny(family)
+    plan = make_plan(method.compressor, teacher.layers, StatisticSet(), Ratio(0), Uniform())
+    assert plan.layers == ()
+    assert torch.equal(logits(apply_plan(teacher, plan)), logits(teacher))
+
+
+@table(CASES)
+def test_a_capacity_plan_changes_nothing(method: Method, family: str) -> None:
+    teacher, compressor = tiny(family), method.exact or method.compressor
+    views = [filled(family).of(layer, compressor.requires) for layer in teacher.layers]
+    shares = [method.capacity(layer) for layer in teacher.layers]
+    scope = compressor.plan_scope(teacher.layers, views, shares)
+    tensors = {f"layers.{name}": t for name, t in scope.tensors.items()}
+    student = apply_plan(teacher, Plan(scope.layers, {}, tensors))
+    assert len(scope.layers) == len(teacher.layers)
+    if all(part.bank.kind == "dense" for part in scope.layers):
+        assert torch.equal(logits(student), logits(teacher))
+    torch.testing.assert_close(logits(student), logits(teacher), atol=1e-4, rtol=1e-4)
+
+
+@table(REACHED)
+def test_compression_changes_the_logits_but_not_to_nonsense(method: Method, family: str) -> None:
+    teacher = tiny(family)
+    found = logits(apply_plan(teacher, planned(method, family)))
+    assert torch.isfinite(found).all()
+    assert (found - logits(teacher)).abs().max() > 1e-3
+
+
+@table([(m, family) for m in METHODS for family in m.unreachable])
+def test_a_ratio_out_of_reach_is_refused_before_planning(method: Method, family: str) -> None:
+    with pytest.raises(OutOfReach, match="ratios from 0 to"):
+        method.compressor.check(tiny(family).layers, Ratio(method.removed), Uniform())
+
+
+@table(REACHED)
+def test_a_plan_survives_text_and_disk(method: Method, family: str, tmp_path: Path) -> None:
+    plan = planned(method, family)
+    text = Plan.from_json(json.loads(json.dumps(plan.to_json())), plan.tensors)
+    plan.save(tmp_path / "plan.json")
+    disk = Plan.load(tmp_path / "plan.json")
+    expected = logits(apply_plan(tiny(family), plan))
+    for back in (text, disk):
+        assert back == plan
+        assert back.fingerprint() == plan.fingerprint()
+        assert torch.equal(logits(apply_plan(tiny(family), back)), expected)
+
+
+@table(REACHED)
+def test_predicted_sizes_equal_counted_sizes(method: Method, family: str) -> None:
+    teacher, plan = tiny(family), planned(method, family)
+    student = apply_plan(teacher, plan)
+    assert Sizes.predicted(teacher, plan, 2) == Sizes.of(student, 2)
+    stored = sum(sum(layer.experts.stored().values()) for layer in student.layers)
+    assert stored == Sizes.of(student, 2).routed < Sizes.of(teacher, 2).routed
+
+
+@table(REACHED)
+def test_the_ratio_is_met_as_far_as_integers_allow(method: Method, family: str) -> None:
+    teacher, plan = tiny(family), planned(method, family)
+    before, after = Sizes.of(teacher, 2), Sizes.predicted(teacher, plan, 2)
+    assert plan.lineage["achieved"] == pytest.approx(after.removed_of_experts(before), abs=1e-12)
+    if method.compressor.paradigm == "editing":
+        allowed = sum(Ratio(method.removed).numbers_kept(layer) for layer in teacher.layers)
+        assert after.routed <= allowed
+        assert after.routed > allowed - sum(quantum(method, plan, la) for la in teacher.layers)
+    else:
+        assert plan.lineage["achieved"] == method.removed
+
+
+def quantum(method: Method, plan: Plan, layer: MoELayer) -> int:
+    """Return what one more unit (a rank, or the next number of bases) would have cost."""
+    [part] = [p for p in plan.layers if p.layer == layer.index]
+    (n, p, d, _), (m, r) = layer.dims, (part.bank.integers[k] for k in ("bases", "rank"))
+    types = len(part.bank.options["matrices"].split("+"))
+    more = m * (r * d + n) if "full" in repr(method.compressor) else n * p + m * d
+    return types * (more + 1)
+
+
+@pytest.mark.parametrize("method", [m for m in METHODS if m.compressor.paradigm != "editing"])
+def test_a_ratio_between_integers_is_rounded_down_and_reported(method: Method) -> None:
+    plan = plan_of(method, "qwen3_moe", removed=0.3)
+    assert plan.lineage["removed"] == 0.3
+    assert plan.lineage["achieved"] == 2 / 8
+
+
+@table(REACHED)
+def test_top_k_distinct_selectable_slots_are_chosen(method: Method, family: str) -> None:
+    student, plan = apply_plan(tiny(family), planned(method, family)), planned(method, family)
+    chosen: dict[int, torch.Tensor] = {}
+    for layer in student.layers:
+        layer.experts.register_forward_pre_hook(
+            lambda _, args, i=layer.index: chosen.update({i: args[1]})
+        )
+    logits(student)
+    for part, layer in zip(plan.layers, student.layers, strict=True):
+        assert len(part.kept) >= layer.top_k
+        index = chosen[layer.index].sort(dim=1).values
+        selectable = range(len(part.kept)) if part.router == "slice" else part.kept
+        assert set(index.flatten().tolist()) <= set(selectable)
+        assert index.shape[1] == 2
+        assert (index[:, 1:] > index[:, :-1]).all()
+
+
+class Watched(StatisticSet):
+    """Statistics that remember the views they gave."""
+
+    def of(self, layer: MoELayer, required: Any) -> LayerStatistics:
+        view = super().of(layer, required)
+        self.lineage.setdefault("views", []).append(view)
+        return view
+
+
+@pytest.mark.parametrize("method", METHODS, ids=lambda m: m.name)
+def test_declared_statistics_are_read_statistics(method: Method) -> None:
+    compressor, watched = method.compressor, Watched(filled("qwen3_moe").tensors, {})
+    layers = tiny("qwen3_moe").layers
+    make_plan(compressor, layers, watched, Ratio(method.removed), Uniform())
+    for layer in layers:
+        read = [view.read for view in watched.lineage["views"]]
+        assert set().union(*read) == set(compressor.requires), layer.index
+
+
+@table(REACHED)
+def test_all_experts_implementations_agree(method: Method, family: str) -> None:
+    student = apply_plan(tiny(family), planned(method, family))
+    student.model.set_experts_implementation("eager")
+    eager = logits(student)
+    for name in ("grouped_mm", "batched_mm"):
+        student.model.set_experts_implementation(name)
+        torch.testing.assert_close(logits(student), eager, atol=1e-5, rtol=1e-5)
+
+
+@table(REACHED)
+def test_a_second_apply_gives_the_same_student_and_leaves_the_teacher(
+    method: Method, family: str
+) -> None:
+    teacher, plan = tiny(family), planned(method, family)
+    before, spoken = state_hash(teacher), logits(teacher)
+    first = apply_plan(teacher, plan)
+    second = apply_plan(teacher, plan)
+    assert state_hash(first) == state_hash(second)
+    assert torch.equal(logits(first), logits(second))
+    assert state_hash(teacher) == before
+    assert torch.equal(logits(teacher), spoken)
+
+
+@table(REACHED)
+def test_parameters_stay_shared_objects_also_after_a_cast(method: Method, family: str) -> None:
+    teacher = tiny(family)
+    student = apply_plan(teacher, planned(method, family))
+    differ = of_experts(student) | of_experts(teacher)
+    names = [n for n, p in teacher.model.named_parameters() if id(p) not in differ]
+    assert len(names) > 10
+    for model in (None, student, teacher):
+        if model is not None:
+            model.model.to(torch.float64)
+        for name in names:
+            assert student.model.get_parameter(name) is teacher.model.get_parameter(name)
+    assert student.model.get_parameter(names[0]).dtype == torch.float64
+
+
+@table(REACHED)
+def test_a_student_generates_and_lists_every_tensor_once(method: Method, family: str) -> None:
+    student = apply_plan(tiny(family), planned(method, family)).model
+    ids = tokens(1, 4)
+    out = student.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=3, min_length=7)
+    assert out.shape == (1, 7)
+    named = dict(student.named_parameters(remove_duplicate=False))
+    repeated = len(named) - len({id(p) for p in named.values()})
+    assert repeated == int(bool(student.config.tie_word_embeddings))
+    copied = copy.deepcopy(student)
+    assert copied.load_state_dict(student.state_dict()).missing_keys == []
+
+
+def golden_of(plan: Plan) -> dict[str, Any]:
+    """Return a plan's decisions, and the norm of each solved tensor."""
+    layers = plan.to_json()["layers"]
+    for layer in layers:
+        members = layer["bank"]["members"]
+        layer["bank"]["members"] = [[[i, e, round(w, 6)] for i, e, w in g] for g in members]
+    norms = {name: float(t.double().norm()) for name, t in plan.tensors.items()}
+    return {"layers": json.loads(json.dumps(layers)), "norms": norms}
+
+
+def one_line_each(found: dict[str, Any]) -> str:
+    layers = ",\n ".join(json.dumps(layer, sort_keys=True) for layer in found["layers"])
+    norms = json.dumps(found["norms"], sort_keys=True)
+    return f'{{"layers": [\n {layers}\n],\n"norms": {norms}}}\n'
+
+
+@table(REACHED)
+def test_the_plan_is_the_golden_one(method: Method, family: str, regenerate_golden: bool) -> None:
+    path, found = GOLDEN / f"{method.name}__{family}.json", golden_of(planned(method, family))
+    if regenerate_golden:
+        path.write_text(one_line_each(found), encoding="utf-8")
+    expected = json.loads(path.read_text(encoding="utf-8"))
+    assert found["layers"] == expected["layers"]
+    assert found["norms"].keys() == expected["norms"].keys()
+    for name, norm in found["norms"].items():
+        assert math.isclose(norm, expected["norms"][name], rel_tol=1e-3), name
+
+
+def test_every_golden_plan_has_its_row() -> None:
+    names = {f"{method.name}__{family}.json" for method, family in REACHED}
+    assert {path.name for path in GOLDEN.iterdir()} == names

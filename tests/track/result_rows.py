@@ -1,0 +1,124 @@
+"""Synthetic rows like those of the demo: two models, three methods, three stages."""
+
+import math
+from typing import Any
+
+from rerail.track.results import Row, new_row
+
+MODELS = {"tiny_fine": ("fine", 3.52), "tiny_coarse": ("coarse", 3.55)}
+METHODS = {
+    "reap": ("pruning", 0.81, 0.56, 0.18),
+    "hc_smoe": ("merging", 0.42, 0.44, 0.21),
+    "mobe": ("editing", 0.12, None, 0.09),
+}
+
+
+def cell(model: str = "tiny_fine", method: str = "reap", **known: Any) -> list[Row]:
+    """Return the teacher's, the compressed and the repaired row of one cell."""
+    grain, teacher = MODELS[model]
+    paradigm, gap, *recoveries = METHODS[method]
+    known = {"ratio": 0.5, "seed": 0, "samples": 256, "gap": gap, **known}
+    gap = known.pop("gap")
+    recovery = known.pop("recovery", recoveries[grain == "coarse"])
+    texts = {"speeches": 16320, "docs": 16320}
+    tokens = known.pop("texts", texts)
+    key = "-".join(str(known[n]) for n in ("ratio", "seed", "samples")) + f"-{model}-{method}"
+    names = {"model": model, "compressor": method, "ratio": str(known["ratio"])}
+    shared = {
+        "key": key,
+        "model": model,
+        "granularity": grain,
+        "compressor": method,
+        "paradigm": paradigm,
+        "paper": "2510.13999",
+        "allocation": "uniform",
+        "calibration": "mix",
+        "distill": "router_kd",
+        "prompt": "The Congress of the United States",
+        "host": "node-1",
+        "time": "2026-01-02T03:04:05+00:00",
+        "revision": "0123456789ab",
+        "tokens": sum(tokens.values()),
+        "active_parameters": 1_500_000,
+        "peak_memory": 2**30,
+        "choices": {
+            "command": f"rerail model={model} compressor={method} seed={known['seed']}",
+            "seed": known["seed"],
+            "names": names,
+            "model": {"path_or_id": f"zoo:{model}"},
+            "compressor": {"_target_": f"rerail.compress.methods.{method}"},
+            "ratio": {"removed": known["ratio"]},
+            "samples": {"count": known["samples"]},
+            "calibration": {"samples": known["samples"], "seed": known["seed"]},
+            "evaluation": {"texts": {name: {"seed": 0} for name in tokens}},
+        },
+        **known,
+    }
+    won = 0.3 * gap if recovery is None else recovery * gap
+    stages = {"teacher": teacher, "compressed": teacher + gap, "repaired": teacher + gap - won}
+    return [
+        new_row(**shared, **_stage(stage, nll, teacher, tokens, recovery, known["ratio"], model))
+        for stage, nll in stages.items()
+    ]
+
+
+def _stage(
+    stage: str,
+    nll: float,
+    teacher: float,
+    tokens: dict[str, int],
+    recovery: float | None,
+    ratio: float,
+    model: str,
+) -> dict[str, Any]:
+    kl = 1.1 * (nll - teacher)
+    left = 1.0 if stage == "teacher" else 1 - ratio
+    row: dict[str, Any] = {
+        "stage": stage,
+        "nll": nll,
+        "nll_se": 0.031,
+        "perplexity": math.exp(nll),
+        "kl": kl,
+        "kl_se": 0.02 * (stage != "teacher"),
+        "agreement": 1.0 - kl / 3,
+        "agreement_se": 0.004,
+        "bytes": round(4e6 + 11.6e6 * left),
+        "expert_bytes": round(11.6e6 * left),
+        "nll_by": {
+            name: {"nll": nll + 0.1 * i, "se": 0.04, "tokens": count}
+            for i, (name, count) in enumerate(tokens.items())
+        },
+        "seconds": {"teacher": 9.4, "compressed": 8.1, "repaired": 41.7}[stage],
+        "samples_text": f" met in {stage} session <b>&</b> said that the {model} of 1812 was good.",
+    }
+    if stage == "teacher":
+        return row
+    row["layers"] = [
+        {"layer": i, "routing_changed": 0.3 + 0.15 * i, "load_entropy": 0.97 - 0.08 * i - kl / 5}
+        for i in range(4)
+    ]
+    if stage == "repaired":
+        steps = range(0, 90, 9)
+        row["curve"] = [
+            {
+                "step": step,
+                "train_kl": None if step == 0 else kl,
+                "val_kl": kl * (1 + 3 / (1 + step)),
+            }
+            for step in steps
+        ]
+        row |= {"kl_first": 4 * kl, "kl_best": kl, "kl_last": kl, "recovery": recovery}
+        row["recovery_se"] = None if recovery is None else 0.034
+    return row
+
+
+def demo_rows() -> list[Row]:
+    """Return the 18 rows of the demo."""
+    return [row for model in MODELS for method in METHODS for row in cell(model, method)]
+
+
+def failed_cell(status: str = "failed", **known: Any) -> Row:
+    """Return the row of a cell that did not finish."""
+    reason = "ValueError: <script>alert('reason')</script> is not finite"
+    row = {"model": "tiny_fine", "compressor": "reap", "ratio": 0.9, "seed": 0, "key": "bad0"}
+    return new_row(**{**row, "status": status, "reason": reason, **known})
