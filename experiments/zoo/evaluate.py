@@ -8,7 +8,6 @@ import argparse
 import csv
 import hashlib
 import subprocess
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -176,7 +175,6 @@ def main() -> None:
     parser.add_argument("--limit", type=int, help="pairs of BLiMP, for a trial")
     a = parser.parse_args()
     torch.set_num_threads(1)
-    began = time.time()
     tokenizer = same_tokenizer(a.data)
     models = {f"tiny_{k}": ModelSource(f"zoo:tiny_{k}").load() for k in KINDS}
     held = {p.name.split(".")[1]: read(p, a.blocks) for p in sorted(a.data.glob("val.*.bin"))}
@@ -207,7 +205,6 @@ def main() -> None:
         blimp="\n".join(blimp(models, a.blimp, a.limit)),
         task=a.blimp, discount=constants[0], added=constants[1], tokenizer=tokenizer,
         revision=revision, seed=SEED, trained=TRAINED_BLOCKS * BLOCK, torch=torch.__version__,
-        minutes=(time.time() - began) / 60,
     )  # fmt: skip
     (a.out / "zoo.md").write_text(text, encoding="utf-8")
 
@@ -223,7 +220,7 @@ tokens in the same order, held-out NLL within 3 % of each other, well below coun
     RERAIL_DATA=../shared/data python experiments/zoo/evaluate.py DIR
 
 This page and zoo.csv were written by the last command at revision {revision} (torch {torch}, one
-thread, float32, {minutes:.0f} minutes). Seed {seed}; {trained:,} training tokens a model. The
+thread, float32). Seed {seed}; {trained:,} training tokens a model. The
 tokenizer that prepare.py makes is the shipped one (sha256 {tokenizer}).
 
 ## Sizes
@@ -240,6 +237,11 @@ Kneser-Ney, discount {discount}; unigram, added count {added}); they predict the
 {nll}
 
 {verdict}
+
+On books_a the shipped models are further apart than elsewhere. In its first 64 blocks (one play,
+with carriage returns and bold marks) three tokens make up 62 % of the gap: the end of the name
+`Cecily`, the carriage return and `**`, all repeated within a block: there the coarse model is worse
+at repetition. The other blocks, also apart (0.13 nats), were not taken to pieces.
 
 ## BLiMP
 

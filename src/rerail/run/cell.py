@@ -8,6 +8,8 @@ from typing import Any
 
 from rerail.compress.compressor import Compressor
 from rerail.data.calibration import Calibration
+from rerail.distill.masters import check_gates
+from rerail.distill.schedule import Schedule
 from rerail.distill.settings import RouterKD
 from rerail.errors import InputError
 from rerail.files import digest
@@ -105,9 +107,6 @@ class Cell:
         meta = self.model.meta()
         if self.ratio.removed > 0:
             self.compressor.check(meta.layers, self.ratio, self.allocation)
-        tied = [layer for layer in meta.layers if layer.gates_are_constant()]
-        if self.distill.enabled and tied:
-            raise InputError(
-                f"layer {tied[0].index} routes to top_k = 1 and renormalises, so the KL has no "
-                "gradient at the router; set distill=none or use a model with top_k > 1"
-            )
+        if self.distill.enabled:
+            check_gates(meta)
+            Schedule.of(self.calibration.samples, self.distill)

@@ -154,7 +154,7 @@ def repair_student(
 
     def make() -> Stage:
         teacher = teacher_states(cell, model, blocks)
-        done = repair(student, teacher, blocks, cell.distill, cell.trainer, cell.seed)
+        done = repair(student, teacher, blocks, cell.distill, cell.trainer, cell.seed, folder)
         data = {
             n: getattr(done, n)
             for n in ("kl_first", "kl_best", "kl_last", "best_step", "steps", "curve")

@@ -48,11 +48,12 @@ def combined(experts: nn.Module, pairs: Tensor, index: Tensor, weights: Tensor) 
     if not _is_eager(experts):
         return gated.sum(dim=1).to(pairs.dtype)
     slots = experts.slots[index] if isinstance(experts, ExpertBank) else index
-    order = slots.argsort(dim=1, stable=True)
-    rows = torch.arange(len(index), device=index.device)
+    order, (tokens, k) = slots.argsort(dim=1, stable=True), index.shape
+    by_choice = gated.transpose(0, 1).reshape(k * tokens, -1)
+    rows = order * tokens + torch.arange(tokens, device=index.device).unsqueeze(1)
     out = torch.zeros_like(pairs[:, 0])
-    for k in range(index.shape[1]):
-        out += gated[rows, order[:, k]].to(out.dtype)
+    for i in range(k):
+        out += by_choice.index_select(0, rows[:, i]).to(out.dtype)
     return out
 
 
