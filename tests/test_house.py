@@ -105,9 +105,7 @@ def test_nothing_is_left_unfinished():
 def test_weights_are_never_unpickled():
     for path in SOURCES:
         text = path.read_text()
-        assert not re.search(r"^\s*(import|from) (pickle|cloudpickle|joblib|dill)\b", text, re.M), (
-            path
-        )
+        assert not re.search(r"(pickle|joblib|dill)\.(load|Unpickler)", text), path
         for call in re.findall(r"torch\.load\([^)]*\)", text):
             assert "weights_only=True" in call, f"{path.name}: {call}"
 

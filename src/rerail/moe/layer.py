@@ -50,11 +50,6 @@ class MoELayer:
         owner, name = self.rows_owner()
         return cast(nn.Parameter, getattr(owner, name))
 
-    @router_rows.setter
-    def router_rows(self, rows: nn.Parameter) -> None:
-        owner, name = self.rows_owner()
-        owner._parameters[name] = rows
-
     def rows_owner(self) -> tuple[nn.Module, str]:
         """Return the module and the parameter name that hold the router's rows."""
         *path, name = _traits(self.block).rows.split(".")
