@@ -22,7 +22,8 @@ from rerail.errors import OutOfReach
 from rerail.moe.layer import MoELayer, MoEModel
 from rerail.plan.apply import apply_plan
 from rerail.plan.plan import Plan
-from rerail.plan.ratio import Ratio, Sizes, Uniform
+from rerail.plan.allocation import Uniform
+from rerail.plan.ratio import Ratio, Sizes
 from rerail.stats.collect import collect
 from rerail.stats.statistic import LayerStatistics, StatisticSet
 

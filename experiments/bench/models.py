@@ -10,7 +10,8 @@ from rerail.compress.compressor import make_plan
 from rerail.compress.methods.reap import MomentScore
 from rerail.moe.layer import MoEModel
 from rerail.plan.apply import apply_plan
-from rerail.plan.ratio import Ratio, Uniform
+from rerail.plan.allocation import Uniform
+from rerail.plan.ratio import Ratio
 from rerail.stats.collect import collect
 
 Batch = tuple[Tensor, Tensor]

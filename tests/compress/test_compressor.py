@@ -12,7 +12,8 @@ from rerail.errors import OutOfReach
 from rerail.moe.bank import BankSpec
 from rerail.plan.apply import apply_plan
 from rerail.plan.plan import LayerPlan
-from rerail.plan.ratio import Ratio, Sizes, Uniform
+from rerail.plan.allocation import Uniform
+from rerail.plan.ratio import Ratio, Sizes
 from rerail.stats.statistic import StatisticSet, UndeclaredError
 
 

@@ -8,7 +8,8 @@ from rerail.compress.compressor import make_plan
 from rerail.compress.methods.hc_smoe import HCSMoE
 from rerail.moe.stock import expert_parameters
 from rerail.plan.apply import apply_plan
-from rerail.plan.ratio import Ratio, Uniform
+from rerail.plan.allocation import Uniform
+from rerail.plan.ratio import Ratio
 from rerail.stats.collect import Batch, collect
 from rerail.stats.dense import OutputSum, TokenCount
 from rerail.stats.routed import Count

@@ -6,7 +6,8 @@ from rerail.compress.compressor import make_plan
 from rerail.compress.merging import group_members
 from rerail.compress.methods.hc_smoe import HCSMoE
 from rerail.errors import OutOfReach
-from rerail.plan.ratio import GlobalScore, Ratio, Uniform
+from rerail.plan.allocation import GlobalScore, Uniform
+from rerail.plan.ratio import Ratio
 from rerail.stats.dense import OutputSum, TokenCount
 from rerail.stats.routed import Count
 from rerail.stats.statistic import StatisticSet

@@ -12,7 +12,8 @@ from rerail.moe.banks.basis import Bank, mixed
 from rerail.moe.layer import MoELayer
 from rerail.moe.stock import expert_parameters
 from rerail.plan.apply import apply_plan
-from rerail.plan.ratio import GlobalScore, Ratio, Uniform
+from rerail.plan.allocation import GlobalScore, Uniform
+from rerail.plan.ratio import Ratio
 from rerail.stats.statistic import StatisticSet
 
 PAPER = MoBE(matrices="gate+up", rank="full", steps=5)

@@ -6,7 +6,8 @@ from rerail.compress.compressor import make_plan
 from rerail.compress.methods.reap import MomentScore
 from rerail.compress.pruning import best
 from rerail.errors import OutOfReach
-from rerail.plan.ratio import GlobalScore, PerLayer, Ratio, Uniform
+from rerail.plan.allocation import GlobalScore, PerLayer, Uniform
+from rerail.plan.ratio import Ratio
 from rerail.stats.collect import collect
 from rerail.stats.routed import Count, Moment
 from rerail.stats.statistic import StatisticSet

@@ -10,7 +10,8 @@ from rerail.moe.bank import BankSpec
 from rerail.moe.layer import MoEModel
 from rerail.plan.apply import apply_plan
 from rerail.plan.plan import LayerPlan, Plan
-from rerail.plan.ratio import PerLayer, Ratio, Sizes, Uniform
+from rerail.plan.allocation import PerLayer, Uniform
+from rerail.plan.ratio import Ratio, Sizes
 from rerail.stats.collect import collect
 
 

@@ -6,7 +6,8 @@ import torch
 from families import tiny
 from rerail.errors import InputError, OutOfReach
 from rerail.moe.layer import MoELayer
-from rerail.plan.ratio import GlobalScore, PerLayer, Ratio, Sizes, Uniform, check_kept
+from rerail.plan.allocation import GlobalScore, PerLayer, Uniform, check_kept
+from rerail.plan.ratio import Ratio, Sizes
 
 LAYERS = tiny("qwen3_moe", num_hidden_layers=3).layers
 

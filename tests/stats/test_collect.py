@@ -9,7 +9,8 @@ from rerail.compress.methods.hc_smoe import HCSMoE
 from rerail.errors import InputError
 from rerail.moe.layer import MoEModel
 from rerail.plan.apply import apply_plan
-from rerail.plan.ratio import Ratio, Uniform
+from rerail.plan.allocation import Uniform
+from rerail.plan.ratio import Ratio
 from rerail.stats.collect import Batch, collect
 from rerail.stats.dense import OutputSum, TokenCount
 from rerail.stats.routed import Count, Moment

@@ -2,16 +2,23 @@
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
+from rerail.errors import OutOfReach
 from rerail.moe.layer import MoELayer
+from rerail.plan.allocation import Allocation
 from rerail.plan.plan import LayerPlan, Plan
-from rerail.plan.ratio import Allocation, Ratio
+from rerail.plan.ratio import Budget, Ratio
 from rerail.stats.statistic import LayerStatistics, Statistic, StatisticSet
+
+Scopes = list[list[int]]
+Progress = Callable[[Scopes], Iterable[list[int]]]
+# statistics of some layers, measured on the student of the plan so far
+Remeasure = Callable[[Plan, Sequence[MoELayer]], StatisticSet]
 
 
 @dataclass(frozen=True)
@@ -24,10 +31,19 @@ class ScopePlan:
 
 @dataclass(frozen=True, kw_only=True)
 class Compressor(ABC):
-    """A method. Its fields are its hyper-parameters; it touches no module, file or logger."""
+    """A method. Its fields are its hyper-parameters; it touches no module, file or logger.
+
+    Attributes:
+        paradigm, paper: what it is and where it is from.
+        budget: what it is swept by.
+        driver: `one_shot` plans from the original model's statistics; `sequential` measures each
+            scope on the model whose earlier scopes are compressed already.
+    """
 
     paradigm: ClassVar[str]
     paper: ClassVar[str]
+    budget: ClassVar[type] = Ratio
+    driver: ClassVar[Literal["one_shot", "sequential"]] = "one_shot"
 
     @property
     @abstractmethod
@@ -35,15 +51,15 @@ class Compressor(ABC):
         """The statistics that planning reads, all of them and no others."""
 
     @abstractmethod
-    def check(self, layers: Sequence[MoELayer], ratio: Ratio, allocation: Allocation) -> None:
-        """Raise OutOfReach where the ratio cannot be reached; layers may lie on the meta device."""
+    def check(self, layers: Sequence[MoELayer], ratio: Any, allocation: Allocation) -> None:
+        """Raise InputError where the ratio cannot be reached; layers may lie on the meta device."""
 
     @abstractmethod
     def allocate(
         self,
         layers: Sequence[MoELayer],
         statistics: StatisticSet,
-        ratio: Ratio,
+        ratio: Any,
         allocation: Allocation,
     ) -> list[int]:
         """Return each layer's share, in the template's unit (experts kept, or numbers stored)."""
@@ -57,26 +73,60 @@ class Compressor(ABC):
     ) -> ScopePlan:
         """Decide about one scope of layers."""
 
-    def scopes(self, layers: Sequence[MoELayer]) -> list[list[int]]:
+    def scopes(self, layers: Sequence[MoELayer]) -> Scopes:
         """Return positions of layers that are planned together; by default one by one."""
         return [[i] for i in range(len(layers))]
 
 
-def make_plan(
+def check(
+    compressor: Compressor, layers: Sequence[MoELayer], ratio: Budget, allocation: Allocation
+) -> None:
+    """Check a budget before anything heavy.
+
+    Raises:
+        InputError: the compressor is swept by another budget, or cannot reach this one.
+    """
+    if not isinstance(ratio, compressor.budget):
+        raise OutOfReach(
+            f"{type(compressor).__name__} is swept by {compressor.budget.__name__.lower()}, not by "
+            f"{type(ratio).__name__.lower()}; {_HOW[compressor.budget.__name__]}"
+        )
+    compressor.check(layers, ratio, allocation)
+
+
+_HOW = {
+    "Ratio": "allowed: ratio=half, quarter ... or ratio.removed=0.3",
+    "Bits": "allowed: ratio=bits8, bits4, bits3, bits2",
+    "Skip": "allowed: skip=rule, skip=quarter ... or skip.share=0.3",
+}
+
+
+def make_plan(  # noqa: PLR0913
     compressor: Compressor,
     layers: Sequence[MoELayer],
     statistics: StatisticSet,
-    ratio: Ratio,
+    ratio: Budget,
     allocation: Allocation,
+    remeasure: Remeasure | None = None,
+    progress: Progress = lambda scopes: scopes,
 ) -> Plan:
-    """Return the one-shot plan of a compressor; ratio 0 gives the empty plan.
+    """Return the plan of a compressor; ratio 0 gives the empty plan.
 
     Its lineage says what was asked for (`removed`) and what integers made of it (`achieved`, the
-    removed share of routed experts).
+    removed share of the numbers of routed experts).
+
+    Args:
+        compressor: the method.
+        layers: of the original model.
+        statistics: on the original model.
+        ratio: what is asked for.
+        allocation: how layers share it.
+        remeasure: gives a sequential method its statistics scope by scope; without it, it plans
+            from the original model's.
+        progress: wraps the scopes, to show a bar.
 
     Raises:
-        OutOfReach: the ratio cannot be reached.
-        InputError: the plan does not fit the model.
+        InputError: the ratio cannot be reached.
     """
     lineage: dict[str, Any] = {
         "compressor": repr(compressor),
@@ -85,18 +135,34 @@ def make_plan(
     }
     if ratio.removed == 0:
         return Plan((), lineage)
-    compressor.check(layers, ratio, allocation)
+    check(compressor, layers, ratio, allocation)
+    if isinstance(compressor, Staged):
+        return compressor.staged(layers, statistics, ratio, allocation)
     shares = compressor.allocate(layers, statistics, ratio, allocation)
-    parts: list[LayerPlan] = []
-    tensors: dict[str, Tensor] = {}
-    for scope in compressor.scopes(layers):
+    plan = Plan()
+    for scope in progress(compressor.scopes(layers)):
         chosen = [layers[i] for i in scope]
+        if remeasure is not None and compressor.driver == "sequential":
+            statistics = remeasure(plan, chosen)
         views = [statistics.of(layer, compressor.requires) for layer in chosen]
         planned = compressor.plan_scope(chosen, views, [shares[i] for i in scope])
-        parts += planned.layers
-        tensors |= {f"layers.{name}": t for name, t in planned.tensors.items()}
-    plan = Plan(tuple(parts), lineage, tensors)
+        tensors = {f"layers.{name}": t for name, t in planned.tensors.items()}
+        plan = Plan((*plan.layers, *planned.layers), lineage, {**plan.tensors, **tensors})
     plan.validate(layers)
     dense = sum(layer.expert_size * layer.num_experts for layer in layers)
     achieved = 1 - plan.stored(layers) / dense
     return dataclasses.replace(plan, lineage=lineage | {"shares": shares, "achieved": achieved})
+
+
+class Staged(Compressor):
+    """A compressor whose plan has several stages."""
+
+    @abstractmethod
+    def staged(
+        self,
+        layers: Sequence[MoELayer],
+        statistics: StatisticSet,
+        ratio: Budget,
+        allocation: Allocation,
+    ) -> Plan:
+        """Return the chain of plans."""

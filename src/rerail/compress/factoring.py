@@ -11,8 +11,9 @@ from rerail.compress.compressor import Compressor, ScopePlan
 from rerail.errors import OutOfReach
 from rerail.moe.bank import BankSpec
 from rerail.moe.layer import MoELayer
+from rerail.plan.allocation import Allocation, Uniform
 from rerail.plan.plan import LayerPlan
-from rerail.plan.ratio import Allocation, Ratio, Uniform
+from rerail.plan.ratio import Ratio
 from rerail.stats.statistic import LayerStatistics, StatisticSet
 
 

@@ -11,8 +11,9 @@ from torch import Tensor
 from rerail.compress.compressor import Compressor, ScopePlan
 from rerail.moe.bank import BankSpec, Member
 from rerail.moe.layer import MoELayer
+from rerail.plan.allocation import Allocation, check_kept
 from rerail.plan.plan import LayerPlan
-from rerail.plan.ratio import Allocation, Ratio, check_kept
+from rerail.plan.ratio import Ratio
 from rerail.stats.statistic import LayerStatistics, StatisticSet
 
 

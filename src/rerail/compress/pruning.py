@@ -1,7 +1,7 @@
-"""Pruners: drop the experts with the lowest score. One function is open: `score`."""
+"""Pruners and their relatives: some experts stay. Open: `select`, or for pruners `score`."""
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -12,9 +12,12 @@ from rerail.compress.compressor import Compressor, ScopePlan
 from rerail.errors import OutOfReach
 from rerail.moe.bank import BankSpec
 from rerail.moe.layer import MoELayer
+from rerail.plan.allocation import Allocation, check_kept
 from rerail.plan.plan import LayerPlan
-from rerail.plan.ratio import Allocation, Ratio, check_kept
+from rerail.plan.ratio import Ratio
 from rerail.stats.statistic import LayerStatistics, StatisticSet
+
+Formed = tuple[LayerPlan, Mapping[str, Tensor]]
 
 
 def dense_spec(kept: Sequence[tuple[int, int]]) -> BankSpec:
@@ -23,8 +26,63 @@ def dense_spec(kept: Sequence[tuple[int, int]]) -> BankSpec:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Pruner(Compressor):
-    """Keeps the experts of highest score in each layer; a share is the number of experts kept.
+class Selector(Compressor):
+    """Keeps some experts of each layer; a share is the number of experts kept."""
+
+    paradigm: ClassVar[str] = "pruning"
+
+    @abstractmethod
+    def rank(self, layer: MoELayer, statistics: LayerStatistics) -> Tensor:
+        """Return (E,), higher means keep: what allocations compare across layers."""
+
+    @abstractmethod
+    def select(self, layer: MoELayer, statistics: LayerStatistics, count: int) -> tuple[int, ...]:
+        """Return the `count` slots whose experts stay, ascending."""
+
+    @abstractmethod
+    def form(self, layer: MoELayer, statistics: LayerStatistics, kept: tuple[int, ...]) -> Formed:
+        """Return the layer's decision, and solved tensors by short name."""
+
+    @abstractmethod
+    def least(self, layer: MoELayer) -> int:
+        """Return the lowest count of experts that a layer can keep."""
+
+    def check(self, layers: Sequence[MoELayer], ratio: Ratio, allocation: Allocation) -> None:
+        """Check the counts before anything heavy."""
+        even = [torch.ones(layer.num_experts) for layer in layers]
+        least = [self.least(layer) for layer in layers]
+        check_kept(layers, allocation.keep(layers, ratio, even, least), least)
+
+    def allocate(
+        self,
+        layers: Sequence[MoELayer],
+        statistics: StatisticSet,
+        ratio: Ratio,
+        allocation: Allocation,
+    ) -> list[int]:
+        """Return kept counts, by the allocation's rule."""
+        scores = [self.rank(layer, statistics.of(layer, self.requires)) for layer in layers]
+        return allocation.keep(layers, ratio, scores, [self.least(layer) for layer in layers])
+
+    def plan_scope(
+        self,
+        layers: Sequence[MoELayer],
+        statistics: Sequence[LayerStatistics],
+        shares: Sequence[int],
+    ) -> ScopePlan:
+        """Select in each layer, and give what stays its form."""
+        parts = []
+        tensors: dict[str, Tensor] = {}
+        for layer, held, share in zip(layers, statistics, shares, strict=True):
+            part, solved = self.form(layer, held, self.select(layer, held, share))
+            parts.append(part)
+            tensors |= {f"{layer.index}.{name}": t for name, t in solved.items()}
+        return ScopePlan(tuple(parts), tensors)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowSelector(Selector):
+    """Drops the other experts' router rows too, or never selects them.
 
     A grouped router keeps the same number in each group when it is sliced, since slicing would
     move experts between groups.
@@ -35,17 +93,15 @@ class Pruner(Compressor):
 
     router: Literal["slice", "mask"] = "slice"
 
-    paradigm: ClassVar[str] = "pruning"
-
-    @abstractmethod
-    def score(self, statistics: LayerStatistics) -> Tensor:
-        """Return (E,), higher means keep; an expert that was never routed to scores lowest."""
+    def least(self, layer: MoELayer) -> int:
+        """Return what top_k and groups need."""
+        return layer.num_groups * layer.least_per_group
 
     def check(self, layers: Sequence[MoELayer], ratio: Ratio, allocation: Allocation) -> None:
         """Check top_k and groups before anything heavy."""
+        super().check(layers, ratio, allocation)
         even = [torch.ones(layer.num_experts) for layer in layers]
-        counts = allocation.keep(layers, ratio, even, _least(layers))
-        check_kept(layers, counts, _least(layers))
+        counts = allocation.keep(layers, ratio, even, [self.least(layer) for layer in layers])
         for layer, count in zip(layers, counts, strict=True):
             if self.router == "mask" or layer.num_groups == 1:
                 continue
@@ -57,35 +113,36 @@ class Pruner(Compressor):
                     "compressor.router=mask"
                 )
 
-    def allocate(
-        self,
-        layers: Sequence[MoELayer],
-        statistics: StatisticSet,
-        ratio: Ratio,
-        allocation: Allocation,
-    ) -> list[int]:
-        """Return kept counts, by the allocation's rule."""
-        scores = [self.score(statistics.of(layer, self.requires)) for layer in layers]
-        return allocation.keep(layers, ratio, scores, _least(layers))
+    def each(self, layer: MoELayer, count: int) -> int:
+        """Return how many of `count` experts each router group must keep."""
+        return count // layer.num_groups if self.router == "slice" else layer.least_per_group
 
-    def plan_scope(
-        self,
-        layers: Sequence[MoELayer],
-        statistics: Sequence[LayerStatistics],
-        shares: Sequence[int],
-    ) -> ScopePlan:
-        """Keep the best `share` experts of each layer."""
-        parts = []
-        for layer, held, share in zip(layers, statistics, shares, strict=True):
-            groups = layer.num_groups
-            each = share // groups if self.router == "slice" else layer.least_per_group
-            kept = best(self.score(held), share, groups, each)
-            parts.append(_layer_plan(layer, kept, self.router))
-        return ScopePlan(tuple(parts), {})
+    def form(self, layer: MoELayer, statistics: LayerStatistics, kept: tuple[int, ...]) -> Formed:
+        """Return the sliced or masked layer; the experts stay the teacher's own."""
+        spec = dense_spec([(layer.index, slot) for slot in kept])
+        if self.router == "slice":
+            return LayerPlan(layer.index, kept, tuple(range(len(kept))), "slice", spec), {}
+        position = {slot: i for i, slot in enumerate(kept)}
+        slots = tuple(position.get(slot, 0) for slot in range(layer.num_experts))
+        return LayerPlan(layer.index, kept, slots, "mask", spec), {}
 
 
-def _least(layers: Sequence[MoELayer]) -> list[int]:
-    return [layer.num_groups * layer.least_per_group for layer in layers]
+@dataclass(frozen=True, kw_only=True)
+class Pruner(RowSelector):
+    """Keeps the experts of highest score."""
+
+    @abstractmethod
+    def score(self, layer: MoELayer, statistics: LayerStatistics) -> Tensor:
+        """Return (E,), higher means keep; an expert that was never routed to scores lowest."""
+
+    def rank(self, layer: MoELayer, statistics: LayerStatistics) -> Tensor:
+        """Rank by score."""
+        return self.score(layer, statistics)
+
+    def select(self, layer: MoELayer, statistics: LayerStatistics, count: int) -> tuple[int, ...]:
+        """Return the slots of the highest scores."""
+        each = self.each(layer, count)
+        return best(self.score(layer, statistics), count, layer.num_groups, each)
 
 
 def best(score: Tensor, count: int, groups: int = 1, each: int = 0) -> tuple[int, ...]:
@@ -98,14 +155,3 @@ def best(score: Tensor, count: int, groups: int = 1, each: int = 0) -> tuple[int
     kept = [s for g in range(groups) for s in [s for s in order if s // size == g][:each]]
     rest = [s for s in order if s not in kept]
     return tuple(sorted(kept + rest[: count - len(kept)]))
-
-
-def _layer_plan(
-    layer: MoELayer, kept: tuple[int, ...], router: Literal["slice", "mask"]
-) -> LayerPlan:
-    spec = dense_spec([(layer.index, slot) for slot in kept])
-    if router == "slice":
-        return LayerPlan(layer.index, kept, tuple(range(len(kept))), "slice", spec)
-    position = {slot: i for i, slot in enumerate(kept)}
-    slots = tuple(position.get(slot, 0) for slot in range(layer.num_experts))
-    return LayerPlan(layer.index, kept, slots, "mask", spec)

@@ -24,6 +24,7 @@ from rerail.moe.stock import Dims, ExpertWeights, Layout, dims_of, expert_parame
 
 Member = tuple[int, int, float]
 Stored = dict[Hashable, int]
+Integer = int | tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -36,15 +37,23 @@ class BankSpec:
         members: for each stored expert, the (layer, expert, weight) triples whose weighted sum it
             is; experts are numbered as the router rows of the model that the plan was made for.
             Equal entries in several layers are one stored expert. Empty for other kinds.
-        integers: sizes of the form (ranks, bases, ...).
+        integers: sizes of the form (ranks, bases, ...), one for all experts or one each.
         options: words of the form (activation, matrices, ...).
     """
 
     kind: str = "dense"
     stored: int = 0
     members: tuple[tuple[Member, ...], ...] = ()
-    integers: Mapping[str, int] = field(default_factory=dict)
+    integers: Mapping[str, Integer] = field(default_factory=dict)
     options: Mapping[str, str] = field(default_factory=dict)
+
+    def integer(self, name: str) -> int:
+        """Return a size that all experts share."""
+        return cast(int, self.integers[name])
+
+    def each(self, name: str) -> tuple[int, ...]:
+        """Return a size that each expert has of its own."""
+        return cast(tuple[int, ...], self.integers[name])
 
     def reads(self) -> set[int]:
         """Return the layers whose experts are members."""
@@ -92,6 +101,11 @@ class ExpertBank(nn.Module):
     def predicted(spec: BankSpec, layer: int, dims: Dims) -> Stored:
         """Return what `stored` will be, from plain data alone."""
 
+    @classmethod
+    def predicted_bits(cls, spec: BankSpec, layer: int, dims: Dims, width: int) -> Stored:
+        """Return what `stored_bits` will be, from plain data alone."""
+        return {key: n * width for key, n in cls.predicted(spec, layer, dims).items()}
+
     @staticmethod
     def shapes(spec: BankSpec, dims: Dims) -> dict[str, tuple[int, ...]]:  # noqa: ARG004
         """Return the shape of every solved tensor by name; none by default."""
@@ -104,6 +118,10 @@ class ExpertBank(nn.Module):
     @abstractmethod
     def stored(self) -> Stored:
         """Return numbers by stored thing, counted from tensors; equal keys are the same thing."""
+
+    def stored_bits(self, width: int) -> Stored:
+        """Return the bits of each stored thing, where a dense number takes `width` of them."""
+        return {key: n * width for key, n in self.stored().items()}
 
     def as_stock(self) -> nn.Module:
         """Return a plain experts module with one whole expert for each router slot."""
@@ -142,7 +160,7 @@ class SolvedBank(ExpertBank):
         like = next(iter(held.values()))
         self._names = {name: name.replace(".", "_") for name in tensors}
         for name, tensor in tensors.items():
-            solved = nn.Parameter(tensor.detach().to(like), requires_grad=False)
+            solved = nn.Parameter(self.cast(tensor.detach(), like), requires_grad=False)
             self.register_parameter(self._names[name], solved)
         self.shell = shell_of(stock, {}, spec.stored)
         for name in self.touched(spec):
@@ -150,6 +168,11 @@ class SolvedBank(ExpertBank):
         self._untouched = tuple(n for n in held if n not in self.touched(spec))
         if not self.lazy:
             self.shell = shell_of(self.shell, self.dense(), spec.stored)
+
+    @staticmethod
+    def cast(tensor: Tensor, like: Tensor) -> Tensor:
+        """Return a solved tensor on the device of the experts; numbers take their dtype too."""
+        return tensor.to(like) if tensor.is_floating_point() else tensor.to(like.device)
 
     @property
     def lazy(self) -> bool:

@@ -152,6 +152,12 @@ class MoELayer:
             return self.experts.stored()
         return {((self.index, e, 1.0),): self.expert_size for e in range(self.num_experts)}
 
+    def stored_bits(self, width: int) -> Stored:
+        """Return the bits of each stored expert (or solved tensor) by name."""
+        if isinstance(self.experts, ExpertBank):
+            return self.experts.stored_bits(width)
+        return {key: n * width for key, n in self.stored().items()}
+
     def swap(self, bank: nn.Module) -> None:
         """Put a bank in the place of the experts."""
         self.block.experts = bank
@@ -267,6 +273,13 @@ class MoEModel:
         stored: Stored = {}
         for layer in self.layers:
             stored |= layer.stored()
+        return sum(stored.values())
+
+    def bits_routed(self, width: int) -> int:
+        """Bits of stored routed experts, where a dense number takes `width` of them."""
+        stored: Stored = {}
+        for layer in self.layers:
+            stored |= layer.stored_bits(width)
         return sum(stored.values())
 
     def parameters_active(self) -> int:

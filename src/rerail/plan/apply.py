@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from rerail.moe.bank import build_bank
 from rerail.moe.layer import MoELayer, MoEModel
-from rerail.plan.plan import LayerPlan, Plan
+from rerail.plan.plan import ROWS, LayerPlan, Plan
 
 _COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 
@@ -21,6 +21,11 @@ def apply_plan(teacher: MoEModel, plan: Plan) -> MoEModel:
         InputError: the plan does not fit the model.
     """
     plan.validate(teacher.layers)
+    student = _apply_stage(teacher, plan)
+    return apply_plan(student, plan.then) if plan.then else student
+
+
+def _apply_stage(teacher: MoEModel, plan: Plan) -> MoEModel:
     student = teacher.with_shared_parameters()
     by_index = {layer.index: layer for layer in student.layers}
     reads = {i for part in plan.layers for i in part.bank.reads() | {part.layer}}
@@ -34,11 +39,16 @@ def apply_plan(teacher: MoEModel, plan: Plan) -> MoEModel:
 def _apply_layer(
     layer: MoELayer, part: LayerPlan, stocks: Mapping[int, nn.Module], tensors: Mapping[str, Tensor]
 ) -> None:
-    layer.swap(build_bank(part.bank, part.slots, layer.index, stocks, tensors))
-    if part.router == "slice" and len(part.kept) < layer.num_experts:
+    solved = {name: tensor for name, tensor in tensors.items() if name != ROWS}
+    layer.swap(build_bank(part.bank, part.slots, layer.index, stocks, solved))
+    if part.router in ("slice", "pooled") and len(part.kept) < layer.num_experts:
         layer.keep_rows(part.kept)
     if part.router == "mask" and len(part.kept) < layer.num_experts:
         layer.mask_rows(part.kept)
+    if part.router == "pooled":
+        owner, name = layer.rows_owner()
+        rows = tensors[ROWS].to(layer.router_rows)
+        owner._parameters[name] = nn.Parameter(rows, requires_grad=False)
 
 
 def _tell_config(student: MoEModel) -> None:

@@ -15,11 +15,14 @@ from torch import Tensor
 from rerail.files import digest, file_digest, read_sealed, whole_file, write_sealed
 from rerail.moe.bank import BankSpec, Stored, bank_class
 from rerail.moe.layer import MoELayer
+from rerail.moe.stock import Dims
 from rerail.plan.validate import validate_layer, validate_names
 
 log = logging.getLogger(__name__)
 
-RouterPolicy = Literal["untouched", "slice", "mask"]
+RouterPolicy = Literal["untouched", "slice", "mask", "pooled"]
+
+ROWS = "router.rows"
 
 
 @dataclass(frozen=True)
@@ -30,8 +33,8 @@ class LayerPlan:
         layer: index of the decoder layer.
         kept: router slots that can still be selected, ascending, in the teacher's numbering.
         slots: for each router row of the student, the stored expert that answers it.
-        router: `untouched` (E rows), `slice` (the kept rows only) or `mask` (E rows, of which the
-            others are never chosen).
+        router: `untouched` (E rows), `slice` (the kept rows only), `mask` (E rows, of which the
+            others are never chosen) or `pooled` (as slice, with the rows of tensor `router.rows`).
         bank: the stored form.
     """
 
@@ -50,16 +53,24 @@ class Plan:
         layers: one entry per changed layer; a layer that is not named stays as it is.
         lineage: how the plan came about (method, ratio, sizes); JSON-able.
         tensors: solved tensors, named `layers.<index>.<name>`.
+        then: a further plan, made for the student of this one.
     """
 
     layers: tuple[LayerPlan, ...] = ()
     lineage: Mapping[str, Any] = field(default_factory=dict)
     tensors: Mapping[str, Tensor] = field(default_factory=dict, compare=False)
+    then: "Plan | None" = None
 
     def to_json(self) -> dict[str, Any]:
         """Return plain data (without the tensors)."""
         layers = [dataclasses.asdict(layer) for layer in self.layers]
-        return {"layers": layers, "lineage": dict(self.lineage)}
+        then = {"then": self.then.to_json()} if self.then else {}
+        return {"layers": layers, "lineage": dict(self.lineage)} | then
+
+    def all_tensors(self) -> dict[str, Tensor]:
+        """Return the solved tensors of all stages; those of later ones begin with `then.`."""
+        later = self.then.all_tensors() if self.then else {}
+        return dict(self.tensors) | {f"then.{name}": t for name, t in later.items()}
 
     @classmethod
     def from_json(
@@ -67,15 +78,18 @@ class Plan:
     ) -> "Plan":
         """Inverse of `to_json`, also after a trip through text."""
         layers = tuple(_layer_from(entry) for entry in data["layers"])
-        return cls(layers, dict(data["lineage"]), dict(tensors or {}))
+        held = dict(tensors or {})
+        later = {n.removeprefix("then."): held.pop(n) for n in list(held) if n.startswith("then.")}
+        then = cls.from_json(data["then"], later) if "then" in data else None
+        return cls(layers, dict(data["lineage"]), held, then)
 
     def save(self, path: Path) -> None:
         """Write `path` (JSON with its hash) and, for solved tensors, a safetensors file."""
         content = self.to_json()
-        if self.tensors:
+        if tensors := self.all_tensors():
             beside = path.with_suffix(".safetensors")
             with whole_file(beside) as temporary:
-                save_file({k: t.contiguous() for k, t in self.tensors.items()}, temporary)
+                save_file({k: t.contiguous() for k, t in tensors.items()}, temporary)
             content["tensors_sha256"] = file_digest(beside)
         write_sealed(path, content)
 
@@ -102,31 +116,59 @@ class Plan:
 
     def fingerprint(self) -> str:
         """Return a hash of the decisions, not of the lineage."""
-        return digest(json.loads(json.dumps(self.to_json()["layers"])))
+        return digest([json.loads(json.dumps(s.to_json()["layers"])) for s in self.stages])
+
+    @property
+    def stages(self) -> "tuple[Plan, ...]":
+        """This plan and those that follow it, each made for the student of the one before."""
+        return (self, *(self.then.stages if self.then else ()))
 
     def stored(self, layers: Sequence[MoELayer]) -> int:
         """Return how many numbers the student's routed experts will store; no weight is read."""
-        parts = {part.layer: part for part in self.layers}
         found: Stored = {}
         for layer in layers:
-            part = parts.get(layer.index)
+            part, dims = self._last(layer)
             if part is None:
                 found |= layer.stored()
             else:
-                bank = bank_class(part.bank.kind)
-                found |= bank.predicted(part.bank, layer.index, layer.dims)
+                found |= bank_class(part.bank.kind).predicted(part.bank, layer.index, dims)
         return sum(found.values())
+
+    def stored_bits(self, layers: Sequence[MoELayer], width: int) -> int:
+        """Return in how many bits, where a dense number takes `width` of them."""
+        found: Stored = {}
+        for layer in layers:
+            part, dims = self._last(layer)
+            if part is None:
+                found |= layer.stored_bits(width)
+            else:
+                bank = bank_class(part.bank.kind)
+                found |= bank.predicted_bits(part.bank, layer.index, dims, width)
+        return sum(found.values())
+
+    def _last(self, layer: MoELayer) -> tuple[LayerPlan | None, Dims]:
+        """Return what finally holds a layer, and the sizes of the experts that it was made from."""
+        last, dims, now = None, layer.dims, layer.dims
+        for stage in self.stages:
+            for part in stage.layers:
+                if part.layer == layer.index:
+                    last, dims, now = part, now, now._replace(experts=len(part.slots))
+        return last, dims
 
     def rows_removed(self, layers: Sequence[MoELayer]) -> int:
         """Return how many numbers the routers lose."""
-        known = {layer.index: layer for layer in layers}
-        sliced = [part for part in self.layers if part.router == "slice"]
-        return sum(
-            (known[p.layer].num_experts - len(p.kept)) * known[p.layer].row_size for p in sliced
-        )
+        sizes = {layer.index: layer.row_size for layer in layers}
+        rows = {layer.index: layer.num_experts for layer in layers}
+        removed = 0
+        for part in (part for stage in self.stages for part in stage.layers):
+            removed += (rows[part.layer] - len(part.slots)) * sizes[part.layer]
+            rows[part.layer] = len(part.slots)
+        return removed
 
     def validate(self, layers: Sequence[MoELayer]) -> None:
         """Check the plan against a model (one on the meta device will do).
+
+        Only this stage is checked: a later one is, when it is applied to this one's student.
 
         Raises:
             InputError: a layer, expert or slot does not exist, a tensor is missing or misshapen,
@@ -143,5 +185,8 @@ def _layer_from(entry: Mapping[str, Any]) -> LayerPlan:
     bank["members"] = tuple(
         tuple((int(layer), int(e), float(w)) for layer, e, w in group) for group in bank["members"]
     )
+    bank["integers"] = {
+        name: tuple(n) if isinstance(n, list | tuple) else n for name, n in bank["integers"].items()
+    }
     kept, slots = tuple(entry["kept"]), tuple(entry["slots"])
     return LayerPlan(entry["layer"], kept, slots, entry["router"], BankSpec(**bank))

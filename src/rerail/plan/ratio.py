@@ -1,15 +1,9 @@
-"""Ratios, sizes and allocators: what is asked for, what it comes to, how layers share it."""
+"""Budgets and sizes: what is asked for, and what it comes to."""
 
 import math
-from abc import ABC, abstractmethod
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
-import torch
-from torch import Tensor
-
-from rerail.errors import InputError, OutOfReach
+from rerail.errors import InputError
 from rerail.moe.layer import MoELayer, MoEModel
 from rerail.plan.plan import Plan
 
@@ -46,173 +40,94 @@ class Ratio:
 
 
 @dataclass(frozen=True)
+class Bits:
+    """Average bits of an expert's number, scales and zeros left out: what quantisers are swept by.
+
+    Attributes:
+        average: in [1, 16]; 16 leaves everything as it is.
+    """
+
+    average: float
+
+    def __post_init__(self) -> None:
+        """Check the interval."""
+        if not 1 <= self.average <= 16:
+            raise InputError(f"ratio.average={self.average} bits is outside [1, 16]")
+
+    @property
+    def removed(self) -> float:
+        """The removed share of 16 bits, before scales and zeros."""
+        return 1 - self.average / 16
+
+
+@dataclass(frozen=True)
+class Skip:
+    """Share of expert activations that are skipped on the calibration text.
+
+    Attributes:
+        share: in [0, 1); None lets the method's own rule decide.
+    """
+
+    share: float | None = None
+
+    def __post_init__(self) -> None:
+        """Check the interval."""
+        if self.share is not None and not 0 <= self.share < 1:
+            raise InputError(f"skip.share={self.share} is outside [0, 1)")
+
+    @property
+    def removed(self) -> float | None:
+        """The share, for the column of ratios."""
+        return self.share
+
+
+Budget = Ratio | Bits | Skip
+
+
+@dataclass(frozen=True)
 class Sizes:
-    """What a model weighs, in numbers.
+    """What a model weighs.
 
     Attributes:
         total: numbers in the checkpoint.
         routed: numbers in stored routed experts.
         active: numbers used for one token.
-        itemsize: bytes a number in the checkpoint's dtype.
+        bytes: of the checkpoint.
+        routed_bytes: of its routed experts.
     """
 
     total: int
     routed: int
     active: int
-    itemsize: int
+    bytes: int
+    routed_bytes: int
 
     @classmethod
     def of(cls, model: MoEModel, itemsize: int) -> "Sizes":
-        """Count a model from its tensors."""
-        counted = (model.parameters_total(), model.parameters_routed(), model.parameters_active())
-        return cls(*counted, itemsize)
+        """Count a model from its tensors; a dense number takes `itemsize` bytes."""
+        total, routed = model.parameters_total(), model.parameters_routed()
+        bits = model.bits_routed(8 * itemsize)
+        return cls.made(total, routed, model.parameters_active(), bits, itemsize)
+
+    @classmethod
+    def made(cls, total: int, routed: int, active: int, bits: int, itemsize: int) -> "Sizes":
+        """Put sizes together from numbers, and from the bits of routed experts."""
+        stored = -(-bits // 8)
+        return cls(total, routed, active, (total - routed) * itemsize + stored, stored)
 
     @classmethod
     def predicted(cls, teacher: MoEModel, plan: Plan, itemsize: int) -> "Sizes":
         """Return the sizes of a plan's student; the teacher may lie on the meta device."""
-        before = cls.of(teacher, itemsize)
-        routed, rows = plan.stored(teacher.layers), plan.rows_removed(teacher.layers)
+        before, layers = cls.of(teacher, itemsize), teacher.layers
+        routed, rows = plan.stored(layers), plan.rows_removed(layers)
         total = before.total - (before.routed - routed) - rows
-        return cls(total, routed, before.active - rows, itemsize)
-
-    @property
-    def bytes(self) -> int:
-        """Bytes of the checkpoint."""
-        return self.total * self.itemsize
+        bits = plan.stored_bits(layers, 8 * itemsize)
+        return cls.made(total, routed, before.active - rows, bits, itemsize)
 
     def removed_of_experts(self, teacher: "Sizes") -> float:
-        """Return the removed share of routed experts."""
-        return 1 - self.routed / teacher.routed
+        """Return the removed share of the bytes of routed experts."""
+        return 1 - self.routed_bytes / teacher.routed_bytes
 
     def removed_of_model(self, teacher: "Sizes") -> float:
-        """Return the removed share of the whole model."""
-        return 1 - self.total / teacher.total
-
-
-class Allocation(ABC):
-    """Says how many experts each layer keeps.
-
-    Attributes:
-        fixed: whether the counts are known before any score.
-    """
-
-    fixed: ClassVar[bool] = True
-
-    @abstractmethod
-    def keep(
-        self,
-        layers: Sequence[MoELayer],
-        ratio: Ratio,
-        scores: Sequence[Tensor],
-        least: Sequence[int],
-    ) -> list[int]:
-        """Return the kept count of each layer.
-
-        Args:
-            layers: the layers that are compressed.
-            ratio: the removed share.
-            scores: one (E,) tensor a layer, higher means keep.
-            least: how many each layer must keep.
-        """
-
-
-@dataclass(frozen=True)
-class Uniform(Allocation):
-    """Every layer keeps the same share."""
-
-    def keep(
-        self,
-        layers: Sequence[MoELayer],
-        ratio: Ratio,
-        scores: Sequence[Tensor],
-        least: Sequence[int],
-    ) -> list[int]:
-        """Return E - int(E * ratio) for each layer."""
-        return [layer.num_experts - ratio.experts_removed(layer) for layer in layers]
-
-
-@dataclass(frozen=True)
-class GlobalScore(Allocation):
-    """Scores compete across layers; every layer keeps what it must, and at least `floor`.
-
-    Scores are divided by their layer's sum first, as SEER-MoE and M-SMoE rank shares; ties are
-    dealt out evenly.
-    """
-
-    fixed: ClassVar[bool] = False
-
-    floor: int = 1
-
-    def keep(
-        self,
-        layers: Sequence[MoELayer],
-        ratio: Ratio,
-        scores: Sequence[Tensor],
-        least: Sequence[int],
-    ) -> list[int]:
-        """Return counts that sum to exactly the uniform total."""
-        total = sum(Uniform().keep(layers, ratio, scores, least))
-        counts = [max(self.floor, n) for n in least]
-        free = total - sum(counts)
-        if free < 0:
-            raise OutOfReach(
-                f"allocation=global cannot keep {total} experts with at least {counts} a layer; "
-                f"allowed ratios: 0 to {_reach(layers, counts):.4g}"
-            )
-        ranked = [
-            (-float(share), rank, i)
-            for i, score in enumerate(scores)
-            for rank, share in enumerate(_shares(score))
-            if rank >= counts[i]
-        ]
-        for _, _, i in sorted(ranked)[:free]:
-            counts[i] += 1
-        return counts
-
-
-def _shares(score: Tensor) -> Tensor:
-    """Return a layer's scores as shares of their sum, falling; all zero where the sum is."""
-    total = score.double().sum()
-    shares = score.double() / total if total > 0 else torch.zeros_like(score, dtype=torch.float64)
-    return shares.sort(descending=True).values
-
-
-@dataclass(frozen=True)
-class PerLayer(Allocation):
-    """An explicit list of kept counts; the ratio then only says that something is removed."""
-
-    kept: tuple[int, ...] = ()
-
-    def keep(
-        self,
-        layers: Sequence[MoELayer],
-        ratio: Ratio,
-        scores: Sequence[Tensor],
-        least: Sequence[int],
-    ) -> list[int]:
-        """Return the list as given."""
-        if len(self.kept) != len(layers):
-            raise InputError(
-                f"allocation.kept has {len(self.kept)} entries; the model has {len(layers)} MoE "
-                "layers"
-            )
-        return [int(count) for count in self.kept]
-
-
-def check_kept(layers: Sequence[MoELayer], counts: Sequence[int], least: Sequence[int]) -> None:
-    """Check kept counts before anything heavy.
-
-    Raises:
-        OutOfReach: a count is outside [least, E].
-    """
-    for layer, count, needed in zip(layers, counts, least, strict=True):
-        if not needed <= count <= layer.num_experts:
-            raise OutOfReach(
-                f"the ratio leaves {count} of {layer.num_experts} experts in layer {layer.index}, "
-                f"and at least {needed} are needed (top_k = {layer.top_k}, {layer.num_groups} "
-                f"router groups); allowed ratios: 0 to {_reach([layer], [needed]):.4g}"
-            )
-
-
-def _reach(layers: Sequence[MoELayer], least: Sequence[int]) -> float:
-    return 1 - sum(least) / sum(layer.num_experts for layer in layers)
+        """Return the removed share of the bytes of the whole model."""
+        return 1 - self.bytes / teacher.bytes

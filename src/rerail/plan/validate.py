@@ -48,9 +48,10 @@ def _validate_kept(part: "LayerPlan", layer: MoELayer) -> None:
         raise InputError(
             f"{where}: kept slots {list(part.kept)} must be distinct, ascending and below {experts}"
         )
-    if part.router not in ("untouched", "slice", "mask"):
+    if part.router not in ("untouched", "slice", "mask", "pooled"):
         raise InputError(
-            f"{where}: router policy {part.router!r} is not known; allowed: untouched, slice, mask"
+            f"{where}: router policy {part.router!r} is not known; allowed: untouched, slice, "
+            "mask, pooled"
         )
     if part.router == "untouched" and len(part.kept) != experts:
         raise InputError(
@@ -65,7 +66,7 @@ def _validate_kept(part: "LayerPlan", layer: MoELayer) -> None:
 
 
 def _validate_slots(part: "LayerPlan", layer: MoELayer) -> None:
-    rows = len(part.kept) if part.router == "slice" else layer.num_experts
+    rows = len(part.kept) if part.router in ("slice", "pooled") else layer.num_experts
     if len(part.slots) != rows or not set(part.slots) <= set(range(part.bank.stored)):
         raise InputError(
             f"layer {part.layer}: {rows} slots must map to stored experts below "
@@ -96,6 +97,8 @@ def _validate_members(part: "LayerPlan", known: Layers) -> None:
 
 def _validate_tensors(part: "LayerPlan", layer: MoELayer, tensors: Mapping[str, Tensor]) -> None:
     expected = bank_class(part.bank.kind).shapes(part.bank, layer.dims)
+    if part.router == "pooled":
+        expected = expected | {"router.rows": (len(part.kept), layer.router_rows.shape[1])}
     found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     if found != expected:
         raise InputError(
@@ -107,7 +110,7 @@ def _validate_tensors(part: "LayerPlan", layer: MoELayer, tensors: Mapping[str, 
 def _validate_groups(part: "LayerPlan", layer: MoELayer) -> None:
     size = layer.num_experts // layer.num_groups
     counts = [sum(slot // size == g for slot in part.kept) for g in range(layer.num_groups)]
-    if part.router == "slice" and len(set(counts)) > 1:
+    if part.router != "mask" and len(set(counts)) > 1:
         raise InputError(
             f"layer {part.layer}: slicing a router of {layer.num_groups} groups must keep the same "
             f"number in each, not {counts}; keep equal numbers or use router=mask"

@@ -15,7 +15,8 @@ from rerail.errors import InputError
 from rerail.files import digest
 from rerail.moe.layer import MoEModel
 from rerail.moe.source import ModelSource
-from rerail.plan.ratio import Allocation, Ratio
+from rerail.plan.allocation import Allocation
+from rerail.plan.ratio import Ratio
 from rerail.run.evaluation import Evaluation
 
 

@@ -14,9 +14,10 @@ from rerail.distill import repair as fit
 from rerail.evaluate.perplexity import score_blocks
 from rerail.moe.layer import MoEModel
 from rerail.moe.source import ModelSource
+from rerail.plan.allocation import Allocation, Uniform
 from rerail.plan.apply import apply_plan
 from rerail.plan.plan import Plan
-from rerail.plan.ratio import Allocation, Ratio, Sizes, Uniform
+from rerail.plan.ratio import Ratio, Sizes
 from rerail.run.presets import preset
 from rerail.stats.collect import collect as collect_statistics
 from rerail.stats.statistic import StatisticSet

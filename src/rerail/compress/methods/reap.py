@@ -19,6 +19,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from rerail.compress.pruning import Pruner
+from rerail.moe.layer import MoELayer
 from rerail.stats.routed import Count, Moment
 from rerail.stats.statistic import LayerStatistics, Statistic
 
@@ -45,7 +46,7 @@ class MomentScore(Pruner):
         moment = Moment(self.gate_power, self.norm_power)
         return (moment, Count()) if self.mean else (moment,)
 
-    def score(self, statistics: LayerStatistics) -> Tensor:
+    def score(self, layer: MoELayer, statistics: LayerStatistics) -> Tensor:
         """Return S_e, float64 (E,)."""
         total = statistics[Moment(self.gate_power, self.norm_power)]
         return total / statistics[Count()].clamp(min=1) if self.mean else total

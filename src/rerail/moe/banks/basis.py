@@ -43,7 +43,7 @@ class Bank(SolvedBank):
     def shapes(spec: BankSpec, dims: Dims) -> dict[str, tuple[int, ...]]:
         """Return the shapes of A, alpha and B of each factorised matrix."""
         n, p, d = dims.experts, dims.intermediate, dims.hidden
-        m, r = spec.integers["bases"], spec.integers["rank"]
+        m, r = spec.integer("bases"), spec.integer("rank")
         parts = {"A": (n, p, r), "alpha": (n, m), "B": (m, r, d)}
         names = spec.options["matrices"].split("+")
         return {f"{name}.{part}": shape for name in names for part, shape in parts.items()}
