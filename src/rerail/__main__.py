@@ -14,7 +14,7 @@ from rerail.run.presets import config_root
 # A group's class is its schema: any of its fields can be set, also those that its yaml leaves at
 # their defaults. Hydra wants `++` for these; a wrong field is refused when the class is built.
 _FIELD = re.compile(
-    r"(model|compressor|ratio|allocation|calibration|distill|evaluation|export|logger|trainer)\.\w+="
+    r"(model|compressor|ratio|skip|allocation|calibration|distill|evaluation|export|logger|trainer)\.\w+="
 )
 
 

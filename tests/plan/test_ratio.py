@@ -94,7 +94,7 @@ def test_counts_out_of_bounds_are_refused_with_the_reach(count: int) -> None:
 
 
 def test_sizes_speak_of_bytes_and_shares() -> None:
-    before, after = Sizes(1000, 800, 300, 2), Sizes(600, 400, 290, 2)
+    before, after = Sizes.made(1000, 800, 300, 800 * 16, 2), Sizes.made(600, 400, 290, 400 * 16, 2)
     assert after.bytes == 1200
     assert after.removed_of_experts(before) == 0.5
     assert after.removed_of_model(before) == 0.4

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from rerail.compress.compressor import Compressor
+from rerail.compress.compressor import Compressor, check
 from rerail.data.calibration import Calibration
 from rerail.distill.masters import check_gates
 from rerail.distill.schedule import Schedule
@@ -16,7 +16,7 @@ from rerail.files import digest
 from rerail.moe.layer import MoEModel
 from rerail.moe.source import ModelSource
 from rerail.plan.allocation import Allocation
-from rerail.plan.ratio import Ratio
+from rerail.plan.ratio import Bits, Budget, Ratio, Skip
 from rerail.run.evaluation import Evaluation
 
 
@@ -44,6 +44,7 @@ class Cell:
 
     Attributes:
         model, compressor, ratio, allocation, calibration, distill, evaluation, export: decisions.
+        skip: what skippers are swept by, in the place of the ratio.
         trainer: further arguments of lightning.Trainer.
         seed: of sampling order and repair.
         prompt: what the models continue, for the eye.
@@ -53,17 +54,23 @@ class Cell:
 
     model: ModelSource
     compressor: Compressor
-    ratio: Ratio
+    ratio: Ratio | Bits
     allocation: Allocation
     calibration: Calibration
     distill: RouterKD
     evaluation: Evaluation
+    skip: Skip = field(default_factory=Skip)
     export: Export = field(default_factory=Export)
     trainer: dict[str, Any] = field(default_factory=dict)
     seed: int = 0
     prompt: str = "The"
     names: Mapping[str, str] = field(default_factory=dict)
     choices: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def budget(self) -> Budget:
+        """What the compressor is swept by: `skip` for skippers, `ratio` for all others."""
+        return self.skip if self.compressor.budget is Skip else self.ratio
 
     @property
     def key(self) -> str:
@@ -77,7 +84,8 @@ class Cell:
     def folder(self) -> str:
         """A readable, unique folder name."""
         names = [self.names.get(n, "custom") for n in ("model", "compressor")]
-        numbers = (f"r{self.ratio.removed:g}", f"n{self.calibration.samples}", f"s{self.seed}")
+        asked = "rule" if self.budget.removed is None else f"{self.budget.removed:g}"
+        numbers = (f"r{asked}", f"n{self.calibration.samples}", f"s{self.seed}")
         return "-".join([*names, *numbers, self.key[:8]])
 
     def inputs(self) -> dict[str, Any]:
@@ -106,8 +114,8 @@ class Cell:
         """
         self.evaluation.check()
         meta = self.model.meta()
-        if self.ratio.removed > 0:
-            self.compressor.check(meta.layers, self.ratio, self.allocation)
+        if self.budget.removed != 0:
+            check(self.compressor, meta.layers, self.budget, self.allocation)
         if self.distill.enabled:
             check_gates(meta)
             Schedule.of(self.calibration.samples, self.distill)

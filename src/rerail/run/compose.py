@@ -26,6 +26,7 @@ GROUPS = (
     "calibration",
     "distill",
     "evaluation",
+    "skip",
     "export",
 )
 _VOLATILE = ("out", "logger", "hydra")

@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 
 from rerail.files import digest
 from rerail.moe.layer import MoEModel
-from rerail.plan.ratio import Sizes
+from rerail.plan.ratio import Bits, Sizes
 from rerail.run.cell import Cell
 from rerail.track.estimates import mean_and_se, recovery_of
 from rerail.track.results import Row, new_row, write_rows
@@ -61,7 +61,8 @@ def identity(cell: Cell) -> dict[str, Any]:
         "key": cell.key,
         "paradigm": cell.compressor.paradigm,
         "paper": cell.compressor.paper,
-        "ratio": cell.ratio.removed,
+        "ratio": cell.budget.removed,
+        "bits": cell.budget.average if isinstance(cell.budget, Bits) else None,
         "samples": cell.calibration.samples,
         "seed": cell.seed,
         "prompt": cell.prompt,
@@ -120,12 +121,23 @@ def stage_row(
         nll_by=by_text(scores),
         evaluation_seconds=scores["seconds"],
         bytes=sizes.bytes,
-        expert_bytes=sizes.routed * sizes.itemsize,
+        expert_bytes=sizes.routed_bytes,
         removed_of_experts=sizes.removed_of_experts(before),
         removed_of_model=sizes.removed_of_model(before),
         active_parameters=sizes.active,
+        memory_bytes=resident(model),
         **{"seconds": 0.0, "peak_memory": scores["peak_memory"], **extra},
     )
+
+
+def resident(model: MoEModel) -> int:
+    """Return the bytes of a model's tensors in memory, each storage once.
+
+    A student whose form reads the teacher's own experts counts them in full.
+    """
+    tensors = [*model.model.parameters(), *model.model.buffers()]
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage() for t in tensors}
+    return sum(storage.nbytes() for storage in storages.values())
 
 
 def by_text(scores: Scores) -> dict[str, dict[str, Any]]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from rerail.compress.compressor import make_plan
+from rerail.compress.compressor import check, make_plan
 from rerail.data.calibration import TokenBlocks
 from rerail.distill.repair import repair
 from rerail.evaluate.perplexity import BlockScores, score_blocks
@@ -61,10 +61,10 @@ def plan(
     start_peak()
     start = time.perf_counter()
     filled = StatisticSet()
-    if cell.ratio.removed > 0:
-        cell.compressor.check(model.layers, cell.ratio, cell.allocation)
+    if cell.budget.removed != 0:
+        check(cell.compressor, model.layers, cell.budget, cell.allocation)
         filled = statistics(cell, model, blocks, cell.compressor.requires)
-    made = make_plan(cell.compressor, model.layers, filled, cell.ratio, cell.allocation)
+    made = make_plan(cell.compressor, model.layers, filled, cell.budget, cell.allocation)
     made.save(path)
     cost = {"seconds": time.perf_counter() - start, "peak_memory": peak_memory()}
     write_sealed(beside, cost)
