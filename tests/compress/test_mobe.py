@@ -11,8 +11,8 @@ from rerail.errors import OutOfReach
 from rerail.moe.banks.basis import Bank, mixed
 from rerail.moe.layer import MoELayer
 from rerail.moe.stock import expert_parameters
-from rerail.plan.apply import apply_plan
 from rerail.plan.allocation import GlobalScore, Uniform
+from rerail.plan.apply import apply_plan
 from rerail.plan.ratio import Ratio
 from rerail.stats.statistic import StatisticSet
 

@@ -4,12 +4,12 @@ import torch
 from families import tiny, tokens
 from rerail.compress.compressor import make_plan
 from rerail.compress.methods.reap import MomentScore
-from rerail.compress.pruning import best
+from rerail.compress.pruning import best, guarded_slots
 from rerail.errors import OutOfReach
 from rerail.plan.allocation import GlobalScore, PerLayer, Uniform
 from rerail.plan.ratio import Ratio
 from rerail.stats.collect import collect
-from rerail.stats.routed import Count, Moment
+from rerail.stats.routed import Count, MaxOutput, Moment
 from rerail.stats.statistic import StatisticSet
 
 SCORES = torch.tensor([5.0, 4.0, 3.0, 9.0, 2.0, 1.0, 0.5, 0.2])
@@ -97,3 +97,92 @@ def test_a_plan_is_equivariant_under_permutation_of_the_experts() -> None:
         plan = make_plan(method, model.layers, filled, Ratio(0.5), Uniform())
         kept.append([set(part.kept) for part in plan.layers])
     assert kept[0] == [{int(order[slot]) for slot in part} for part in kept[1]]
+
+
+def largest(layers: int = 4, **planted: float) -> list[torch.Tensor]:
+    """Return the largest outputs (E,) of some layers, all 1 but the planted `l<layer>_<slot>`."""
+    found = [torch.ones(8, dtype=torch.float64) for _ in range(layers)]
+    for place, value in planted.items():
+        layer, slot = place.removeprefix("l").split("_")
+        found[int(layer)][int(slot)] = value
+    return found
+
+
+@pytest.mark.parametrize(
+    ("guard", "planted", "guarded"),
+    [
+        ("super", {"l0_3": 1e3}, [{3}, set(), set(), set()]),
+        ("super", {"l3_3": 1e3}, [set(), set(), set(), set()]),
+        ("outliers", {"l3_3": 1e3}, [set(), set(), set(), {3}]),
+        ("outliers", {}, [set(), set(), set(), set()]),
+    ],
+)
+def test_super_experts_stand_out_of_all_layers_in_the_first_three_quarters(
+    guard: str, planted: dict[str, float], guarded: list[set[int]]
+) -> None:
+    assert guarded_slots(largest(**planted), guard) == guarded
+
+
+def test_both_thresholds_must_be_passed() -> None:
+    many = [torch.ones(200, dtype=torch.float64) for _ in range(4)]
+    many[0][:3] = torch.tensor([1000.0, 500.0, 99.0])
+    assert guarded_slots(many, "outliers")[0] == {0, 1}  # 99 is above P99.5, not above a tenth
+    many[0][:10] = 1000 + torch.arange(10.0)
+    assert guarded_slots(many, "outliers")[0] == {6, 7, 8, 9}  # a half percent of 800
+
+
+def guarded_set(slot: int, layers: int = 2) -> StatisticSet:
+    held = {**scored(SCORES).tensors[0], MaxOutput().name: torch.ones(8, dtype=torch.float64)}
+    first = held | {MaxOutput().name: largest(1, **{f"l0_{slot}": 1e3})[0]}
+    return StatisticSet({i: first if i == 0 else held for i in range(layers)})
+
+
+@pytest.mark.parametrize("slot", range(8))
+@pytest.mark.parametrize("allocation", [Uniform(), GlobalScore()])
+def test_a_guarded_expert_is_never_dropped(slot: int, allocation: object) -> None:
+    layers = tiny("qwen3_moe").layers
+    method = MomentScore(guard="outliers")
+    plan = make_plan(method, layers, guarded_set(slot), Ratio(0.75), allocation)
+    assert slot in plan.layers[0].kept
+    assert sum(len(part.kept) for part in plan.layers) == 4
+    assert (
+        plan.layers[1].kept
+        == make_plan(MomentScore(), layers, guarded_set(slot), Ratio(0.75), Uniform())
+        .layers[1]
+        .kept
+    )
+
+
+def test_a_planted_activation_guards_through_the_pass_whatever_its_sign() -> None:
+    model, ids = tiny("qwen3_moe"), tokens(8, 16)
+    batches = [(ids, torch.ones_like(ids, dtype=torch.bool))]
+    method = MomentScore(mean=False, gate_power=0, norm_power=0, guard="outliers")
+    count = collect(model, batches, (Count(),)).tensors[1][Count().name]
+    rare = int(torch.where(count > 0, count, 10**6).argmin())
+    model.layers[1].experts.down_proj.data[rare, 0] = 0
+    model.layers[1].experts.down_proj.data[rare, 1] *= -1e4
+    filled = collect(model, batches, method.requires)
+    plan = make_plan(method, model.layers, filled, Ratio(0.75), Uniform())
+    assert rare in plan.layers[1].kept
+    plain = MomentScore(mean=False, gate_power=0, norm_power=0)
+    assert rare not in make_plan(plain, model.layers, filled, Ratio(0.75), Uniform()).layers[1].kept
+
+
+def test_more_guarded_experts_than_stay_are_refused_by_name() -> None:
+    layers, filled = tiny("deepseek_v3").layers, guarded_set(0)
+    method = MomentScore(guard="outliers")
+
+    def guarded(_self: object, views: list[object]) -> list[frozenset[int]]:
+        return [frozenset({0, 1, 2}), frozenset()]
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(MomentScore, "guarded", guarded)
+        with pytest.raises(OutOfReach, match=r"protects \[0, 1, 2\], so at least 5.*guard=none"):
+            make_plan(method, layers, filled, Ratio(0.5), Uniform())
+
+
+def test_a_guard_declares_what_it_reads_and_plans_all_layers_together() -> None:
+    layers = tiny("qwen3_moe").layers
+    assert MomentScore().scopes(layers) == [[0], [1]]
+    assert MomentScore(guard="super").scopes(layers) == [[0, 1]]
+    assert set(MomentScore(guard="super").requires) == {Moment(1, 1), Count(), MaxOutput()}

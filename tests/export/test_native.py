@@ -2,11 +2,24 @@ import hashlib
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
+from stored_forms import (
+    UNEVEN,
+    aliased,
+    factored,
+    fused,
+    lent,
+    masked,
+    merged,
+    skipping,
+    sliced,
+    solved,
+)
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from families import CONFIGS, tiny, tokens
@@ -14,67 +27,10 @@ from rerail.errors import InputError
 from rerail.export.manifest import is_whole, read_manifest
 from rerail.export.native import as_written, export_native
 from rerail.export.stock import check_native
-from rerail.moe.bank import BankSpec
+from rerail.export.widths import NAMES as WIDTH_NAMES
 from rerail.moe.source import ModelSource
 from rerail.plan.apply import apply_plan
-from rerail.plan.plan import LayerPlan, Plan
-
-KEPT = ((0, 2, 5, 7), (1, 3, 4, 6))  # two of each half, so that two groups stay equal
-ALL = tuple(range(8))
-
-
-def whole(layer, experts):
-    return BankSpec("dense", len(experts), tuple(((layer, e, 1.0),) for e in experts))
-
-
-def planned(kept, slots, router, spec):
-    """A plan of one part a layer; `spec(layer)` says what is stored."""
-    parts = [LayerPlan(i, k, tuple(slots(k)), router, spec(i)) for i, k in enumerate(kept)]
-    return Plan(tuple(parts), {"compressor": "by hand"})
-
-
-def sliced(kept=KEPT):
-    return planned(kept, lambda k: range(len(k)), "slice", lambda i: whole(i, kept[i]))
-
-
-def masked(kept=KEPT):
-    def slots(k):
-        return [k.index(s) if s in k else 0 for s in ALL]
-
-    return planned(kept, slots, "mask", lambda i: whole(i, kept[i]))
-
-
-def aliased():
-    slots = (0, 0, 0, 1, 1, 1, 2, 2)
-    return planned((ALL, ALL), lambda _: slots, "untouched", lambda i: whole(i, (1, 4, 6)))
-
-
-def merged():
-    def spec(layer):
-        pairs = [((layer, 2 * i, 0.25), (layer, 2 * i + 1, 0.75)) for i in range(4)]
-        return BankSpec("dense", 4, tuple(pairs))
-
-    return planned((ALL, ALL), lambda _: (0, 0, 1, 1, 2, 2, 3, 3), "untouched", spec)
-
-
-def lent():
-    """Both layers are answered by the experts of the first."""
-    return planned((ALL, ALL), lambda _: ALL, "untouched", lambda _: whole(0, ALL))
-
-
-def factored():
-    generator = torch.Generator().manual_seed(0)
-    shapes = {"A": (8, 8, 4), "alpha": (8, 2), "B": (2, 4, 16)}
-    tensors = {
-        f"layers.{layer}.{name}.{part}": torch.randn(shape, generator=generator) * 0.3
-        for layer in range(2)
-        for name in ("gate", "up", "down")
-        for part, shape in shapes.items()
-    }
-    options = {"matrices": "gate+up+down", "activation": "silu"}
-    spec = BankSpec("basis", 8, (), {"rank": 4, "bases": 2}, options)
-    parts = planned((ALL, ALL), lambda _: ALL, "untouched", lambda _: spec).layers
-    return Plan(parts, {}, tensors)
+from rerail.plan.plan import Plan
 
 
 def logits(model):
@@ -191,8 +147,63 @@ def test_densify_writes_one_whole_expert_for_each_router_row(family, plan, tmp_p
     assert read_manifest(path)["densified"] is True
 
 
-UNEVEN = ((0, 1, 2), (0, 1, 2, 3))
 LOPSIDED = ((0, 1, 4, 5, 6), (0, 1, 4, 5, 6))  # two of the first group, three of the second
+SPACIOUS = {"qwen3_moe": {"moe_intermediate_size": 24, "intermediate_size": 32}}
+WIDE = (13,) * 8  # of 24 channels; kernels want 16
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "mixtral", "gpt_oss", "granitemoe", "olmoe"])
+def test_experts_of_one_narrower_width_are_plain_experts(family, tmp_path):
+    teacher = tiny(family, **SPACIOUS.get(family, {"intermediate_size": 24}))
+    plan = solved(teacher, "narrow", widths=WIDE)
+    student = apply_plan(teacher, plan)
+    path = export_native(student, plan, tmp_path / "model")
+    loaded = reload(path)
+    torch.testing.assert_close(logits(loaded), logits(student.model), atol=1e-5, rtol=1e-5)
+    widths = {name: getattr(loaded.config, name, None) for name in WIDTH_NAMES}
+    own = "moe_intermediate_size" if family == "qwen3_moe" else "intermediate_size"
+    assert [name for name, width in widths.items() if width == 16] == [own]
+    dense = export_native(student, plan, tmp_path / "dense", densify=True)
+    torch.testing.assert_close(logits(reload(dense)), logits(student.model), atol=1e-5, rtol=1e-5)
+
+
+def test_merged_experts_with_a_router_row_each_are_plain_experts(tmp_path):
+    teacher = tiny("qwen3_moe")
+    plan = fused(teacher)
+    parts = [replace(part, kept=(1, 4, 6), slots=(0, 1, 2), router="slice") for part in plan.layers]
+    student = apply_plan(teacher, replace(plan, layers=tuple(parts)))
+    path = export_native(student, plan, tmp_path / "model")
+    assert torch.equal(logits(reload(path)), logits(student.model))
+
+
+def widths_by_layer(teacher):
+    """The second layer is narrower than the first."""
+    first, second = (solved(teacher, "narrow", widths=(w,) * 8) for w in (13, 7))
+    tensors = first.of_layer(0), second.of_layer(1)
+    named = {f"layers.{i}.{n}": t for i, held in enumerate(tensors) for n, t in held.items()}
+    return Plan((first.layers[0], second.layers[1]), {}, named)
+
+
+def narrowed(*widths):
+    return lambda teacher: solved(teacher, "narrow", widths=widths)
+
+
+NARROW = {
+    "widths by expert": ("qwen3_moe", narrowed(*WIDE[1:], 9), "form 'narrow'.*=package or"),
+    "widths by layer": ("qwen3_moe", widths_by_layer, "layer 1: .*width 8 .*layer 0 16.*=package"),
+    "shared experts": ("deepseek_v3", narrowed(*WIDE), "no entry .*width 16; .*densify=true"),
+    "policy": ("qwen3_moe", lambda t: skipping(), "form 'policy'.*=package$"),
+}
+
+
+@pytest.mark.parametrize("case", NARROW)
+def test_what_a_stock_config_cannot_name_is_refused(case):
+    family, plan, sentence = NARROW[case]
+    teacher = tiny(family, moe_intermediate_size=24)
+    with pytest.raises(InputError, match=sentence):
+        check_native(apply_plan(teacher, plan(teacher)))
+
+
 REFUSED = {
     "alias": (aliased(), "mixtral", False, r"layer 0: .*'alias' 3 stored .*8 rou.*densify=true"),
     "merge": (merged(), "mixtral", False, r"layer 0: .*'merged' 4 stored .*8 rou.*densify=true"),

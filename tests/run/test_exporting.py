@@ -45,7 +45,8 @@ def stage(tmp_path, monkeypatch):
     student = apply_plan(cell.model.load(), plan)
     seen = []
 
-    def check(path, ids, model):
+    def check(path, ids, model, form):
+        assert form == cell.export.form
         seen.append((path, ids, model))
         return 0.0
 
@@ -102,3 +103,22 @@ def test_a_form_that_cannot_be_exported_is_refused_when_the_student_is_made(stag
         exporting.check_export(stage.cell, uneven)
     exporting.check_export(FakeCell(stage.cell.model, Export("none")), uneven)
     exporting.check_export(stage.cell, stage.student)
+
+
+def test_counts_by_layer_go_out_as_a_package_or_with_their_own_code(stage):
+    uneven = apply_plan(tiny("qwen3_moe"), kept((0, 2, 3), layers=(0,)))
+    for form in ("package", "remote"):
+        exporting.check_export(FakeCell(stage.cell.model, Export(form)), uneven)
+        exporting.check_export(FakeCell(stage.cell.model, Export(form, densify=True)), uneven)
+    with pytest.raises(InputError, match="'gguf' is not one of none, native, package, remote"):
+        Export("gguf")
+
+
+@pytest.mark.parametrize("form", ["package", "remote"])
+def test_the_chosen_form_is_written_and_proved(form, stage):
+    stage.cell.export = Export(form)
+    path = stage.run()
+    assert len(stage.seen) == 1
+    assert read_manifest(path)["target"] == form
+    assert "model.layers.0.mlp.experts.slots" in load_file(path / "model.safetensors")
+    assert bool(list(path.glob("modelling_*.py"))) == (form == "remote")

@@ -5,7 +5,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from rerail.stats.routed import Count, Moment
+from families import tiny
+from measuring import batches, everything
+from rerail.stats.ablation import LossIncrease
+from rerail.stats.collect import collect
+from rerail.stats.gradients import Fisher
+from rerail.stats.routed import Count, GatedOutput, Moment
+from rerail.stats.rows import Rows
 from rerail.stats.statistic import StatisticSet
 from rerail.stats.store import StatisticStore, merge_sets
 
@@ -61,6 +67,30 @@ def test_a_damaged_file_is_reported_and_counts_as_absent(
     assert ("damaged" in caplog.text) is (damage != "no seal")
     store.save(FILLED, [Count()])
     assert store.load([Count()])[1] == []
+
+
+def test_rows_of_any_number_and_large_tensors_come_back_as_they_were(tmp_path: Path) -> None:
+    wanted = [*everything("qwen3_moe"), Fisher(), LossIncrease()]
+    filled = collect(tiny("qwen3_moe"), batches(2), wanted)
+    short = StatisticSet({0: {"rows_5": Rows(5).empty(tiny("qwen3_moe").layers[0])}})
+    store = StatisticStore(tmp_path, "print")
+    store.save(filled, wanted)
+    store.save(short, [Rows(5)])
+    held, missing = store.load(wanted)
+    assert missing == []
+    for i, tensors in filled.tensors.items():
+        assert held.tensors[i].keys() == tensors.keys()
+        for name, tensor in tensors.items():
+            assert held.tensors[i][name].dtype == tensor.dtype
+            assert torch.equal(held.tensors[i][name], tensor)
+    assert store.load([Rows(5)])[0].tensors[0]["rows_5"].shape == (0, 18)
+
+
+def test_statistics_that_differ_have_files_that_differ(tmp_path: Path) -> None:
+    wanted = [*everything("qwen3_moe"), Fisher(), LossIncrease(), Rows(21), GatedOutput(1)]
+    filled = StatisticSet({0: {s.name: torch.zeros(1) for s in wanted}})
+    StatisticStore(tmp_path, "print").save(filled, wanted)
+    assert len(list(tmp_path.glob("**/*.safetensors"))) == len(wanted)
 
 
 def test_sets_of_the_same_layers_join() -> None:

@@ -23,10 +23,14 @@ Remeasure = Callable[[Plan, Sequence[MoELayer]], StatisticSet]
 
 @dataclass(frozen=True)
 class ScopePlan:
-    """The decision about one scope, with the tensors it solved for, named `<layer>.<name>`."""
+    """The decision about one scope, with the tensors it solved for, named `<layer>.<name>`.
+
+    Notes say what a user should know (a fallback that was taken); they go into the lineage.
+    """
 
     layers: tuple[LayerPlan, ...]
     tensors: Mapping[str, Tensor]
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,7 +117,7 @@ def make_plan(  # noqa: PLR0913
     """Return the plan of a compressor; ratio 0 gives the empty plan.
 
     Its lineage says what was asked for (`removed`) and what integers made of it (`achieved`, the
-    removed share of the numbers of routed experts).
+    removed share of the bytes of routed experts).
 
     Args:
         compressor: the method.
@@ -139,19 +143,21 @@ def make_plan(  # noqa: PLR0913
     if isinstance(compressor, Staged):
         return compressor.staged(layers, statistics, ratio, allocation)
     shares = compressor.allocate(layers, statistics, ratio, allocation)
-    plan = Plan()
+    plan, notes = Plan(), list[str]()
     for scope in progress(compressor.scopes(layers)):
         chosen = [layers[i] for i in scope]
         if remeasure is not None and compressor.driver == "sequential":
             statistics = remeasure(plan, chosen)
         views = [statistics.of(layer, compressor.requires) for layer in chosen]
         planned = compressor.plan_scope(chosen, views, [shares[i] for i in scope])
+        notes += planned.notes
         tensors = {f"layers.{name}": t for name, t in planned.tensors.items()}
         plan = Plan((*plan.layers, *planned.layers), lineage, {**plan.tensors, **tensors})
     plan.validate(layers)
     dense = sum(layer.expert_size * layer.num_experts for layer in layers)
-    achieved = 1 - plan.stored(layers) / dense
-    return dataclasses.replace(plan, lineage=lineage | {"shares": shares, "achieved": achieved})
+    achieved = 1 - plan.stored_bits(layers, 16) / (16 * dense)
+    lineage |= {"shares": shares, "achieved": achieved} | ({"notes": notes} if notes else {})
+    return dataclasses.replace(plan, lineage=lineage)
 
 
 class Staged(Compressor):

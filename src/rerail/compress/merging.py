@@ -1,43 +1,120 @@
-"""Mergers: experts share one weighted mean per group. One function is open: `group`."""
+"""Mergers: the experts of a group share one stored expert. Open: `group`, or `similarity`.
+
+What happens to the router is one option of every merger. For a group c, with centroid the member
+that stays in name (the most used one, or the dominant expert that the group was built around):
+
+    remap     E rows; slot e is answered by the expert of its group, so that two chosen slots of one
+              group add their gate weights, which were normalised before and are not again
+    centroid  the M rows of the centroids, sliced; top-k over M
+    pooled    M rows W_R[c] = sum_{e in c} b_e W_R[e], b the merge weights inside the group
+              (`pooling=weighted`) or equal (`pooling=mean`)
+
+Only remap is exact for summed merging. Biases and correction biases follow the centroids' rows
+under the last two. A grouped router (G groups of equal size) is safe under remap; the others need
+M / G centroids in each router group, which mergers around dominant experts can choose and those
+that cluster cannot: these refuse.
+"""
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from rerail.compress.compressor import Compressor, ScopePlan
+from rerail.compress.pruning import best
+from rerail.errors import OutOfReach
 from rerail.moe.bank import BankSpec, Member
 from rerail.moe.layer import MoELayer
+from rerail.moe.stock import expert_parameters
 from rerail.plan.allocation import Allocation, check_kept
-from rerail.plan.plan import LayerPlan
+from rerail.plan.plan import ROWS, LayerPlan
 from rerail.plan.ratio import Ratio
+from rerail.stats.routed import Count
 from rerail.stats.statistic import LayerStatistics, StatisticSet
+
+Fused = dict[str, Tensor]
+Change = Callable[[int, Fused], Fused]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Merger(Compressor):
     """Groups the experts of a layer and stores one merged expert a group; a share counts groups.
 
-    The router keeps its E rows (`remap`): two chosen slots of one group add their gate weights.
+    Attributes:
+        router: `remap`, `centroid` or `pooled`, see above.
+        pooling: weights of pooled rows.
+        balanced: whether the centroids can be spread evenly over the groups of a grouped router.
     """
 
+    router: Literal["remap", "centroid", "pooled"] = "remap"
+    pooling: Literal["weighted", "mean"] = "weighted"
+
     paradigm: ClassVar[str] = "merging"
+    balanced: ClassVar[bool] = False
 
     @abstractmethod
     def group(self, layer: MoELayer, statistics: LayerStatistics, count: int) -> Tensor:
         """Return int64 labels (E,) in 0..count-1, every label used."""
 
-    @abstractmethod
+    def usage(self, statistics: LayerStatistics) -> Tensor:
+        """Return (E,), by which layers compete and centroids are chosen: the usage counts."""
+        return statistics[Count()]
+
     def weights(self, statistics: LayerStatistics) -> Tensor:
-        """Return non-negative merge weights (E,); they are normalised inside each group."""
+        """Return non-negative merge weights (E,), normalised later inside each group: the usage."""
+        return self.usage(statistics)
+
+    def solve(
+        self,
+        layer: MoELayer,
+        statistics: LayerStatistics,
+        labels: Tensor,
+        notes: list[str],
+    ) -> Fused | None:
+        """Return solved merged experts as fused tensors (M, ...); None for weighted sums.
+
+        It is not asked where every group is one expert. What a user should know goes into `notes`.
+        """
+        return None
+
+    def centroids(
+        self, layer: MoELayer, statistics: LayerStatistics, labels: Tensor
+    ) -> tuple[int, ...]:
+        """Return the most used member of each group, ascending; ties go to the lower slot."""
+        order = torch.argsort(self.usage(statistics), descending=True, stable=True)
+        first = torch.full((int(labels.max()) + 1,), len(labels))
+        first.scatter_reduce_(0, labels[order], torch.arange(len(labels)), "amin")
+        return tuple(sorted(order[first].tolist()))
+
+    def each(self, layer: MoELayer, count: int) -> int:
+        """Return how many of `count` centroids must lie in each router group."""
+        return 0 if self.router == "remap" else count // layer.num_groups
+
+    def least(self, layer: MoELayer) -> int:
+        """Return the fewest groups: one, or as many as top_k needs rows."""
+        return 1 if self.router == "remap" else layer.num_groups * layer.least_per_group
 
     def check(self, layers: Sequence[MoELayer], ratio: Ratio, allocation: Allocation) -> None:
-        """At least one group a layer; the router keeps all rows, so top_k is no bound."""
-        even, least = [torch.ones(layer.num_experts) for layer in layers], [1] * len(layers)
-        check_kept(layers, allocation.keep(layers, ratio, even, least), least)
+        """Check the counts before anything heavy; a grouped router needs equal shares."""
+        even = [torch.ones(layer.num_experts) for layer in layers]
+        least = [self.least(layer) for layer in layers]
+        counts = allocation.keep(layers, ratio, even, least)
+        check_kept(layers, counts, least)
+        for layer, count in zip(layers, counts, strict=True):
+            if self.router == "remap" or layer.num_groups == 1:
+                continue
+            equal = f"multiples of {layer.num_groups} rows a layer and allocation=uniform"
+            allowed = equal if self.balanced else "ratios from 0 to 0"
+            if not self.balanced or not allocation.fixed or count % layer.num_groups:
+                raise OutOfReach(
+                    f"{type(self).__name__} with router={self.router} and {allocation} cannot "
+                    f"leave {count} rows to layer {layer.index}, whose router has "
+                    f"{layer.num_groups} groups that must stay equal; allowed: {allowed}, or "
+                    "compressor.router=remap"
+                )
 
     def allocate(
         self,
@@ -47,8 +124,8 @@ class Merger(Compressor):
         allocation: Allocation,
     ) -> list[int]:
         """Return the number of groups in each layer."""
-        scores = [self.weights(statistics.of(layer, self.requires)).double() for layer in layers]
-        return allocation.keep(layers, ratio, scores, [1] * len(layers))
+        scores = [self.usage(statistics.of(layer, self.requires)).double() for layer in layers]
+        return allocation.keep(layers, ratio, scores, [self.least(layer) for layer in layers])
 
     def plan_scope(
         self,
@@ -56,26 +133,139 @@ class Merger(Compressor):
         statistics: Sequence[LayerStatistics],
         shares: Sequence[int],
     ) -> ScopePlan:
-        """Group each layer, and say which weighted sum each group stores."""
-        parts = []
+        """Group each layer, say what each group stores, and which router rows stay."""
+        parts: list[LayerPlan] = []
+        tensors: dict[str, Tensor] = {}
+        notes: list[str] = []
         for layer, held, share in zip(layers, statistics, shares, strict=True):
             labels = self.group(layer, held, share)
-            members = group_members(layer.index, labels, self.weights(held))
-            spec = BankSpec("dense", share, members)
-            slots = tuple(int(label) for label in labels)
-            everyone = tuple(range(layer.num_experts))
-            parts.append(LayerPlan(layer.index, everyone, slots, "untouched", spec))
-        return ScopePlan(tuple(parts), {})
+            single = share == layer.num_experts
+            solved = None if single else self.solve(layer, held, labels, notes)
+            if solved is None:
+                members = group_members(layer.index, labels, self.weights(held))
+                spec, solved = BankSpec("dense", share, members), {}
+            else:
+                like = expert_parameters(layer.stock())
+                solved = {name: t.to(like[name].dtype) for name, t in solved.items()}
+                shapes = {name: tuple(t.shape[1:]) for name, t in solved.items()}
+                spec = BankSpec("solved", share, (), shapes)
+            part, rows = self.form(layer, held, labels, spec)
+            parts.append(part)
+            tensors |= {f"{layer.index}.{n}": t.cpu() for n, t in {**solved, **rows}.items()}
+        return ScopePlan(tuple(parts), tensors, tuple(notes))
+
+    def form(
+        self, layer: MoELayer, statistics: LayerStatistics, labels: Tensor, spec: BankSpec
+    ) -> tuple[LayerPlan, Mapping[str, Tensor]]:
+        """Return the layer's decision by the router policy, and pooled rows."""
+        if self.router == "remap":
+            everyone, slots = tuple(range(layer.num_experts)), tuple(labels.tolist())
+            return LayerPlan(layer.index, everyone, slots, "untouched", spec), {}
+        kept = self.centroids(layer, statistics, labels)
+        slots = tuple(labels[list(kept)].tolist())
+        if self.router == "centroid":
+            return LayerPlan(layer.index, kept, slots, "slice", spec), {}
+        given = self.weights(statistics)
+        share = shares_in_group(labels, torch.ones_like(given) if self.pooling == "mean" else given)
+        pool = torch.zeros(len(kept), len(labels), dtype=torch.float64)
+        pool[labels, torch.arange(len(labels))] = share
+        held = layer.router_rows.detach()
+        wide = torch.promote_types(held.dtype, torch.float32)
+        rows = (pool[list(slots)] @ held.cpu().double()).to(wide)
+        return LayerPlan(layer.index, kept, slots, "pooled", spec), {ROWS: rows}
+
+
+class DominantMerger(Merger):
+    """Builds groups around the most used experts of the layer. Open: `similarity`."""
+
+    balanced: ClassVar[bool] = True
+
+    @abstractmethod
+    def similarity(self, layer: MoELayer, statistics: LayerStatistics) -> Tensor:
+        """Return (E, E), higher means more alike."""
+
+    def dominants(
+        self, layer: MoELayer, statistics: LayerStatistics, count: int
+    ) -> tuple[int, ...]:
+        """Return the `count` most used slots, ascending."""
+        each = self.each(layer, count)
+        return best(self.usage(statistics), count, layer.num_groups, each)
+
+    def group(self, layer: MoELayer, statistics: LayerStatistics, count: int) -> Tensor:
+        """Give every other expert to the dominant one that it is most alike."""
+        chosen = list(self.dominants(layer, statistics, count))
+        labels = self.similarity(layer, statistics)[:, chosen].argmax(dim=1)
+        labels[chosen] = torch.arange(count)
+        return labels
+
+    def centroids(
+        self, layer: MoELayer, statistics: LayerStatistics, labels: Tensor
+    ) -> tuple[int, ...]:
+        """Return the dominant experts."""
+        return self.dominants(layer, statistics, int(labels.max()) + 1)
+
+
+def cosine(gram: Tensor) -> Tensor:
+    """Return the cosines G_ij / sqrt(G_ii G_jj) of a Gram matrix (E, E); 0 for a zero vector."""
+    norms = gram.diagonal().clamp(min=0).sqrt()
+    scale = torch.where(norms > 0, norms.reciprocal(), 0.0)
+    return gram * scale.unsqueeze(1) * scale
+
+
+def weight_gram(*stacks: Tensor) -> Tensor:
+    """Return the float64 Gram matrix (E, E) of experts flattened over all stacks (E, ...)."""
+    flat = [stack.detach().flatten(1).to(wide(stack.dtype)) for stack in stacks]
+    return torch.stack([part @ part.mT for part in flat]).sum(dim=0).cpu().double()
+
+
+def shares_in_group(labels: Tensor, weights: Tensor) -> Tensor:
+    """Return float64 weights (E,) that sum to 1 in each group; one without weight is averaged."""
+    weights = weights.double()
+    empty = torch.zeros(int(labels.max()) + 1, dtype=torch.float64)
+    total = empty.index_add(0, labels, weights)
+    counts = empty.index_add(0, labels, torch.ones_like(weights))
+    alone = total == 0
+    return torch.where(
+        alone[labels], 1 / counts[labels], weights / total.masked_fill(alone, 1)[labels]
+    )
 
 
 def group_members(layer: int, labels: Tensor, weights: Tensor) -> tuple[tuple[Member, ...], ...]:
-    """Return the members of each label, weights normalised; a group without weight is averaged."""
-    groups = []
-    for label in range(int(labels.max()) + 1):
-        experts = torch.nonzero(labels == label).flatten()
-        share = weights[experts].double()
-        share = torch.ones_like(share) if share.sum() == 0 else share
-        share = share / share.sum()
-        pairs = zip(experts.tolist(), share.tolist(), strict=True)
-        groups.append(tuple((layer, expert, weight) for expert, weight in pairs))
-    return tuple(groups)
+    """Return the members of each label with their shares."""
+    groups: list[list[Member]] = [[] for _ in range(int(labels.max()) + 1)]
+    share = shares_in_group(labels, weights).tolist()
+    for expert, label in enumerate(labels.tolist()):
+        groups[label].append((layer, expert, share[expert]))
+    return tuple(tuple(group) for group in groups)
+
+
+def merged_experts(
+    layer: MoELayer, labels: Tensor, weights: Tensor, change: Change = lambda _, expert: expert
+) -> Fused:
+    """Return sum_{e in c} b_e W_e of every group as fused tensors (M, ...), in float32 or wider.
+
+    A group of one is that expert, to the bit.
+
+    Args:
+        layer: holds the experts.
+        labels: (E,).
+        weights: (E,), normalised here.
+        change: gives slot e's tensors another form before they are added (aligned, say).
+    """
+    held = {n: p.detach() for n, p in expert_parameters(layer.stock()).items()}
+    count = int(labels.max()) + 1
+    out = {
+        n: torch.zeros(count, *p.shape[1:], dtype=wide(p.dtype), device=p.device)
+        for n, p in held.items()
+    }
+    share, sizes = shares_in_group(labels, weights).tolist(), torch.bincount(labels).tolist()
+    for e, label in enumerate(labels.tolist()):
+        own = {n: p[e] for n, p in held.items()}
+        for name, tensor in (own if sizes[label] == 1 else change(e, own)).items():
+            out[name][label] += share[e] * tensor.to(out[name].dtype)
+    return out
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """Return float32, or float64 for float64."""
+    return torch.promote_types(dtype, torch.float32)

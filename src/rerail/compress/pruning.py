@@ -8,14 +8,15 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from rerail.compress.compressor import Compressor, ScopePlan
+from rerail.compress.compressor import Compressor, ScopePlan, Scopes
 from rerail.errors import OutOfReach
 from rerail.moe.bank import BankSpec
 from rerail.moe.layer import MoELayer
 from rerail.plan.allocation import Allocation, check_kept
 from rerail.plan.plan import LayerPlan
 from rerail.plan.ratio import Ratio
-from rerail.stats.statistic import LayerStatistics, StatisticSet
+from rerail.stats.routed import MaxOutput
+from rerail.stats.statistic import LayerStatistics, Statistic, StatisticSet
 
 Formed = tuple[LayerPlan, Mapping[str, Tensor]]
 
@@ -128,7 +129,109 @@ class RowSelector(Selector):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Pruner(RowSelector):
+class Guarded(RowSelector):
+    """A row selector that can be told never to drop super experts (arXiv 2507.23279, eq. 6).
+
+    With a_le the largest |output| of expert e of layer l before its gate, an expert is guarded iff
+    a_le > P99.5(all a) and a_le > 0.1 max(all a); both thresholds compare all layers, so a guarded
+    method plans all layers as one scope. The paper guards layers that create massive activations;
+    REAP's code, followed here, takes the first int(0.75 L) MoE layers for them (`super`), or all
+    (`outliers`). That code ranks signed outputs; here they are absolute, as in the paper.
+
+    Attributes:
+        guard: `none`, `super` or `outliers`.
+    """
+
+    guard: Literal["none", "super", "outliers"] = "none"
+
+    @property
+    @abstractmethod
+    def measures(self) -> tuple[Statistic, ...]:
+        """The statistics that choosing reads, the guard's own left out."""
+
+    @abstractmethod
+    def choose(
+        self,
+        layer: MoELayer,
+        statistics: LayerStatistics,
+        count: int,
+        guarded: frozenset[int],
+    ) -> tuple[int, ...]:
+        """Return the `count` slots whose experts stay, ascending, the guarded ones among them."""
+
+    @property
+    def requires(self) -> tuple[Statistic, ...]:
+        """What choosing and guarding read."""
+        return self.measures if self.guard == "none" else (*self.measures, MaxOutput())
+
+    def select(self, layer: MoELayer, statistics: LayerStatistics, count: int) -> tuple[int, ...]:
+        """Choose without a guard."""
+        return self.choose(layer, statistics, count, frozenset())
+
+    def scopes(self, layers: Sequence[MoELayer]) -> Scopes:
+        """Return all layers as one scope where a guard compares them."""
+        return super().scopes(layers) if self.guard == "none" else [list(range(len(layers)))]
+
+    def guarded(self, statistics: Sequence[LayerStatistics]) -> list[frozenset[int]]:
+        """Return each layer's guarded slots."""
+        if self.guard == "none":
+            return [frozenset() for _ in statistics]
+        return guarded_slots([held[MaxOutput()] for held in statistics], self.guard)
+
+    def needed(self, layer: MoELayer, guarded: frozenset[int], each: int) -> int:
+        """Return the lowest count with all guarded slots and `each` in every router group."""
+        size = layer.num_experts // layer.num_groups
+        groups = [slot // size for slot in guarded]
+        return sum(max(each, groups.count(g)) for g in range(layer.num_groups))
+
+    def allocate(
+        self,
+        layers: Sequence[MoELayer],
+        statistics: StatisticSet,
+        ratio: Ratio,
+        allocation: Allocation,
+    ) -> list[int]:
+        """Return kept counts; a guarded expert competes as the best of its layer."""
+        views = [statistics.of(layer, self.requires) for layer in layers]
+        guarded = self.guarded(views)
+        least, scores = [], []
+        for layer, held, slots in zip(layers, views, guarded, strict=True):
+            least.append(self.needed(layer, slots, layer.least_per_group))
+            score = torch.ones(layer.num_experts)  # a fixed allocation looks at no score
+            if not allocation.fixed:
+                score = self.rank(layer, held).clone()
+                score[sorted(slots)] = score.max()
+            scores.append(score)
+        return allocation.keep(layers, ratio, scores, least)
+
+    def plan_scope(
+        self,
+        layers: Sequence[MoELayer],
+        statistics: Sequence[LayerStatistics],
+        shares: Sequence[int],
+    ) -> ScopePlan:
+        """Choose in each layer, guarded slots included.
+
+        Raises:
+            OutOfReach: a layer must drop guarded experts.
+        """
+        parts = []
+        for layer, held, share, slots in zip(
+            layers, statistics, shares, self.guarded(statistics), strict=True
+        ):
+            if slots and (least := self.needed(layer, slots, self.each(layer, share))) > share:
+                raise OutOfReach(
+                    f"layer {layer.index} cannot be cut to {share} of {layer.num_experts} experts: "
+                    f"guard={self.guard} protects {sorted(slots)}, so at least {least} are needed; "
+                    "allowed: a lower ratio, or compressor.guard=none"
+                )
+            kept = self.choose(layer, held, share, slots)
+            parts.append(self.form(layer, held, kept)[0])
+        return ScopePlan(tuple(parts), {})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pruner(Guarded):
     """Keeps the experts of highest score."""
 
     @abstractmethod
@@ -139,10 +242,26 @@ class Pruner(RowSelector):
         """Rank by score."""
         return self.score(layer, statistics)
 
-    def select(self, layer: MoELayer, statistics: LayerStatistics, count: int) -> tuple[int, ...]:
-        """Return the slots of the highest scores."""
-        each = self.each(layer, count)
-        return best(self.score(layer, statistics), count, layer.num_groups, each)
+    def choose(
+        self,
+        layer: MoELayer,
+        statistics: LayerStatistics,
+        count: int,
+        guarded: frozenset[int],
+    ) -> tuple[int, ...]:
+        """Return the guarded slots, then those of the highest scores."""
+        score = self.score(layer, statistics).double().clone()
+        score[sorted(guarded)] = torch.inf
+        return best(score, count, layer.num_groups, self.each(layer, count))
+
+
+def guarded_slots(largest: Sequence[Tensor], guard: str) -> list[frozenset[int]]:
+    """Return the super experts of each layer, from each layer's largest outputs (E,)."""
+    every = torch.cat(list(largest)).double()
+    threshold = torch.maximum(every.quantile(0.995), 0.1 * every.max())
+    watched = len(largest) if guard == "outliers" else int(0.75 * len(largest))
+    above = [(a > threshold).nonzero().flatten().tolist() for a in largest[:watched]]
+    return [frozenset(slots) for slots in above] + [frozenset()] * (len(largest) - watched)
 
 
 def best(score: Tensor, count: int, groups: int = 1, each: int = 0) -> tuple[int, ...]:

@@ -1,6 +1,10 @@
-"""Prove that a checkpoint loads where rerail is not: a fresh process, stock `from_pretrained`."""
+"""Prove that a checkpoint loads in a fresh process with stock `from_pretrained`.
+
+Where rerail is not, too: only the package form needs it.
+"""
 
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -38,7 +42,7 @@ def tolerance(dtype: torch.dtype) -> float:
     return 1e-5 if dtype in (torch.float32, torch.float64) else 1e-2
 
 
-def check_reload(path: Path, ids: Tensor, model: MoEModel) -> float:
+def check_reload(path: Path, ids: Tensor, model: MoEModel, form: str = "native") -> float:
     """Return the largest absolute difference of logits between a reloaded checkpoint and `model`.
 
     The fresh process loads in the dtype, on the device, with the number of threads and with the
@@ -48,15 +52,20 @@ def check_reload(path: Path, ids: Tensor, model: MoEModel) -> float:
         path: the checkpoint's folder.
         ids: token ids (B, S) to compare on.
         model: what the checkpoint must be (`as_written`).
+        form: `native`, `package` or `remote`: what the fresh process needs.
 
     Raises:
         ReloadError: it does not load, tensors are missing or left over, or the logits differ.
     """
     with tempfile.TemporaryDirectory() as name:
         exchange = Path(name)
-        write_task(exchange, ids, model)
+        write_task(exchange, ids, model, form)
+        # transformers copies remote code into a cache before it runs it
+        own = {"HF_MODULES_CACHE": str(exchange / "modules")}
         command = [sys.executable, "-P", str(_SCRIPT), str(path.absolute()), str(exchange)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            command, capture_output=True, text=True, check=False, env={**os.environ, **own}
+        )
         if done.returncode:
             last = (done.stderr.strip().splitlines() or ["no message"])[-1]
             raise ReloadError(f"{path} does not load with stock transformers: {last}")
@@ -64,11 +73,13 @@ def check_reload(path: Path, ids: Tensor, model: MoEModel) -> float:
     return judge(path, report, model.model.dtype)
 
 
-def write_task(exchange: Path, ids: Tensor, model: MoEModel) -> None:
+def write_task(exchange: Path, ids: Tensor, model: MoEModel, form: str = "native") -> None:
     """Write for the fresh process what it compares with and how it loads."""
     names = ("experts_implementation", "attn_implementation")
     options = {n: getattr(model.config, f"_{n}", None) for n in names}
+    options["trust_remote_code"] = True if form == "remote" else None
     task = {
+        "imports": ["rerail.auto"] if form == "package" else [],
         "dtype": str(model.model.dtype).removeprefix("torch."),
         "device": str(next(model.model.parameters()).device),
         "threads": torch.get_num_threads(),

@@ -1,9 +1,11 @@
 """Load a checkpoint as any user of transformers would, and compare its logits with given ones.
 
 Run as a script in a process of its own: `python -P reload_script.py <checkpoint> <exchange>`.
-It imports torch and transformers, never rerail.
+It imports torch and transformers; rerail cannot be imported, but for a checkpoint of the package
+form, which asks for `import rerail.auto`.
 """
 
+import importlib
 import json
 import sys
 from pathlib import Path
@@ -19,12 +21,14 @@ def compare(checkpoint: str, exchange: Path) -> dict[str, Any]:
 
     Args:
         checkpoint: the folder.
-        exchange: a folder with `task.json` (dtype, device, threads, loading options) and
-            `given.safetensors` (ids (B, S) int64, logits (B, S, V)).
+        exchange: a folder with `task.json` (dtype, device, threads, loading options, and the
+            modules to import first) and `given.safetensors` (ids (B, S) int64, logits (B, S, V)).
     """
     task = json.loads((exchange / "task.json").read_text(encoding="utf-8"))
     given = load_file(exchange / "given.safetensors")
     torch.set_num_threads(task["threads"])
+    for module in task["imports"]:
+        importlib.import_module(module)
     options = {"dtype": getattr(torch, task["dtype"]), **task["options"]}
     loaded: Any = AutoModelForCausalLM.from_pretrained(
         checkpoint, output_loading_info=True, **options
@@ -41,7 +45,18 @@ def compare(checkpoint: str, exchange: Path) -> dict[str, Any]:
     }
 
 
+def main(checkpoint: str, exchange: Path) -> None:
+    """Write the report of `compare` into the exchange folder."""
+    imports = json.loads((exchange / "task.json").read_text(encoding="utf-8"))["imports"]
+    if not imports:
+        blocked: Any = None
+        sys.modules["rerail"] = blocked
+    report = compare(checkpoint, exchange)
+    loaded = [name for name, module in sys.modules.items() if module is not None]
+    own = any(name.split(".")[0] == "rerail" for name in loaded)
+    report["rerail_was_loaded"] = own and not imports
+    (exchange / "report.json").write_text(json.dumps(report), encoding="utf-8")
+
+
 if __name__ == "__main__":
-    report = compare(sys.argv[1], Path(sys.argv[2]))
-    report["rerail_was_loaded"] = any(name.split(".")[0] == "rerail" for name in sys.modules)
-    (Path(sys.argv[2]) / "report.json").write_text(json.dumps(report), encoding="utf-8")
+    main(sys.argv[1], Path(sys.argv[2]))

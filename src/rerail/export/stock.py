@@ -8,13 +8,14 @@ import torch
 from torch import Tensor, nn
 
 from rerail.errors import InputError
-from rerail.moe.bank import ExpertBank
+from rerail.export.families import family_of
+from rerail.export.widths import name_of_width, narrow_stock, narrowed_width
+from rerail.moe.bank import ExpertBank, SolvedBank
 from rerail.moe.layer import MoELayer, MoEModel
 from rerail.moe.router import MaskedRouter
 from rerail.moe.stock import expert_parameters, shell_of
 from rerail.moe.traits import traits_of
-
-COUNT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+from rerail.plan.apply import tell_config
 
 
 def check_native(student: MoEModel, densify: bool = False) -> None:
@@ -27,12 +28,20 @@ def check_native(student: MoEModel, densify: bool = False) -> None:
     Raises:
         InputError: a layer's form, alias, mask or count has no place in a stock checkpoint.
     """
+    if family_of(student.config) != student.config.model_type:
+        raise InputError(
+            "export.form='native' cannot write a model that was read from a package; export the "
+            "student of the original model"
+        )
     for layer in student.layers:
         if not densify:
             _check_form(layer)
         _check_mask(layer)
-    if not densify:
+    if densify:
+        check_plain(student)
+    else:
         _check_sharing(student)
+        _check_widths(student)
     counts = {layer.index: len(selectable_rows(layer)) for layer in student.layers}
     first, count = next(iter(counts.items()))
     for index, other in counts.items():
@@ -45,6 +54,25 @@ def check_native(student: MoEModel, densify: bool = False) -> None:
             )
 
 
+def is_whole_form(experts: nn.Module) -> bool:
+    """Return whether all that is stored are whole experts, each as one row of fused tensors."""
+    if not isinstance(experts, ExpertBank):
+        return True
+    own = any(True for _ in experts.parameters(recurse=False))
+    return not (own or experts.wraps or isinstance(experts, SolvedBank))
+
+
+def check_plain(student: MoEModel) -> None:
+    """Check that every form has plain experts to become.
+
+    Raises:
+        InputError: a form computes what plain experts cannot.
+    """
+    for layer in student.layers:
+        if not is_whole_form(layer.experts) and not isinstance(layer.experts, SolvedBank):
+            layer.stock()
+
+
 def _refusal(index: int, reason: str) -> InputError:
     return InputError(f"export.form='native' cannot hold layer {index}: {reason}")
 
@@ -55,16 +83,18 @@ def _check_form(layer: MoELayer) -> None:
     if not isinstance(bank, ExpertBank):
         return
     spec = bank.spec
-    if spec.kind != "dense":
+    if not is_whole_form(bank) and narrowed_width(layer) is None:
+        cure = "use export.form=package" + ("" if bank.wraps else " or set export.densify=true")
         raise _refusal(
             layer.index,
             f"its experts are stored in the form {spec.kind!r}, and stock transformers reads whole "
-            "experts only; set export.densify=true",
+            f"experts only; {cure}",
         )
     answered = bank.slots[list(selectable_rows(layer))].tolist()
     stored = len(set(answered))
     if stored < len(answered):
-        form = "merged" if any(len(group) > 1 for group in spec.members) else "alias"
+        summed = spec.kind == "solved" or any(len(group) > 1 for group in spec.members)
+        form = "merged" if summed else "alias"
         raise _refusal(
             layer.index,
             f"in the form {form!r} {stored} stored experts answer {len(answered)} router rows, and "
@@ -84,6 +114,25 @@ def _check_sharing(student: MoEModel) -> None:
                     "stock transformers reads one for each layer; set export.densify=true",
                 )
             owner[name] = layer.index
+
+
+def _check_widths(student: MoEModel) -> None:
+    """Narrowed experts need one width in all layers, and a name for it in the config."""
+    widths = {la.index: narrowed_width(la) or la.intermediate_size for la in student.layers}
+    first, width = next(iter(widths.items()))
+    for index, other in widths.items():
+        if other != width:
+            raise _refusal(
+                index,
+                f"its experts have width {other} and those of layer {first} {width}, and a stock "
+                "config has one width for all; use export.form=package or set export.densify=true",
+            )
+    if width != student.layers[0].intermediate_size and name_of_width(student, width) is None:
+        raise _refusal(
+            first,
+            f"the config of the family has no entry that gives only routed experts the width "
+            f"{width}; use export.form=package or set export.densify=true",
+        )
 
 
 def _check_mask(layer: MoELayer) -> None:
@@ -121,14 +170,15 @@ def stock_model(student: MoEModel, densify: bool = False) -> MoEModel:
     """
     check_native(student, densify)
     plain = student.with_shared_parameters()
+    width = None if densify else narrowed_width(student.layers[0])
+    if width is not None and (name := name_of_width(student, width)):
+        setattr(plain.config, name, width)
     for layer in plain.layers:
         rows = selectable_rows(layer)
-        layer.swap(_pick(layer.stock(), rows))
+        layer.swap(_pick(layer.stock() if width is None else narrow_stock(layer), rows))
         if isinstance(layer.router, MaskedRouter):
             _slice_masked(layer, rows)
-    for name in COUNT_KEYS:
-        if isinstance(getattr(plain.config, name, None), int):
-            setattr(plain.config, name, plain.layers[0].num_experts)
+    tell_config(plain)
     return plain
 
 
@@ -152,14 +202,17 @@ def recast(model: MoEModel, dtype: torch.dtype) -> MoEModel:
 
     Never `.to(dtype)`, which would change shared Parameters in place. Parameters that the family
     keeps in float32 whatever the dtype (correction biases, say) are float32; buffers stay as they
-    are.
+    are, and so do tensors of a stored form that have a dtype of their own.
     """
     inner = cast(Any, model.model)
     always = inner._get_dtype_plan(dtype)
     memo: dict[int, Any] = {id(b): b for b in inner.buffers()}
+    banks = [layer.experts for layer in model.layers if isinstance(layer.experts, ExpertBank)]
+    held = [p for bank in banks for p in bank.parameters()]
+    memo |= {id(p): p for p in held if p.dtype != inner.dtype}
     for name, parameter in inner.named_parameters():
         wide = any(part in name for part in always)
-        memo[id(parameter)] = _cast(parameter, torch.float32 if wide else dtype)
+        memo.setdefault(id(parameter), _cast(parameter, torch.float32 if wide else dtype))
     return MoEModel(copy.deepcopy(inner, memo))
 
 

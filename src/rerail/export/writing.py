@@ -10,8 +10,8 @@ from transformers import PreTrainedModel
 
 from rerail.errors import InputError
 from rerail.export.manifest import NAME, write_manifest
-from rerail.export.stock import COUNT_KEYS
 from rerail.files import whole_file
+from rerail.plan.apply import COUNT_KEYS
 from rerail.plan.plan import Plan
 
 
@@ -31,9 +31,14 @@ def check_target(path: Path) -> None:
 
 
 def write_checkpoint(
-    model: PreTrainedModel, path: Path, tokenizer: Any, plan: Plan, facts: Mapping[str, Any]
+    model: PreTrainedModel,
+    path: Path,
+    tokenizer: Any,
+    plan: Plan,
+    facts: Mapping[str, Any],
+    code: Mapping[str, str] | None = None,
 ) -> Path:
-    """Write weights (sharded safetensors), configs, tokenizer and manifest.
+    """Write weights (sharded safetensors), configs, tokenizer, code (by file name) and manifest.
 
     Raises:
         InputError: as `check_target`, or no space is left on the device.
@@ -44,6 +49,8 @@ def write_checkpoint(
         _write_aliases(folder / "config.json", model.config)
         if tokenizer is not None:
             _as_loaded(tokenizer).save_pretrained(folder)
+        for name, text in (code or {}).items():
+            (folder / name).write_text(text, encoding="utf-8")
         write_manifest(folder, plan, facts)
     return path
 

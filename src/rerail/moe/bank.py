@@ -13,7 +13,7 @@ import re
 from abc import abstractmethod
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -68,7 +68,10 @@ class ExpertBank(nn.Module):
         layer: index of the decoder layer that it answers for.
         dims: sizes of the dense experts that it stands for.
         slots: int64 (number of router rows,), the row of the shell that answers each slot.
+        wraps: whether it is put around whatever answers the layer, and stores no expert itself.
     """
+
+    wraps: ClassVar[bool] = False
 
     slots: Tensor
     shell: nn.Module

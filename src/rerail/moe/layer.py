@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from rerail.errors import InputError
+from rerail.moe.answering import Answering
 from rerail.moe.bank import ExpertBank, Stored
 from rerail.moe.head import head_logits
 from rerail.moe.router import MaskedRouter, gates_are_constant, rows_of, slice_rows
@@ -16,7 +17,7 @@ from rerail.moe.traits import OUTSIDE_THE_SEAM, traits_of
 
 
 @dataclass(frozen=True, eq=False)
-class MoELayer:
+class MoELayer(Answering):
     """A view of one MoE block: its router, its experts and their sizes.
 
     Attributes:

@@ -109,3 +109,22 @@ def shell_of(experts: nn.Module, parameters: Mapping[str, Tensor], count: int) -
         )
     shell.num_experts = count  # type: ignore[assignment]
     return shell
+
+
+def live_sum(
+    experts: nn.Module, hidden: Tensor, index: Tensor, weights: Tensor, live: Tensor
+) -> Tensor:
+    """Return sum_k weights * expert(hidden) (T, H) over the live choices; others are not computed.
+
+    The order of summation is the same in every run, and where all are live the experts are called
+    just as they would be without this.
+    """
+    tokens, k = index.shape
+    if bool(live.all()):
+        return cast(Tensor, experts(hidden, index, weights))
+    flat = live.flatten().nonzero().squeeze(1)
+    out = hidden.new_zeros(tokens * k, hidden.shape[1])
+    if len(flat):
+        slots, gates = index.flatten()[flat, None], weights.flatten()[flat, None]
+        out = out.index_copy(0, flat, experts(hidden[flat // k], slots, gates).to(out.dtype))
+    return out.view(tokens, k, -1).sum(dim=1)

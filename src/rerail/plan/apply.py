@@ -1,14 +1,15 @@
 """Apply a plan: teacher + plan -> student that shares every Parameter it does not change."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from torch import Tensor, nn
 
-from rerail.moe.bank import build_bank
+from rerail.moe.attention import watch_attention
+from rerail.moe.bank import bank_class, build_bank
 from rerail.moe.layer import MoELayer, MoEModel
 from rerail.plan.plan import ROWS, LayerPlan, Plan
 
-_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+COUNT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 
 
 def apply_plan(teacher: MoEModel, plan: Plan) -> MoEModel:
@@ -27,13 +28,20 @@ def apply_plan(teacher: MoEModel, plan: Plan) -> MoEModel:
 
 def _apply_stage(teacher: MoEModel, plan: Plan) -> MoEModel:
     student = teacher.with_shared_parameters()
-    by_index = {layer.index: layer for layer in student.layers}
+    apply_to_layers(student.layers, plan)
+    tell_config(student)
+    watch_attention(student.model, student.layers)
+    return student
+
+
+def apply_to_layers(layers: Sequence[MoELayer], plan: Plan) -> None:
+    """Put the routers and banks of one stage into these layers, in place."""
+    by_index = {layer.index: layer for layer in layers}
     reads = {i for part in plan.layers for i in part.bank.reads() | {part.layer}}
-    stocks = {i: by_index[i].stock() for i in reads}
+    around = {part.layer for part in plan.layers if bank_class(part.bank.kind).wraps}
+    stocks = {i: by_index[i].experts if i in around else by_index[i].stock() for i in reads}
     for part in plan.layers:
         _apply_layer(by_index[part.layer], part, stocks, plan.of_layer(part.layer))
-    _tell_config(student)
-    return student
 
 
 def _apply_layer(
@@ -51,11 +59,11 @@ def _apply_layer(
         owner._parameters[name] = nn.Parameter(rows, requires_grad=False)
 
 
-def _tell_config(student: MoEModel) -> None:
-    """Write a uniform new expert count into the student's own config, where it has one."""
+def tell_config(student: MoEModel) -> None:
+    """Write a uniform new expert count into a model's own config, where it has one."""
     rows = {layer.num_experts for layer in student.layers}
     if len(rows) != 1:
         return
-    for name in _COUNTS:
+    for name in COUNT_KEYS:
         if isinstance(getattr(student.config, name, None), int):
             setattr(student.config, name, next(iter(rows)))

@@ -151,7 +151,7 @@ class Plan:
         last, dims, now = None, layer.dims, layer.dims
         for stage in self.stages:
             for part in stage.layers:
-                if part.layer == layer.index:
+                if part.layer == layer.index and not bank_class(part.bank.kind).wraps:
                     last, dims, now = part, now, now._replace(experts=len(part.slots))
         return last, dims
 

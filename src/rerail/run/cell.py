@@ -12,6 +12,7 @@ from rerail.distill.masters import check_gates
 from rerail.distill.schedule import Schedule
 from rerail.distill.settings import RouterKD
 from rerail.errors import InputError
+from rerail.export.targets import FORMS
 from rerail.files import digest
 from rerail.moe.layer import MoEModel
 from rerail.moe.source import ModelSource
@@ -25,7 +26,8 @@ class Export:
     """Whether and how the repaired model is written.
 
     Attributes:
-        form: `none` or `native` (a plain transformers checkpoint).
+        form: `none`, `native` (a plain transformers checkpoint), `package` (what the form stores,
+            after `import rerail.auto`) or `remote` (the same with a modelling file of its own).
         densify: turn every stored form into plain experts first.
     """
 
@@ -34,8 +36,8 @@ class Export:
 
     def __post_init__(self) -> None:
         """Check the form."""
-        if self.form not in ("none", "native"):
-            raise InputError(f"export.form={self.form!r} is not one of none, native")
+        if self.form not in (forms := ("none", *FORMS)):
+            raise InputError(f"export.form={self.form!r} is not one of {', '.join(forms)}")
 
 
 @dataclass(frozen=True)

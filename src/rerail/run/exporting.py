@@ -7,9 +7,9 @@ from typing import Any
 
 from rerail.data.calibration import TokenBlocks
 from rerail.export.manifest import is_whole
-from rerail.export.native import as_written, export_native, stored_dtype
+from rerail.export.native import stored_dtype
 from rerail.export.reload import check_reload, logits_of
-from rerail.export.stock import check_native
+from rerail.export.targets import as_written, check_student, export_student
 from rerail.files import digest, read_sealed, write_sealed
 from rerail.moe.layer import MoEModel
 from rerail.plan.plan import Plan
@@ -25,8 +25,8 @@ def check_export(cell: Cell, student: MoEModel) -> None:
     Raises:
         InputError: it cannot.
     """
-    if cell.export.form == "native":
-        check_native(student, cell.export.densify)
+    if cell.export.form != "none":
+        check_student(student, cell.export.form, cell.export.densify)
 
 
 def export(  # noqa: PLR0913
@@ -47,18 +47,17 @@ def export(  # noqa: PLR0913
     held = read_sealed(proof)
     if held is not None and held["key"] == key and is_whole(path):
         return path
-    dtype, densify = stored_dtype(cell.model), cell.export.densify
+    dtype, form, densify = stored_dtype(cell.model), cell.export.form, cell.export.densify
     manifest = {
         "choices": dict(cell.choices),
         "parent": {"model": cell.model.path_or_id, "fingerprint": cell.model.fingerprint()},
         "evaluation": [_numbers(row) for row in rows],
     }
-    export_native(
-        student, plan, path, tokenizer=tokenizer, manifest=manifest, densify=densify, dtype=dtype
-    )
+    options: dict[str, Any] = {"form": form, "densify": densify, "dtype": dtype}
+    export_student(student, plan, path, tokenizer=tokenizer, manifest=manifest, **options)
     ids = next(iter(texts.values())).input_ids[:2, :64]
-    written = as_written(student, dtype, densify)
-    difference = check_reload(path, ids, written)
+    written = as_written(student, **options)
+    difference = check_reload(path, ids, written, form)
     rounding = float((logits_of(written, ids) - logits_of(student, ids)).abs().max())
     record = {"key": key, "max_logit_difference": difference, "max_logit_rounding": rounding}
     write_sealed(proof, record)

@@ -21,6 +21,7 @@ from rerail.moe.layer import MoEModel
 from rerail.plan.plan import Plan
 from rerail.run.artefacts import Stage, peak_memory, saved, start_peak
 from rerail.run.cell import Cell
+from rerail.run.drivers import sequential
 from rerail.stats.collect import collect
 from rerail.stats.statistic import Statistic, StatisticSet
 from rerail.stats.store import StatisticStore, merge_sets
@@ -60,11 +61,15 @@ def plan(
         return held, cost
     start_peak()
     start = time.perf_counter()
-    filled = StatisticSet()
+    filled, remeasure = StatisticSet(), None
     if cell.budget.removed != 0:
         check(cell.compressor, model.layers, cell.budget, cell.allocation)
-        filled = statistics(cell, model, blocks, cell.compressor.requires)
-    made = make_plan(cell.compressor, model.layers, filled, cell.budget, cell.allocation)
+        if cell.compressor.driver == "sequential":
+            batches = list(blocks.batches(cell.evaluation.batch_size))
+            remeasure = sequential(model, batches, cell.compressor.requires, bar)
+        else:
+            filled = statistics(cell, model, blocks, cell.compressor.requires)
+    made = make_plan(cell.compressor, model.layers, filled, cell.budget, cell.allocation, remeasure)
     made.save(path)
     cost = {"seconds": time.perf_counter() - start, "peak_memory": peak_memory()}
     write_sealed(beside, cost)
@@ -109,7 +114,8 @@ def score_student(
     path: Path,
 ) -> Stage:
     """Score a student on the same texts, with KL, agreement and moved routing."""
-    kept = {part.layer: part.kept for part in plan.layers if part.router == "slice"}
+    shorter = ("slice", "pooled")
+    kept = {part.layer: part.kept for part in plan.layers if part.router in shorter}
 
     def make() -> Stage:
         data: dict[str, Any] = {}

@@ -1,20 +1,24 @@
-"""The passes: one forward of the text fills every statistic that was asked for.
+"""The passes: one forward of the text fills every routed and dense statistic that was asked for.
 
 The routed pass must leave the model's outputs as they are, to the bit. It asks the experts module
 for each (token, choice) pair on its own with weight one, which costs the same matrix products, and
-adds the gated pairs up in the order in which the module itself would have.
+adds the gated pairs up in the order in which the module itself would have. Backward and ablation
+statistics have passes of their own.
 """
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from rerail.errors import InputError
-from rerail.moe.bank import ExpertBank
 from rerail.moe.layer import MoELayer, MoEModel
+from rerail.stats.ablation import ablation_pass
+from rerail.stats.gradients import backward_pass
+from rerail.stats.pairs import combined, pair_outputs, pairs_and_middle
 from rerail.stats.statistic import (
     DenseStatistic,
     RoutedStatistic,
@@ -22,55 +26,48 @@ from rerail.stats.statistic import (
     Statistic,
     StatisticSet,
 )
+from rerail.stats.surroundings import Surroundings
 
 Batch = tuple[Tensor, Tensor]
 Progress = Callable[[Sequence[Batch]], Iterable[Batch]]
+Held = dict[Statistic, Tensor]
 
 
-def pair_outputs(experts: nn.Module, hidden: Tensor, index: Tensor) -> Tensor:
-    """Return each chosen expert's own output, before the gate: (T, H), (T, K) -> (T, K, H).
-
-    Pairs are presented in the order in which the implementation itself gathers them, so that every
-    matrix product has the rows that it has in the plain forward.
-    """
-    k = index.shape[1]
-    ones = hidden.new_ones(index.numel(), 1)
-    if _is_eager(experts):
-        out: Tensor = experts(hidden.repeat(k, 1), index.T.reshape(-1, 1), ones)
-        return out.view(k, len(hidden), -1).transpose(0, 1)
-    out = experts(hidden.repeat_interleave(k, dim=0), index.reshape(-1, 1), ones)
-    return out.view(len(hidden), k, -1)
+class _Enough(Exception):
+    """The last layer that is recorded has been recorded."""
 
 
-def combined(experts: nn.Module, pairs: Tensor, index: Tensor, weights: Tensor) -> Tensor:
-    """Add gated pairs (T, K, H) up to (T, H), bit for bit as the experts module does."""
-    gated = pairs * weights.unsqueeze(-1)
-    if not _is_eager(experts):
-        return gated.sum(dim=1).to(pairs.dtype)
-    slots = experts.slots[index] if isinstance(experts, ExpertBank) else index
-    order, (tokens, k) = slots.argsort(dim=1, stable=True), index.shape
-    by_choice = gated.transpose(0, 1).reshape(k * tokens, -1)
-    rows = order * tokens + torch.arange(tokens, device=index.device).unsqueeze(1)
-    out = torch.zeros_like(pairs[:, 0])
-    for i in range(k):
-        out += by_choice.index_select(0, rows[:, i]).to(out.dtype)
-    return out
+@dataclass
+class _Text:
+    """Where the pass is: the mask of the batch (None where all is valid) and its positions."""
 
+    mask: Tensor | None = None
+    position: Tensor | None = None
+    passed: int = 0
 
-def _is_eager(experts: nn.Module) -> bool:
-    return getattr(experts.config, "_experts_implementation", None) in (None, "eager")
+    def turn_to(self, valid: Tensor) -> None:
+        """Go on to the next batch, with this mask (B, S)."""
+        flat = valid.flatten()
+        self.mask = None if bool(flat.all()) else flat
+        self.position = self.passed + torch.arange(len(flat), device=flat.device)
+        self.passed += len(flat)
+
+    def valid(self, tensor: Tensor) -> Tensor:
+        """Return the valid rows of a tensor with one row a token."""
+        return tensor if self.mask is None else tensor[self.mask]
 
 
 class _Recorder(nn.Module):
     """Stands in for `experts` during a pass."""
 
-    def __init__(self, layer: MoELayer, statistics: Sequence[Statistic], mask: list[Tensor | None]):
+    def __init__(self, model: MoEModel, layer: MoELayer, held: Held, text: _Text, last: bool):
         super().__init__()
         self.inner = layer.experts
-        self.routed = [s for s in statistics if isinstance(s, RoutedStatistic)]
-        self.dense = [s for s in statistics if isinstance(s, DenseStatistic)]
-        self.held = {s: s.empty(layer) for s in statistics}
-        self.mask = mask
+        self.routed = [s for s in held if isinstance(s, RoutedStatistic)]
+        self.dense = [s for s in held if isinstance(s, DenseStatistic)]
+        self.needs = frozenset().union(*(s.asks() for s in self.routed))
+        self.surroundings = Surroundings(model, layer, self.needs)
+        self.held, self.text, self.last = held, text, last
         self.num_slots = layer.num_experts
 
     def __getattr__(self, name: str) -> Any:
@@ -81,38 +78,49 @@ class _Recorder(nn.Module):
 
     def forward(self, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         """Compute as the experts do, and keep what was asked for."""
-        pairs = None
-        if any(s.needs_outputs for s in self.routed):
+        pairs = middle = out = None
+        if "middle" in self.needs:
+            pairs, middle = pairs_and_middle(self.inner, hidden, index)
+        elif "outputs" in self.needs:
             pairs = pair_outputs(self.inner, hidden, index)
+        if pairs is not None:
+            out = combined(self.inner, pairs, index, weights)
         if self.routed:
-            self._update_routed(hidden, index, weights, pairs)
+            found = {"hidden": hidden, "index": index, "gates": weights}
+            self._update_routed(found, pairs, middle, out)
         if self.dense:
             self._update_dense(hidden, index, weights)
-        if pairs is None:
-            out: Tensor = self.inner(hidden, index, weights)
-            return out
-        return combined(self.inner, pairs, index, weights)
-
-    def _valid(self, tensor: Tensor) -> Tensor:
-        [mask] = self.mask
-        return tensor if mask is None else tensor[mask]
+        if self.last:
+            raise _Enough
+        if out is None:
+            out = self.inner(hidden, index, weights)
+        return out
 
     def _update_routed(
-        self, hidden: Tensor, index: Tensor, weights: Tensor, pairs: Tensor | None
+        self,
+        found: dict[str, Tensor],
+        pairs: Tensor | None,
+        middle: Tensor | None,
+        out: Tensor | None,
     ) -> None:
-        norms = None if pairs is None else torch.linalg.vector_norm(pairs, dim=-1)
-        tokens = RoutedTokens(
-            hidden=self._valid(hidden),
-            index=self._valid(index),
-            gates=self._valid(weights),
-            norms=None if norms is None else self._valid(norms),
-            num_experts=self.num_slots,
-        )
+        if pairs is not None and out is not None and "outputs" in self.needs:
+            found |= {"outputs": pairs, "routed": out}
+            found["norms"] = torch.linalg.vector_norm(pairs, dim=-1, dtype=torch.float32)
+        if middle is not None:
+            found["middle"] = middle
+        if "logits" in self.needs:
+            found["logits"] = self.surroundings.logits()
+        if "residual" in self.needs:
+            found["residual"] = self.surroundings.residual()
+        assert self.text.position is not None
+        found["position"] = self.text.position
+        valid = {name: self.text.valid(tensor) for name, tensor in found.items()}
+        tokens = RoutedTokens(num_experts=self.num_slots, **valid)
         for s in self.routed:
-            self.held[s] = s.merged(self.held[s], s.of(tokens).cpu())
+            self.held[s] = s.taken(self.held[s], tokens)
 
     def _update_dense(self, hidden: Tensor, index: Tensor, weights: Tensor) -> None:
-        valid = self._valid(hidden)
+        valid = self.text.valid(hidden)
         ones = torch.ones(len(valid), 1, dtype=weights.dtype, device=weights.device)
         for e in range(self.num_slots):
             chosen = torch.full((len(valid), 1), e, dtype=index.dtype, device=index.device)
@@ -123,16 +131,33 @@ class _Recorder(nn.Module):
 
 @contextlib.contextmanager
 def _recording(
-    layers: Sequence[MoELayer], statistics: Sequence[Statistic], mask: list[Tensor | None]
-) -> Iterator[dict[int, _Recorder]]:
-    recorders = {layer.index: _Recorder(layer, statistics, mask) for layer in layers}
-    for layer in layers:
-        layer.swap(recorders[layer.index])
+    model: MoEModel, layers: Sequence[MoELayer], held: dict[int, Held], text: _Text
+) -> Iterator[None]:
+    stop = layers[-1].index if layers[-1].index != model.layers[-1].index else None
+    recorders = []
     try:
-        yield recorders
-    finally:
         for layer in layers:
-            layer.swap(recorders[layer.index].inner)
+            last = layer.index == stop
+            recorders.append((layer, _Recorder(model, layer, held[layer.index], text, last)))
+            layer.swap(recorders[-1][1])
+        yield
+    finally:
+        for layer, recorder in recorders:
+            recorder.surroundings.remove()
+            layer.swap(recorder.inner)
+
+
+def _forward_pass(
+    model: MoEModel, layers: Sequence[MoELayer], batches: Iterable[Batch], held: dict[int, Held],
+    first: int,
+) -> None:  # fmt: skip
+    text = _Text(passed=first)
+    device = next(model.model.parameters()).device
+    with _recording(model, layers, held, text):
+        for input_ids, valid in batches:
+            text.turn_to(valid.to(device))
+            with contextlib.suppress(_Enough):
+                model.hidden(input_ids.to(device), valid.to(device))
 
 
 @torch.no_grad()
@@ -141,6 +166,9 @@ def collect(
     batches: Sequence[Batch],
     statistics: Iterable[Statistic],
     progress: Progress = lambda batches: batches,
+    *,
+    layers: Collection[int] | None = None,
+    first: int = 0,
 ) -> StatisticSet:
     """Run the text through the model once and return the filled statistics.
 
@@ -149,24 +177,34 @@ def collect(
         batches: (input_ids (B, S), mask (B, S)) pairs; masked positions count for nothing.
         statistics: what to measure; duplicates are measured once.
         progress: wraps the batches, to show a bar.
+        layers: indices of the layers to measure; None for all. A forward ends after the last.
+        first: position in the text of the first token, where the batches are a shard of it.
 
     Raises:
-        InputError: a statistic came out infinite or NaN.
+        InputError: a statistic came out infinite or NaN, or cannot be measured on this model.
     """
     wanted = tuple(dict.fromkeys(statistics))
-    mask: list[Tensor | None] = [None]
-    with _recording(model.layers, wanted, mask) as recorders:
-        device = next(model.model.parameters()).device
-        for input_ids, valid in progress(batches):
-            flat = valid.flatten().to(device)
-            mask[0] = None if bool(flat.all()) else flat
-            model.hidden(input_ids.to(device), valid.to(device))
-    held = {i: {s.name: t for s, t in r.held.items()} for i, r in recorders.items()}
+    chosen = [la for la in model.layers if layers is None or la.index in layers]
+    runs = {run: [s for s in wanted if s.run == run] for run in ("backward", "ablation")}
+    forward = [s for s in wanted if s.run in ("routed", "dense")]
+    held = {la.index: {s: s.empty(la) for s in wanted} for la in chosen}
+    if forward and chosen:
+        parts = {i: {s: t for s, t in h.items() if s in forward} for i, h in held.items()}
+        _forward_pass(model, chosen, progress(batches), parts, first)
+        held = {i: {**h, **parts[i]} for i, h in held.items()}
+    if runs["backward"]:
+        backward_pass(model, chosen, progress(batches), held)
+    if runs["ablation"]:
+        ablation_pass(model, chosen, progress(batches), held)
     for index, tensors in held.items():
-        for name, tensor in tensors.items():
-            if not torch.isfinite(tensor).all():
-                raise InputError(
-                    f"statistic {name} of layer {index} is not finite: the model's weights or "
-                    "activations hold NaN or infinity; load a sound checkpoint or a wider dtype"
-                )
-    return StatisticSet(held)
+        for statistic, tensor in tensors.items():
+            _check(statistic, tensor, index)
+    return StatisticSet({i: {s.name: t for s, t in h.items()} for i, h in held.items()})
+
+
+def _check(statistic: Statistic, tensor: Tensor, index: int) -> None:
+    if not statistic.is_finite(tensor):
+        raise InputError(
+            f"statistic {statistic.name} of layer {index} is not finite: the model's weights or "
+            "activations hold NaN or infinity; load a sound checkpoint or a wider dtype"
+        )

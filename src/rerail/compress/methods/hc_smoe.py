@@ -5,7 +5,10 @@
 3. Agglomerative clustering; average linkage d(A, B) = mean of d_ij over A x B, until M clusters.
 4. W_c = sum_{e in c} f_e W_e / sum_{e in c} f_e with f_e the usage count (`merge=frequency`), or
    the plain mean (`merge=average`); accumulated in float32. An unused cluster is averaged.
-5. The router keeps its E rows; the slots of a cluster share its expert.
+5. The router keeps its E rows (`router=remap`); the slots of a cluster share its expert. The
+   template offers the other policies, with the most used member as centroid.
+6. Layers share the ratio evenly, or by usage as in M-SMoE (`allocation=global`, which the code
+   calls dynamic), whatever `merge` is.
 
 Public code differs in three places that are not followed: its complete linkage joins the farthest
 pair, its Ward uses unsquared distances, and its Qwen counts assume top-2. Linkage here is scipy's.
@@ -52,5 +55,5 @@ class HCSMoE(Merger):
 
     def weights(self, statistics: LayerStatistics) -> Tensor:
         """Return usage counts, or ones."""
-        counts = statistics[Count()]
+        counts = self.usage(statistics)
         return counts if self.merge == "frequency" else torch.ones_like(counts)

@@ -16,7 +16,6 @@ only, with r = p, so that m is the one knob (`rank=full`); there a layer cannot 
 size at p < d/2. Here a free rank is solved from the budget and `down` may join (`matrices`).
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -24,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from rerail.compress.factoring import Factoriser
+from rerail.compress.factoring import Factoriser, Integers
 from rerail.compress.fitting import best_by_adam
 from rerail.errors import OutOfReach
 from rerail.moe.bank import BankSpec
@@ -60,7 +59,7 @@ class MoBE(Factoriser):
         """No statistic."""
         return ()
 
-    def sizes(self, layer: MoELayer, budget: int) -> Mapping[str, int]:
+    def sizes(self, layer: MoELayer, budget: int, statistics: object = None) -> Integers:
         """Return bases m and rank r such that all factorised types fit."""
         n, p, d, _ = layer.dims
         types, dense = len(self.matrices.split("+")), layer.expert_size * n
@@ -82,13 +81,13 @@ class MoBE(Factoriser):
             f"{n}, and ratios from 0 to {max(0.0, 1 - least / dense):.4g} can be reached"
         )
 
-    def spec(self, layer: MoELayer, sizes: Mapping[str, int]) -> BankSpec:
+    def spec(self, layer: MoELayer, sizes: Integers) -> BankSpec:
         """Return the basis form."""
         options = {"matrices": self.matrices, "activation": self.activation}
         return BankSpec("basis", layer.num_experts, (), dict(sizes), options)
 
     def factor(
-        self, layer: MoELayer, statistics: LayerStatistics, sizes: Mapping[str, int]
+        self, layer: MoELayer, statistics: LayerStatistics, sizes: Integers
     ) -> dict[str, Tensor]:
         """Fit each type; the down projection on its transpose."""
         gate, up, down = layer.stack()

@@ -1,0 +1,63 @@
+"""How many experts are really computed for a token: fewer than K where slots are skipped."""
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+from rerail.moe.layer import MoELayer, MoEModel
+
+
+@dataclass
+class Active:
+    """Counts over all valid tokens, layer by layer.
+
+    Attributes:
+        experts: layer index -> experts computed.
+        tokens: layer index -> tokens seen.
+        mask: (B, S) of the batch in flight; None where all is valid.
+    """
+
+    experts: dict[int, int] = field(default_factory=dict)
+    tokens: dict[int, int] = field(default_factory=dict)
+    mask: Tensor | None = None
+
+    def of(self, layer: int) -> float:
+        """Return the experts computed for a token of a layer, on average."""
+        return self.experts[layer] / max(1, self.tokens[layer])
+
+    @property
+    def mean(self) -> float:
+        """The mean over the layers."""
+        return sum(map(self.of, self.experts)) / len(self.experts)
+
+
+def _counter(layer: MoELayer, found: Active) -> Any:
+    """Return a forward hook for a layer's experts (or bank)."""
+    found.experts[layer.index] = found.tokens[layer.index] = 0
+
+    def count(bank: nn.Module, inputs: tuple[Tensor, ...], _: Tensor) -> None:
+        index = inputs[1]
+        active = getattr(bank, "active", None)
+        active = index.new_full((len(index),), index.shape[1]) if active is None else active
+        if found.mask is not None:
+            active = active[found.mask.flatten().to(active.device)]
+        found.experts[layer.index] += int(active.sum())
+        found.tokens[layer.index] += len(active)
+
+    return count
+
+
+@contextlib.contextmanager
+def counting(model: MoEModel) -> Iterator[Active]:
+    """Count the experts of every forward inside the block."""
+    found = Active()
+    hooks = [la.experts.register_forward_hook(_counter(la, found)) for la in model.layers]
+    try:
+        yield found
+    finally:
+        for hook in hooks:
+            hook.remove()
+        found.mask = None

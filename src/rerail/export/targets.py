@@ -1,0 +1,141 @@
+"""The three targets of an export: what each builds, what it needs, and how it is written.
+
+- `native`: plain experts under stock names; any reader of transformers checkpoints loads it.
+- `package`: what the form stores; loads with stock `from_pretrained` after `import rerail.auto`.
+- `remote`: the same, with its own modelling file; loads with `trust_remote_code=True`.
+
+The last two have a model type of their own, so the Auto classes refuse them without their code, and
+tensors that do not fit under the stock experts' names, so the family's own class refuses them too.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rerail.errors import InputError
+from rerail.export.families import family_of
+from rerail.export.manifest import sizes_of
+from rerail.export.package import check_packaged, packaged_model
+from rerail.export.remote import auto_map, modelling_file, module_name
+from rerail.export.stock import check_native, recast, stock_model
+from rerail.export.writing import check_target, write_checkpoint
+from rerail.moe.layer import MoEModel
+from rerail.plan.plan import Plan
+
+FORMS = ("native", "package", "remote")
+
+
+def check_form(form: str) -> None:
+    """Check the name of a target.
+
+    Raises:
+        InputError: there is none of that name.
+    """
+    if form not in FORMS:
+        raise InputError(f"export.form={form!r} is not one of {', '.join(FORMS)}")
+
+
+def check_student(student: MoEModel, form: str = "native", densify: bool = False) -> None:
+    """Check that a target can hold a student; reads shapes only.
+
+    Raises:
+        InputError: it cannot.
+    """
+    check_form(form)
+    if form == "native":
+        check_native(student, densify)
+    else:
+        check_packaged(student, densify)
+
+
+def built(student: MoEModel, form: str = "native", densify: bool = False) -> MoEModel:
+    """Return the model that a target writes, in the dtype in which the student runs.
+
+    Raises:
+        InputError: as `check_student`.
+    """
+    check_form(form)
+    if form == "native":
+        return stock_model(student, densify)
+    made = packaged_model(student, densify)
+    if form == "remote":
+        made.config.auto_map = auto_map(family_of(made.config))
+    return made
+
+
+def as_written(
+    student: MoEModel,
+    dtype: torch.dtype | None = None,
+    densify: bool = False,
+    form: str = "native",
+) -> MoEModel:
+    """Return the model that `export_student` writes, in the dtype in which the student runs.
+
+    This is what a reload is compared with, and the rule is: the weights are rounded once to the
+    written dtype, and both sides then compute in the student's running dtype. A bfloat16 checkpoint
+    of a student that runs in float32 is therefore compared in float32 with the student whose
+    weights went through bfloat16, and equal bits are expected. What the rounding itself changed is
+    the difference between this model and the student: zero for weights that came from such a
+    checkpoint, small for those that were made in float32 (trained router rows, merged or expanded
+    experts).
+
+    Raises:
+        InputError: as `check_student`.
+    """
+    runs: torch.dtype = student.model.dtype
+    return recast(recast(built(student, form, densify), dtype or runs), runs)
+
+
+def export_student(  # noqa: PLR0913
+    student: MoEModel,
+    plan: Plan,
+    path: Path,
+    *,
+    form: str = "native",
+    tokenizer: Any = None,
+    manifest: Mapping[str, Any] | None = None,
+    densify: bool = False,
+    dtype: torch.dtype | None = None,
+) -> Path:
+    """Write a checkpoint and return its path.
+
+    The folder appears whole or not at all, and the student is not touched. A native checkpoint has
+    the number of experts under every name that the family gives it; `num_experts_per_tok` needs no
+    change, since no valid plan leaves fewer selectable rows.
+
+    Args:
+        student: what `apply_plan` returned, repaired or not.
+        plan: the plan it came from, for the manifest.
+        path: a new or empty folder, or an earlier export, which is replaced.
+        form: `native`, `package` or `remote`.
+        tokenizer: is written beside the weights.
+        manifest: further facts for `compression.json` (parent, choices, evaluation).
+        densify: turn every stored form into one whole expert for each router row.
+        dtype: of the parent's checkpoint; by default the one in which the student runs.
+
+    Raises:
+        InputError: the target cannot hold the student, `path` holds something else, or no space is
+            left.
+    """
+    check_target(path)
+    dtype = dtype or student.model.dtype
+    written = recast(built(student, form, densify), dtype)
+    facts = {
+        **(manifest or {}),
+        "target": form,
+        "densified": densify,
+        "dtype": str(dtype).removeprefix("torch."),
+        "sizes": sizes_of(written, dtype),
+    }
+    code = _code(written) if form == "remote" else {}
+    return write_checkpoint(written.model, path, tokenizer, plan, facts, code)
+
+
+def _code(written: MoEModel) -> dict[str, str]:
+    """Return the modelling file by its name."""
+    family = family_of(written.config)
+    layers = written.config.rerail["layers"]
+    kinds = [bank["kind"] for entry in layers for bank in entry["banks"]]
+    return {f"{module_name(family)}.py": modelling_file(family, kinds)}
