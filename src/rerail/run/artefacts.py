@@ -33,7 +33,7 @@ def saved(path: Path, make: Callable[[], Stage]) -> Stage:
     start = time.perf_counter()
     data, tensors = make()
     data = {**data, "seconds": time.perf_counter() - start, "peak_memory": peak_memory()}
-    data = json.loads(json.dumps(data))
+    data = json.loads(json.dumps(data, sort_keys=True))  # as it will be read back
     tensors = {n: t.detach().contiguous().cpu() for n, t in tensors.items()}
     seal = None
     if tensors:

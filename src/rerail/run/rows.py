@@ -88,8 +88,9 @@ def failed_choice(config: Any, command: str, reason: str, out: Path) -> Row:
 
 
 def pooled(scores: Scores, name: str) -> np.ndarray:
-    """Return the per-block sums of all texts, in the order of the texts."""
-    return np.concatenate([np.asarray(s[name]) for s in scores.values() if isinstance(s, dict)])
+    """Return the per-block sums of all texts, in the order of their names."""
+    texts = [scores[text] for text in sorted(scores) if isinstance(scores[text], dict)]
+    return np.concatenate([np.asarray(text[name]) for text in texts])
 
 
 def stage_row(

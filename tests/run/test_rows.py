@@ -1,0 +1,38 @@
+"""Rows: paired errors do not depend on the order in which texts were scored or read back."""
+
+import numpy as np
+
+from rerail.run.artefacts import saved
+from rerail.run.rows import pooled, recovery_columns
+
+
+def scores(shift: float, names: tuple[str, ...]) -> dict:
+    found = {}
+    for name in names:
+        generator = np.random.default_rng(len(name))
+        nll = generator.normal(50, 20, 30) + shift * generator.normal(10, 1, 30)
+        found[name] = {"nll": nll.tolist(), "tokens": [15] * 30}
+    return {**found, "seconds": 1.0}
+
+
+def test_blocks_are_pooled_in_the_order_of_the_texts_names():
+    one, other = scores(1, ("speeches", "docs")), scores(1, ("docs", "speeches"))
+    assert np.array_equal(pooled(one, "nll"), pooled(other, "nll"))
+    assert len(pooled(one, "nll")) == 60
+
+
+def test_a_recovery_is_paired_whatever_the_order_of_the_texts():
+    texts = ("speeches", "docs")
+    compressed, repaired = scores(1, texts), scores(0.5, texts)
+    expected = recovery_columns(scores(0, texts), compressed, repaired)
+    assert expected["recovery_se"] < 0.02
+    assert recovery_columns(scores(0, texts[::-1]), compressed, repaired) == expected
+
+
+def test_a_fresh_stage_is_what_is_read_back_in_the_same_order(tmp_path):
+    data = {"speeches": {"b": 1, "a": [0.1]}, "docs": {}}
+    fresh, _ = saved(tmp_path / "stage.json", lambda: (dict(data), {}))
+    again, _ = saved(tmp_path / "stage.json", lambda: ({}, {}))
+    assert list(fresh) == list(again)
+    assert fresh == again
+    assert list(fresh["speeches"]) == ["a", "b"]
