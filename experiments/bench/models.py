@@ -9,8 +9,8 @@ from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 from rerail.compress.compressor import make_plan
 from rerail.compress.methods.reap import MomentScore
 from rerail.moe.layer import MoEModel
-from rerail.plan.apply import apply_plan
 from rerail.plan.allocation import Uniform
+from rerail.plan.apply import apply_plan
 from rerail.plan.ratio import Ratio
 from rerail.stats.collect import collect
 

@@ -10,9 +10,9 @@ from rerail.compress.compressor import Compressor, ScopePlan, make_plan
 from rerail.compress.methods.reap import MomentScore
 from rerail.errors import OutOfReach
 from rerail.moe.bank import BankSpec
+from rerail.plan.allocation import Uniform
 from rerail.plan.apply import apply_plan
 from rerail.plan.plan import LayerPlan
-from rerail.plan.allocation import Uniform
 from rerail.plan.ratio import Ratio, Sizes
 from rerail.stats.statistic import StatisticSet, UndeclaredError
 

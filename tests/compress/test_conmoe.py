@@ -66,6 +66,8 @@ def test_opposite_experts_are_farthest_and_equal_or_zero_ones_are_nearest():
     assert torch.isfinite(found).all()
     rows = torch.randn(5, 7, generator=torch.manual_seed(1))
     torch.testing.assert_close(between_rows(rows), torch.cdist(rows.double(), rows.double()))
+    twins = torch.cat([rows.double(), rows.double() * (1 + 1e-9)])
+    assert between_rows(twins)[:5, 5:].diagonal().count_nonzero() == 0
 
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v3"])
@@ -90,7 +92,9 @@ def test_ties_go_to_the_lower_id():
 
     class Even(ConMoE):
         def apart(self, layers, statistics):
-            return torch.ones(8, 8, dtype=torch.float64).fill_diagonal_(0)
+            even = torch.ones(8, 8, dtype=torch.float64).fill_diagonal_(0)
+            even[1, 2] = even[2, 1] = 0  # equal prototypes still answer themselves
+            return even
 
         def score(self, contribution, apart):
             return torch.ones(8)

@@ -96,14 +96,18 @@ def test_identical_experts_leave_nothing_to_the_deltas(method: D2MoE) -> None:
             torch.testing.assert_close(b, a, atol=1e-6, rtol=1e-6)
 
 
-def test_a_delta_loses_what_its_spectrum_drops() -> None:
+@pytest.mark.parametrize("prune", [0.0, 0.25])
+def test_a_delta_loses_what_its_spectrum_drops(prune: float) -> None:
     model, held = measured()
-    plan = make_plan(D2MoE(shrink=0.0, ridge=0.0), model.layers, held, Ratio(0.5), Uniform())
+    method = D2MoE(shrink=0.0, ridge=0.0, base_prune=prune)
+    plan = make_plan(method, model.layers, held, Ratio(0.5), Uniform())
     new, base = apply_plan(model, plan).layers[0].stack(), plan.of_layer(0)["down.base"].double()
-    moment = held.tensors[0]["middle_moment_g0"]
-    for e, rank in enumerate(plan.layers[0].bank.integers["down"]):
-        weight = model.layers[0].stack().down[e].double()
-        gap, delta = weight - new.down[e].double(), weight - base
+    integers = plan.layers[0].bank.integers
+    kept = list(integers.get("channels", range(8)))
+    moment = held.tensors[0]["middle_moment_g0"][:, kept][:, :, kept]
+    for e, rank in enumerate(integers["down"]):
+        weight = model.layers[0].stack().down[e].double()[:, kept]
+        gap, delta = weight - new.down[e].double()[:, kept], weight - base
         values = torch.linalg.svdvals(delta @ torch.linalg.cholesky(moment[e])).square()
         found = (gap @ moment[e] @ gap.T).trace()
         torch.testing.assert_close(found, values[rank:].sum(), rtol=1e-3, atol=1e-5)

@@ -7,8 +7,8 @@ from families import CONFIGS, tiny, tokens
 from rerail.compress.compressor import make_plan
 from rerail.compress.methods.hc_smoe import HCSMoE
 from rerail.moe.stock import expert_parameters
-from rerail.plan.apply import apply_plan
 from rerail.plan.allocation import Uniform
+from rerail.plan.apply import apply_plan
 from rerail.plan.ratio import Ratio
 from rerail.stats.collect import Batch, collect
 from rerail.stats.dense import OutputSum, TokenCount

@@ -247,6 +247,14 @@ def test_refitted_columns_leave_what_the_rows_cannot_say() -> None:
     torch.testing.assert_close(refitted(stack, full, moments) @ full, stack, atol=1e-7, rtol=1e-7)
 
 
+def test_own_columns_take_their_sign_from_the_shared_rows() -> None:
+    stack, _, moments = shared_case()
+    rows = stack_rows(stack, torch.ones(3), moments.layer(stack.device), 4)
+    flip = torch.tensor([1.0, -1.0, -1.0, 1.0]).double().unsqueeze(1)
+    made, turned = (own_columns(stack, v, moments) @ v for v in (rows, flip * rows))
+    torch.testing.assert_close(made, turned)
+
+
 def test_few_columns_are_those_of_the_most_used_experts() -> None:
     columns, count = draw(4, 6, 3), torch.tensor([5, 40, 0, 10])
     few, mix = most_used(columns, count, 2)

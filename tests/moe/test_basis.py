@@ -10,8 +10,8 @@ from rerail.moe.bank import BankSpec, build_bank
 from rerail.moe.banks.basis import Bank
 from rerail.moe.layer import MoELayer, MoEModel
 from rerail.moe.stock import expert_parameters
-from rerail.plan.apply import apply_plan
 from rerail.plan.allocation import Uniform
+from rerail.plan.apply import apply_plan
 from rerail.plan.ratio import Ratio, Sizes
 from rerail.stats.statistic import StatisticSet
 

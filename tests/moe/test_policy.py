@@ -85,6 +85,12 @@ def test_two_experts_follow_the_ratio_rule():
     assert torch.equal((tails(weights) < beta / (1 + beta)).any(dim=1), ratio < beta)
 
 
+def test_a_slot_at_the_threshold_is_kept():
+    bank = skipping(tiny("qwen3_moe"), 0.25).layers[0].experts
+    weights = torch.tensor([[0.75, 0.25], [0.8125, 0.1875]])
+    assert bank.skipped(torch.zeros(2, 16), weights).tolist() == [[False] * 2, [False, True]]
+
+
 def test_weights_that_are_all_zero_stay_finite():
     skip = torch.tensor([[False, True], [False, True]])
     found = rescaled(torch.tensor([[0.0, 0.0], [0.25, 0.75]]), skip)
@@ -226,7 +232,8 @@ def test_attention_received_protects_tokens_that_rows_would_not():
     for fewer, more in itertools.pairwise(grown):
         assert (more | ~fewer).all()
     valid[0, 1] = False
-    assert not protected(torch.ones(4, 3), received, valid, 0.9)[1]
+    found = protected(torch.ones(4, 3), received, valid, 0.34)
+    assert found.tolist() == [True, False, True, False]
 
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v2", "gpt_oss", "lfm2_moe"])

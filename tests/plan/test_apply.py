@@ -8,9 +8,9 @@ from rerail.compress.methods.reap import MomentScore
 from rerail.errors import InputError
 from rerail.moe.bank import BankSpec
 from rerail.moe.layer import MoEModel
+from rerail.plan.allocation import PerLayer, Uniform
 from rerail.plan.apply import apply_plan
 from rerail.plan.plan import LayerPlan, Plan
-from rerail.plan.allocation import PerLayer, Uniform
 from rerail.plan.ratio import Ratio, Sizes
 from rerail.stats.collect import collect
 

@@ -46,7 +46,7 @@ def test_pairs_are_grouped_by_slot_and_in_a_slot_by_token() -> None:
     found = {e: (rows.tolist(), choices.tolist()) for e, rows, choices in tokens.by_expert()}
     assert found == {0: ([0, 1], [1, 0]), 1: ([1, 2], [1, 1]), 3: ([0, 2], [0, 0])}
     assert tokens.sorted(tokens.gates).tolist() == [1, 2, 3, 5, 0, 4]
-    runs = {e: run.tolist() for e, run in tokens.runs(tokens.sorted_gates.flatten())}
+    runs = {e: run.tolist() for e, (run,) in tokens.runs(tokens.sorted_gates.flatten())}
     assert runs == {0: [1, 2], 1: [3, 5], 3: [0, 4]}
 
 

@@ -132,11 +132,8 @@ def make_plan(  # noqa: PLR0913
     Raises:
         InputError: the ratio cannot be reached.
     """
-    lineage: dict[str, Any] = {
-        "compressor": repr(compressor),
-        "removed": ratio.removed,
-        "allocation": repr(allocation),
-    }
+    lineage: dict[str, Any] = {"compressor": repr(compressor), "removed": ratio.removed}
+    lineage["allocation"] = repr(allocation)
     if ratio.removed == 0:
         return Plan((), lineage)
     check(compressor, layers, ratio, allocation)

@@ -120,10 +120,9 @@ class MiddleMoment(Grams):
 
     def rows(self, tokens: RoutedTokens) -> Iterator[tuple[int, Tensor]]:
         """Yield each slot's middle activations, times the root of g^a."""
-        middle = tokens.sorted_middle
-        if self.gate_power:
-            middle = middle * tokens.sorted_gates.abs() ** (self.gate_power / 2)
-        yield from tokens.runs(middle)
+        gates = tokens.sorted_gates.abs() ** (self.gate_power / 2)
+        for e, (middle, g) in tokens.runs(tokens.sorted_middle, gates):
+            yield e, g * middle if self.gate_power else middle
 
 
 class _Channels(RoutedStatistic):
@@ -147,7 +146,9 @@ class MiddleEnergy(_Channels):
 
     def of(self, tokens: RoutedTokens) -> Tensor:
         """Add up this batch."""
-        return tokens.sum_sorted((tokens.sorted_gates * tokens.sorted_middle).square())
+        return tokens.sum_runs(
+            lambda h, g: (g * h).square(), tokens.sorted_middle, tokens.sorted_gates
+        )
 
 
 @dataclass(frozen=True)
@@ -163,8 +164,8 @@ class MiddlePeak(_Channels):
 
     def of(self, tokens: RoutedTokens) -> Tensor:
         """Take this batch's largest."""
-        gated = (tokens.sorted_gates * tokens.sorted_middle).abs()
-        out = gated.new_zeros(tokens.num_experts, gated.shape[-1], dtype=torch.float64)
-        for e, run in tokens.runs(gated):
-            out[e] = run.amax(dim=0)
+        middle = tokens.sorted_middle
+        out = middle.new_zeros(tokens.num_experts, middle.shape[-1], dtype=torch.float64)
+        for e, (h, g) in tokens.runs(middle, tokens.sorted_gates):
+            out[e] = (g * h).abs().amax(dim=0)
         return out

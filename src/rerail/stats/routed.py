@@ -134,7 +134,7 @@ class OutputSumRouted(_Outputs):
 
     def of(self, tokens: RoutedTokens) -> Tensor:
         """Add up this batch."""
-        return tokens.sum_sorted(tokens.sorted_outputs)
+        return tokens.sum_runs(lambda f: f, tokens.sorted_outputs)
 
 
 @dataclass(frozen=True)
@@ -148,7 +148,7 @@ class OutputSquares(_Outputs):
 
     def of(self, tokens: RoutedTokens) -> Tensor:
         """Add up this batch."""
-        return tokens.sum_sorted(tokens.sorted_outputs.square())
+        return tokens.sum_runs(torch.square, tokens.sorted_outputs)
 
 
 @dataclass(frozen=True)
@@ -164,4 +164,5 @@ class GatedOutput(_Outputs):
 
     def of(self, tokens: RoutedTokens) -> Tensor:
         """Add up this batch."""
-        return tokens.sum_sorted(tokens.sorted_gates**self.gate_power * tokens.sorted_outputs)
+        weights = tokens.sorted_gates**self.gate_power
+        return tokens.sum_runs(lambda f, g: g * f, tokens.sorted_outputs, weights)

@@ -1,7 +1,7 @@
 """A statistic: one tensor a layer, with its pass and the way two shards of it merge."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, ClassVar, Literal
@@ -50,29 +50,32 @@ class RoutedTokens:
     def sum_by_expert(self, values: Tensor) -> Tensor:
         """Return float64 (E,) or (E, D): values (T, K) or (T, K, D) added up by chosen slot."""
         if values.dim() == 3:
-            return self.sum_sorted(self.sorted(values))
+            return self.sum_runs(lambda run: run, self.sorted(values))
         flat = self.index.flatten()
         return torch.bincount(flat, values.double().flatten(), minlength=self.num_experts)
 
     def by_expert(self) -> Iterator[tuple[int, Tensor, Tensor]]:
         """Yield each slot that was chosen, and the (token, choice) indices that chose it."""
-        for (e, tokens), (_, choices) in zip(*(self.runs(i) for i in self._order), strict=True):
+        for e, (tokens, choices) in self.runs(*self._order):
             yield e, tokens, choices
 
     def sorted(self, values: Tensor) -> Tensor:
         """Return the pairs (T, K, ...) as (T * K, ...), sorted by slot and in it by token."""
         return values[self._order]
 
-    def runs(self, pairs: Tensor) -> Iterator[tuple[int, Tensor]]:
-        """Yield each slot that was chosen, and its run of sorted pairs (T * K, ...)."""
-        runs = torch.split(pairs, self._counts)
-        return ((e, run) for e, run in enumerate(runs) if len(run))
+    def runs(self, *pairs: Tensor) -> Iterator[tuple[int, tuple[Tensor, ...]]]:
+        """Yield each slot that was chosen, and its run of each of the sorted pairs (T * K, ...)."""
+        parts = zip(*(torch.split(p, self._counts) for p in pairs), strict=True)
+        return ((e, runs) for e, runs in enumerate(parts) if len(runs[0]))
 
-    def sum_sorted(self, pairs: Tensor) -> Tensor:
-        """Return float64 (E, D): sorted pairs (T * K, D) added up by slot."""
-        out = pairs.new_zeros(self.num_experts, pairs.shape[-1], dtype=torch.float64)
-        for e, run in self.runs(pairs):
-            out[e] = run.sum(dim=0, dtype=torch.float64)
+    def sum_runs(self, share: Callable[..., Tensor], *pairs: Tensor) -> Tensor:
+        """Return float64 (E, D): what `share` makes of each slot's runs, (n, D), added up.
+
+        One run at a time, so that what `share` makes stays in the cache.
+        """
+        out = pairs[0].new_zeros(self.num_experts, pairs[0].shape[-1], dtype=torch.float64)
+        for e, runs in self.runs(*pairs):
+            out[e] = share(*runs).sum(dim=0, dtype=torch.float64)
         return out
 
     @cached_property
