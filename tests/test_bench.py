@@ -50,10 +50,14 @@ def test_the_whole_bench_gives_named_rows_with_the_promised_limits(
         "random model: statistics for REAP, logits that differ": 0,
         "random model: counts and all moments g^a n^p / plain forward": 1.6,
         "random model: counts and all moments g^a n^p, logits that differ": 0,
+        "random model: all routed statistics / plain forward": 2.5,
+        "random model: all routed statistics, logits that differ": 0,
+        "random model: dense statistics / E/K forwards of the experts": 1.3,
         "random model: Router KD step, live teacher / floor of 3 forwards": 1.25,
         "random model: Router KD step, cached teacher / floor of 2 + h forwards": 1.25,
         "tiny_coarse: statistics for REAP, logits that differ": 0,
         "tiny_coarse: counts and all moments g^a n^p, logits that differ": 0,
+        "tiny_coarse: all routed statistics, logits that differ": 0,
     }
     for r in rows:
         if r["limit"] in (0, 1e-5):  # what is not a matter of speed

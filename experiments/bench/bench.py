@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from memory import memory_rows
 from models import Size, random_model
-from speed import kl_rows, router_kd_rows, statistics_rows
+from speed import kl_rows, other_passes_rows, router_kd_rows, statistics_rows, union_rows
 from timing import Row, row
 
 from rerail.moe.source import ModelSource
@@ -49,8 +49,8 @@ def measure(size: Size, rounds: int, zoo: tuple[str, ...]) -> list[Row]:
     rows += show(kl_rows(size, rounds), began)
     for name in ("random model", *zoo):
         model = ModelSource(f"zoo:{name}").load() if name in zoo else random_model(size)
-        rows += show(statistics_rows(name, model, size, rounds, name not in zoo), began)
-        rows += show(router_kd_rows(name, model, size, rounds, name not in zoo), began)
+        for measured in (statistics_rows, union_rows, other_passes_rows, router_kd_rows):
+            rows += show(measured(name, model, size, rounds, name not in zoo), began)
     return rows
 
 

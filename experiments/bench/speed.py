@@ -14,8 +14,22 @@ from rerail.distill.masters import masters
 from rerail.distill.router_distillation import RouterDistillation
 from rerail.distill.settings import RouterKD
 from rerail.moe.layer import MoEModel
+from rerail.stats.ablation import LossIncrease
 from rerail.stats.collect import collect
-from rerail.stats.routed import Count, Moment
+from rerail.stats.dense import OutputSum, TokenCount
+from rerail.stats.gradients import Fisher
+from rerail.stats.moments import InputMoment, LayerMoment, MiddleEnergy, MiddleMoment, MiddlePeak
+from rerail.stats.routed import (
+    Count,
+    Deviation,
+    GatedOutput,
+    MaxOutput,
+    Moment,
+    OutputSquares,
+    OutputSumRouted,
+)
+from rerail.stats.rows import Rows
+from rerail.stats.similarity import LogitGram
 from rerail.stats.statistic import Statistic
 from rerail.teacher.kl import Head, chunked_kl
 from rerail.teacher.teacher import CachedTeacher, LiveTeacher, speak
@@ -25,6 +39,22 @@ ASKED: dict[str, tuple[tuple[Statistic, ...], float]] = {
     "statistics for REAP": (MomentScore().requires, 1.3),
     "counts and all moments g^a n^p": (MOMENTS, 1.6),
 }
+UNION: tuple[Statistic, ...] = (
+    *MOMENTS,
+    Deviation(),
+    MaxOutput(),
+    OutputSumRouted(),
+    OutputSquares(),
+    GatedOutput(2),
+    InputMoment(),
+    LayerMoment(),
+    MiddleMoment(),
+    MiddleEnergy(),
+    MiddlePeak(),
+    LogitGram(),
+    Rows(1_024),
+)
+BATCHES = 4  # of the text for the union: its gigabytes of sums are laid out once a pass
 
 
 def differing_logits(model: MoEModel, batch: Batch, statistics: tuple[Statistic, ...]) -> int:
@@ -53,6 +83,57 @@ def statistics_rows(name: str, model: MoEModel, size: Size, rounds: int, limits:
         wrong = differing_logits(model, batch, statistics)
         rows.append(row(f"{name}: {asked}, logits that differ", wrong, 0, "count"))
     return rows
+
+
+def union_rows(name: str, model: MoEModel, size: Size, rounds: int, limits: bool) -> list[Row]:
+    """Every routed statistic there is, input and middle moments included."""
+    batch = text(model, size)
+    plain = torch.no_grad()(lambda: [model.hidden(*batch) for _ in range(BATCHES)])
+    union = partial(collect, model, [batch] * BATCHES, UNION)
+    found = interleaved({"plain": plain, "union": union}, (rounds + 1) // 2)
+    value, wrong = ratio(found, "union", plain=1), differing_logits(model, batch, UNION)
+    return [
+        row(f"{name}: all routed statistics / plain forward", value, 2.5 if limits else None),
+        row(f"{name}: all routed statistics, logits that differ", wrong, 0, "count"),
+    ]
+
+
+def other_passes_rows(
+    name: str, model: MoEModel, size: Size, rounds: int, limits: bool
+) -> list[Row]:
+    """The dense pass against E / K times the experts alone; backward and ablation for the record.
+
+    The ablation pass is that of one layer on one short sequence.
+    """
+    batch = text(model, size)
+    short = [(batch[0][:1, :32], batch[1][:1, :32])]
+    handed: list[tuple[Any, Any]] = []
+    hooks = [
+        layer.experts.register_forward_pre_hook(lambda *call: handed.append(call))
+        for layer in model.layers
+    ]
+    plain = torch.no_grad()(lambda given: model.hidden(*given))
+    plain(batch)
+    for hook in hooks:
+        hook.remove()
+    work: dict[str, Any] = {
+        "plain": partial(plain, batch),
+        "experts": torch.no_grad()(lambda: [module(*given) for module, given in handed]),
+        "dense": partial(collect, model, [batch], [OutputSum(), TokenCount()]),
+        "backward": partial(collect, model, [batch], [Fisher()]),
+    }
+    found = interleaved(work, (rounds + 1) // 2)
+    ablate = partial(collect, model, short, [LossIncrease()], layers=[model.layers[-1].index])
+    one = interleaved({"short": partial(plain, short[0]), "ablation": ablate}, 1)
+    layer = model.layers[0]
+    dense = ratio(found, "dense", experts=layer.num_experts / layer.top_k)
+    return [
+        row(f"{name}: dense statistics / E/K forwards of the experts", dense,
+            1.3 if limits else None),
+        row(f"{name}: Fisher / plain forward", ratio(found, "backward", plain=1)),
+        row(f"{name}: loss without each slot of a layer / E + 1 plain forwards",
+            ratio(one, "ablation", short=layer.num_experts + 1)),
+    ]  # fmt: skip
 
 
 def step(module: RouterDistillation, optimiser: torch.optim.Optimizer, batch: Batch) -> None:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from rerail.evaluate.active import counting
 from rerail.evaluate.routing import Routing, tracing
 from rerail.moe.layer import MoEModel
 from rerail.teacher.kl import kl_of, log_distribution
@@ -25,6 +26,7 @@ class BlockScores:
         agree: how often the most likely token is the teacher's.
         hidden: final hidden states (N, S, H) where they were asked for.
         routing: chosen slots of every token.
+        active: experts computed for a token and layer, on average.
     """
 
     nll: Tensor
@@ -33,6 +35,7 @@ class BlockScores:
     agree: Tensor
     hidden: Tensor | None
     routing: Routing
+    active: float
 
 
 @torch.no_grad()
@@ -57,9 +60,9 @@ def score_blocks(
     states: list[Tensor] = []
     device = next(model.model.parameters()).device
     done = 0
-    with tracing(model) as routing:
+    with tracing(model) as routing, counting(model) as active:
         for ids, mask in progress(batches):
-            routing.mask = mask
+            routing.mask = active.mask = mask
             hidden = model.hidden(ids.to(device), mask.to(device))
             theirs = hidden if teacher is None else teacher[done : done + len(ids)].to(hidden)
             here = (ids.to(hidden.device), mask.to(hidden.device))
@@ -68,7 +71,8 @@ def score_blocks(
                 states.append(hidden.cpu())
             done += len(ids)
     nll, kl, agree, tokens = torch.cat(rows).unbind(1)
-    return BlockScores(nll, tokens, kl, agree, torch.cat(states) if states else None, routing)
+    kept = torch.cat(states) if states else None
+    return BlockScores(nll, tokens, kl, agree, kept, routing, active.mean)
 
 
 def _batch_sums(

@@ -126,6 +126,7 @@ def stage_row(
         removed_of_experts=sizes.removed_of_experts(before),
         removed_of_model=sizes.removed_of_model(before),
         active_parameters=sizes.active,
+        active_experts=active_experts(scores),
         memory_bytes=resident(model),
         **{"seconds": 0.0, "peak_memory": scores["peak_memory"], **extra},
     )
@@ -139,6 +140,14 @@ def resident(model: MoEModel) -> int:
     tensors = [*model.model.parameters(), *model.model.buffers()]
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage() for t in tensors}
     return sum(storage.nbytes() for storage in storages.values())
+
+
+def active_experts(scores: Scores) -> float:
+    """Return the experts computed for a token and layer, on average over all held-out tokens."""
+    texts = [s for s in scores.values() if isinstance(s, dict)]
+    return float(
+        np.average([s["active"] for s in texts], weights=[sum(s["tokens"]) for s in texts])
+    )
 
 
 def by_text(scores: Scores) -> dict[str, dict[str, Any]]:

@@ -109,6 +109,7 @@ def _run(cell: Cell, folder: Path, status: Status) -> list[Row]:
     if cell.distill.enabled:
         step("repair")
         mended = stages.repair_student(cell, teacher, student, blocks, folder)
+        student = stages.refit(cell, student, blocks, folder)
         step("evaluate repaired")
         repaired = stages.score_student(
             cell, student, texts, spoken, plan, folder / "repaired.json"

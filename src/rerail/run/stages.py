@@ -12,12 +12,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from rerail.compress.compressor import check, make_plan
+from rerail.compress.skipping import Skipper, check_fitted, without_policies
 from rerail.data.calibration import TokenBlocks
 from rerail.distill.repair import repair
 from rerail.evaluate.perplexity import BlockScores, score_blocks
 from rerail.evaluate.routing import Routing, changed
 from rerail.files import cache_dir, digest, read_sealed, write_sealed
 from rerail.moe.layer import MoEModel
+from rerail.plan.apply import apply_plan
 from rerail.plan.plan import Plan
 from rerail.run.artefacts import Stage, peak_memory, saved, start_peak
 from rerail.run.cell import Cell
@@ -28,6 +30,8 @@ from rerail.stats.store import StatisticStore, merge_sets
 from rerail.teacher.teacher import CachedTeacher, LiveTeacher, Teacher, cached_states, speak
 
 log = logging.getLogger(__name__)
+
+SCORES = 2  # version of what a cached scoring holds
 
 
 def bar(label: str) -> Any:
@@ -71,6 +75,8 @@ def plan(
             filled = statistics(cell, model, blocks, cell.compressor.requires)
     made = make_plan(cell.compressor, model.layers, filled, cell.budget, cell.allocation, remeasure)
     made.save(path)
+    for note in made.lineage.get("notes", ()):
+        log.warning("%s", note)
     cost = {"seconds": time.perf_counter() - start, "peak_memory": peak_memory()}
     write_sealed(beside, cost)
     return made, cost
@@ -89,7 +95,7 @@ def teacher_states(cell: Cell, model: MoEModel, blocks: TokenBlocks) -> Teacher:
 def score_teacher(cell: Cell, model: MoEModel, texts: dict[str, TokenBlocks]) -> Stage:
     """Score the teacher on all held-out texts, once for every cell of the same model and texts."""
     prints = {name: t.fingerprint for name, t in texts.items()}
-    key = digest([cell.model.fingerprint(), prints, cell.implementation(model)])
+    key = digest([cell.model.fingerprint(), prints, cell.implementation(model), SCORES])
 
     def make() -> Stage:
         data: dict[str, Any] = {}
@@ -148,9 +154,9 @@ def _score(
     return score_blocks(model, batches, teacher, bar(label))
 
 
-def _sums(scores: BlockScores) -> dict[str, list[float]]:
+def _sums(scores: BlockScores) -> dict[str, Any]:
     named = {"nll": scores.nll, "tokens": scores.tokens, "kl": scores.kl, "agree": scores.agree}
-    return {name: tensor.tolist() for name, tensor in named.items()}
+    return {name: tensor.tolist() for name, tensor in named.items()} | {"active": scores.active}
 
 
 def repair_student(
@@ -177,6 +183,25 @@ def repair_student(
                 old = getattr(owner, part)
                 owner._parameters[part] = torch.nn.Parameter(rows.to(old), requires_grad=False)
     return data, tensors
+
+
+def refit(cell: Cell, student: MoEModel, blocks: TokenBlocks, folder: Path) -> MoEModel:
+    """Return the student, its policies fitted on the router as it now is."""
+    compressor = cell.compressor
+    if not isinstance(compressor, Skipper) or cell.skip.share == 0:
+        return student
+    plan = Plan.load(folder / "policy.json")
+    if plan is None:
+        batches = list(blocks.batches(cell.evaluation.batch_size))
+
+        def measure(model: MoEModel) -> StatisticSet:
+            return collect(model, batches, compressor.requires, bar("gate ratios"))
+
+        plan = compressor.refit(student, measure, cell.skip)
+        plan.save(folder / "policy.json")
+    fitted = apply_plan(without_policies(student), plan)
+    check_fitted(fitted)
+    return fitted
 
 
 @torch.no_grad()
