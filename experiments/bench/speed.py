@@ -17,8 +17,11 @@ from rerail.moe.layer import MoEModel
 from rerail.stats.ablation import LossIncrease
 from rerail.stats.collect import collect
 from rerail.stats.dense import OutputSum, TokenCount
+from rerail.stats.gate_ratios import GateTails
 from rerail.stats.gradients import Fisher
+from rerail.stats.mass import RouterMass
 from rerail.stats.moments import InputMoment, LayerMoment, MiddleEnergy, MiddleMoment, MiddlePeak
+from rerail.stats.outliers import OutlierShare
 from rerail.stats.routed import (
     Count,
     Deviation,
@@ -29,6 +32,7 @@ from rerail.stats.routed import (
     OutputSumRouted,
 )
 from rerail.stats.rows import Rows
+from rerail.stats.segments import Segments
 from rerail.stats.similarity import LogitGram
 from rerail.stats.statistic import Statistic
 from rerail.teacher.kl import Head, chunked_kl
@@ -52,7 +56,11 @@ UNION: tuple[Statistic, ...] = (
     MiddleEnergy(),
     MiddlePeak(),
     LogitGram(),
+    RouterMass(),
+    OutlierShare(),
+    GateTails(),
     Rows(1_024),
+    Segments(8, 128),
 )
 BATCHES = 4  # of the text for the union: its gigabytes of sums are laid out once a pass
 

@@ -36,16 +36,13 @@ class Rows(RoutedStatistic):
     def of(self, tokens: RoutedTokens) -> Tensor:
         """Keep this batch's smallest hashes."""
         assert tokens.position is not None
-        keys, order = _hashed(tokens.position).sort()
-        order, keys = order[: self.count], keys[: self.count].unsqueeze(1)
-        split = [keys >> _KEY, keys & ((1 << _KEY) - 1)]
-        return torch.cat([*(part.float() for part in split), tokens.hidden[order].float()], dim=1)
+        keys, order = hashed(tokens.position).sort()
+        return keyed(keys[: self.count], tokens.hidden[order[: self.count]])
 
     def merged(self, a: Tensor, b: Tensor) -> Tensor:
         """Keep the smallest hashes of both."""
         rows = torch.cat([a, b])
-        keys = rows[:, 0].double() * (1 << _KEY) + rows[:, 1].double()
-        return rows[keys.argsort()[: self.count]]
+        return rows[keys_of(rows).argsort(stable=True)[: self.count]]
 
     @staticmethod
     def hidden(tensor: Tensor) -> Tensor:
@@ -53,7 +50,18 @@ class Rows(RoutedStatistic):
         return tensor[:, 2:]
 
 
-def _hashed(position: Tensor) -> Tensor:
+def keyed(keys: Tensor, hidden: Tensor) -> Tensor:
+    """Return float32 rows (n, H + 2): 48-bit keys (n,) in two exact columns, then hidden (n, H)."""
+    halves = [keys >> _KEY, keys & ((1 << _KEY) - 1)]
+    return torch.cat([*(half.float().unsqueeze(1) for half in halves), hidden.float()], dim=1)
+
+
+def keys_of(rows: Tensor) -> Tensor:
+    """Return the keys of rows, int64 (n,)."""
+    return (rows[:, 0].long() << _KEY) + rows[:, 1].long()
+
+
+def hashed(position: Tensor) -> Tensor:
     """Return the upper 48 bits of splitmix64 of int64 positions (sums and products wrap)."""
     z = (position + 1) * _signed(0x9E3779B97F4A7C15)
     z = (z ^ _shifted(z, 30)) * _signed(0xBF58476D1CE4E5B9)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from rerail.stats.rows import _KEY, Rows, _hashed
+from rerail.stats.rows import Rows, hashed, keyed, keys_of
 from rerail.stats.statistic import RoutedTokens
 
 
@@ -28,27 +28,21 @@ class Segments(Rows):
     def of(self, tokens: RoutedTokens) -> Tensor:
         """Keep this batch's segments of smallest hash."""
         assert tokens.position is not None
-        keys = _hashed(tokens.position // self.length).unsqueeze(1)
-        split = [keys >> _KEY, keys & ((1 << _KEY) - 1)]
-        return self._cut(torch.cat([*(k.float() for k in split), tokens.hidden.float()], dim=1))
+        return self._cut(keyed(hashed(tokens.position // self.length), tokens.hidden))
 
     def merged(self, a: Tensor, b: Tensor) -> Tensor:
         """Keep the segments of smallest hash of both."""
         return self._cut(torch.cat([a, b]))
 
     def _cut(self, rows: Tensor) -> Tensor:
-        keys = _keys(rows)
+        keys = keys_of(rows)
         order = keys.argsort(stable=True)
         return rows[order][_runs(keys[order]) < self.count]
 
     @staticmethod
     def labels(tensor: Tensor) -> Tensor:
         """Return the segment of each row of a filled statistic, int64 (n,) from 0 on."""
-        return _runs(_keys(tensor))
-
-
-def _keys(rows: Tensor) -> Tensor:
-    return rows[:, 0].double() * (1 << _KEY) + rows[:, 1].double()
+        return _runs(keys_of(tensor))
 
 
 def _runs(keys: Tensor) -> Tensor:

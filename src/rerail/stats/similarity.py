@@ -14,7 +14,10 @@ from rerail.stats.statistic import Need, RoutedTokens
 
 @dataclass(frozen=True)
 class LogitGram(Grams):
-    """sum over all tokens of z z^T, z (E,) the router logits. float64 (E, E)."""
+    """sum over all tokens of z z^T, z (E,) the router logits. float64 (E, E).
+
+    Slots that a mask silences count as 0.
+    """
 
     needs: ClassVar[frozenset[Need]] = frozenset({"logits"})
 
@@ -34,4 +37,5 @@ class LogitGram(Grams):
     def rows(self, tokens: RoutedTokens) -> Iterator[tuple[int, Tensor]]:
         """Yield the logits."""
         assert tokens.logits is not None
-        yield 0, tokens.logits.float()
+        logits = tokens.logits.float()
+        yield 0, logits.masked_fill(torch.isneginf(logits), 0.0)

@@ -30,7 +30,7 @@ class RoutedTokens:
         outputs: (T, K, H) each chosen expert's output, before the gate (`outputs`).
         routed: (T, H) the layer's routed output, sum_k gates * outputs (`outputs`).
         middle: (T, K, I) act(gate) * up in each chosen expert (`middle`).
-        logits: (T, E) router logits; 0 where a mask silenced a slot (`logits`).
+        logits: (T, E) router logits; -inf where a mask silenced a slot (`logits`).
         residual: (T, H) the residual stream before the MoE sub-layer's norm (`residual`).
         position: int64 (T,) place of the token in the text: block * S + offset.
     """

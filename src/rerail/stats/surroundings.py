@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from rerail.errors import OutOfReach
@@ -48,7 +47,7 @@ class Surroundings:
         self._passed.clear()
 
     def logits(self) -> Tensor:
-        """Return this forward's router logits (T, E), 0 where a mask silenced a slot.
+        """Return this forward's router logits (T, E), -inf where a mask silenced a slot.
 
         Raises:
             OutOfReach: the router gives none.
@@ -59,8 +58,7 @@ class Surroundings:
                 f"tensor with one column for each of {self.layer.num_experts} experts"
             )
         held, self._logits = self._logits, None
-        flat = held.reshape(-1, held.shape[-1])
-        return flat.masked_fill(torch.isneginf(flat), 0.0)
+        return held.reshape(-1, held.shape[-1])
 
     def residual(self) -> Tensor:
         """Return this forward's residual stream (T, H) before the norm of the MoE sub-layer.
