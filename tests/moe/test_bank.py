@@ -135,5 +135,5 @@ def test_layers_of_a_scope_share_stored_experts(family: str) -> None:
 def test_an_unknown_kind_is_refused_with_the_known_ones() -> None:
     layer = tiny("qwen3_moe").layers[0]
     for kind in ("lowest_rank", "../dense", "os.path"):
-        with pytest.raises(InputError, match=r"not known; allowed: \['basis', 'dense'"):
+        with pytest.raises(InputError, match=r"not known; allowed: \['basis', 'delta'"):
             build_bank(BankSpec(kind, 8), EVERYONE, 0, {0: layer.stock()}, {})
