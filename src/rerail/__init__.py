@@ -1,20 +1,15 @@
 """Compress Mixture-of-Experts language models and re-align their routers.
 
-Importing this package costs nothing: the functions of `rerail.run.door` are loaded on first use.
+Importing this package costs nothing; `from rerail import door` loads the functions for notebooks.
 """
 
+import importlib
 from typing import Any
 
-__all__ = ["collect", "compress", "evaluate", "load", "preset", "repair", "save", "text"]
+__all__ = ["door"]
 
 
 def __getattr__(name: str) -> Any:
-    if name not in __all__:
+    if name != "door":
         raise AttributeError(f"module 'rerail' has no attribute {name!r}")
-    from rerail.run import door
-
-    return getattr(door, name)
-
-
-def __dir__() -> list[str]:
-    return __all__
+    return importlib.import_module("rerail.run.door")

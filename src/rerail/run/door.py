@@ -113,18 +113,20 @@ def evaluate(student: Loaded, teacher: Loaded, blocks: TokenBlocks) -> Mapping[s
     }
 
 
-def save(student: Loaded, path: str | Path, densify: bool = False) -> Path:
-    """Write a plain transformers checkpoint.
+def save(student: Loaded, path: str | Path, form: str = "native", densify: bool = False) -> Path:
+    """Write a checkpoint: `native` (stock transformers), `package` or `remote`.
 
     Raises:
-        InputError: stock transformers cannot hold the student's form, and `densify` is false.
+        InputError: the form cannot hold the student.
     """
-    from rerail.export.native import export_native, stored_dtype
+    from rerail.export.native import stored_dtype
+    from rerail.export.targets import export_student
 
-    return export_native(
+    return export_student(
         student.model,
         student.plan or Plan(),
         Path(path),
+        form=form,
         tokenizer=student.tokenizer,
         manifest={"parent": student.source.fingerprint()},
         densify=densify,
