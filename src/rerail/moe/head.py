@@ -16,7 +16,8 @@ def head_logits(model: PreTrainedModel, hidden: Tensor) -> Tensor:
     with _body_returns(model, flat):
         dummy = torch.zeros(1, 1, dtype=torch.int64, device=hidden.device)
         out = model(input_ids=dummy, use_cache=False, return_dict=True)
-    return cast(Tensor, out.logits).reshape(*hidden.shape[:-1], -1)
+    logits = cast(Tensor, out.logits)
+    return logits.reshape(*hidden.shape[:-1], logits.shape[-1])
 
 
 @contextlib.contextmanager
