@@ -40,7 +40,7 @@ from rerail.compress.methods.rtn import RTN
 from rerail.compress.methods.svd import WhitenedSVD
 from rerail.compress.narrowing import micro_size
 from rerail.errors import OutOfReach
-from rerail.moe.bank import BankSpec, bank_class
+from rerail.moe.bank import BankSpec, SolvedBank, bank_class
 from rerail.moe.layer import MoELayer, MoEModel
 from rerail.plan.allocation import Uniform
 from rerail.plan.apply import apply_plan
@@ -314,6 +314,26 @@ def test_predicted_sizes_equal_counted_sizes(method: Method, family: str) -> Non
         assert stored == Sizes.of(teacher, 2).routed
     else:
         assert stored < Sizes.of(teacher, 2).routed
+
+
+@table(REACHED)
+def test_a_token_reads_no_more_than_the_teacher_and_edits_count_what_they_store(
+    method: Method, family: str
+) -> None:
+    teacher, plan = tiny(family), planned(method, family)
+    student = apply_plan(teacher, plan)
+    rows = Sizes.of(teacher, 2).active - plan.rows_removed(teacher.layers)
+    for layer in student.layers:
+        bank = layer.experts
+        if isinstance(bank, SolvedBank) and bank.spec.kind != "packed":
+            assert layer.used(bank.spec.stored) == pytest.approx(sum(layer.stored().values()))
+        else:
+            assert layer.used(1) == layer.expert_size
+    forms = {part.bank.kind for part in plan.stages[-1].layers}
+    if forms <= {"narrow", "low_rank"}:
+        assert student.parameters_active() < rows
+    elif not forms & {"delta", "basis"}:  # what all experts share, every token reads
+        assert student.parameters_active() == rows
 
 
 @table(REACHED)

@@ -109,6 +109,11 @@ class ExpertBank(nn.Module):
         """Return what `stored_bits` will be, from plain data alone."""
         return {key: n * width for key, n in cls.predicted(spec, layer, dims).items()}
 
+    @classmethod
+    def used(cls, spec: BankSpec, dims: Dims, stored: Stored) -> tuple[float, float]:  # noqa: ARG003
+        """Return the numbers that every token reads, and those that each chosen expert adds."""
+        return 0, dims.expert
+
     @staticmethod
     def shapes(spec: BankSpec, dims: Dims) -> dict[str, tuple[int, ...]]:  # noqa: ARG004
         """Return the shape of every solved tensor by name; none by default."""
@@ -125,6 +130,11 @@ class ExpertBank(nn.Module):
     def stored_bits(self, width: int) -> Stored:
         """Return the bits of each stored thing, where a dense number takes `width` of them."""
         return {key: n * width for key, n in self.stored().items()}
+
+    def numbers_used(self, chosen: float) -> float:
+        """Return the numbers read for a token that `chosen` experts answer, by the tensors."""
+        shared, each = self.used(self.spec, self.dims, self.stored())
+        return shared + chosen * each
 
     def as_stock(self) -> nn.Module:
         """Return a plain experts module with one whole expert for each router slot."""
@@ -207,6 +217,18 @@ class SolvedBank(ExpertBank):
         solved = {n: math.prod(shape) for n, shape in cls.shapes(spec, dims).items()}
         kept = {n: c * dims.experts for n, c in dims.numbers.items() if n not in cls.touched(spec)}
         return {(layer, n): count for n, count in {**solved, **kept}.items()}
+
+    @staticmethod
+    def common(spec: BankSpec, name: str) -> bool:  # noqa: ARG004
+        """Return whether every token reads all of a solved tensor, whatever experts it chooses."""
+        return False
+
+    @classmethod
+    def used(cls, spec: BankSpec, dims: Dims, stored: Stored) -> tuple[float, float]:  # noqa: ARG003
+        """Return the numbers in common tensors, and an expert's mean share of the others."""
+        named = cast(Mapping[tuple[int, str], int], stored)
+        shared = sum(n for (_, name), n in named.items() if cls.common(spec, name))
+        return shared, (sum(stored.values()) - shared) / spec.stored
 
     def stored(self) -> Stored:
         """Count the solved tensors and what stays dense."""

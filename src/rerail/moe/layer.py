@@ -149,15 +149,18 @@ class MoELayer(Answering):
 
     def stored(self) -> Stored:
         """Return the numbers of each stored expert (or solved tensor) by name."""
-        if isinstance(self.experts, ExpertBank):
-            return self.experts.stored()
-        return {((self.index, e, 1.0),): self.expert_size for e in range(self.num_experts)}
+        whole: Stored = {((self.index, e, 1.0),): self.expert_size for e in range(self.num_experts)}
+        return self.experts.stored() if isinstance(self.experts, ExpertBank) else whole
+
+    def used(self, k: float) -> float:
+        """Return the numbers of experts that are read for a token which k of them answer."""
+        held = self.experts
+        return held.numbers_used(k) if isinstance(held, ExpertBank) else k * self.expert_size
 
     def stored_bits(self, width: int) -> Stored:
         """Return the bits of each stored expert (or solved tensor) by name."""
-        if isinstance(self.experts, ExpertBank):
-            return self.experts.stored_bits(width)
-        return {key: n * width for key, n in self.stored().items()}
+        bits = {key: n * width for key, n in self.stored().items()}
+        return self.experts.stored_bits(width) if isinstance(self.experts, ExpertBank) else bits
 
     def swap(self, bank: nn.Module) -> None:
         """Put a bank in the place of the experts."""
@@ -253,11 +256,7 @@ class MoEModel:
         return cast(Tensor, out.last_hidden_state)
 
     def head(self, hidden: Tensor) -> Tensor:
-        """Return logits (..., V) by the model's own head, with whatever scale and soft cap it has.
-
-        The model's own forward runs with its body replaced by the given states, so that no family
-        needs a row of its own here.
-        """
+        """Return logits (..., V) by the model's own head, with its scale and soft cap."""
         return head_logits(self.model, hidden)
 
     def parameters_total(self) -> int:
@@ -283,10 +282,10 @@ class MoEModel:
             stored |= layer.stored_bits(width)
         return sum(stored.values())
 
-    def parameters_active(self) -> int:
-        """Numbers used for one token: all but the routed experts, and K dense experts a layer."""
-        active = sum(layer.top_k * layer.expert_size for layer in self.layers)
-        return self.parameters_total() - self.parameters_routed() + active
+    def parameters_active(self, chosen: float | None = None) -> int:
+        """Numbers read for a token that `chosen` (K) experts a layer answer, others in full."""
+        used = sum(layer.used(layer.top_k if chosen is None else chosen) for layer in self.layers)
+        return self.parameters_total() - self.parameters_routed() + round(used)
 
     def with_shared_parameters(self) -> "MoEModel":
         """Return a copy with new modules and the very same Parameters and buffers."""

@@ -146,6 +146,20 @@ class Plan:
                 found |= bank.predicted_bits(part.bank, layer.index, dims, width)
         return sum(found.values())
 
+    def used(self, layers: Sequence[MoELayer]) -> float:
+        """Return the numbers of routed experts that the student will read for one token."""
+        found = 0.0
+        for layer in layers:
+            part, dims = self._last(layer)
+            if part is None:
+                found += layer.used(layer.top_k)
+            else:
+                bank = bank_class(part.bank.kind)
+                stored = bank.predicted(part.bank, layer.index, dims)
+                shared, each = bank.used(part.bank, dims, stored)
+                found += shared + layer.top_k * each
+        return found
+
     def _last(self, layer: MoELayer) -> tuple[LayerPlan | None, Dims]:
         """Return what finally holds a layer, and the sizes of the experts that it was made from."""
         last, dims, now = None, layer.dims, layer.dims

@@ -122,7 +122,8 @@ class Sizes:
         routed, rows = plan.stored(layers), plan.rows_removed(layers)
         total = before.total - (before.routed - routed) - rows
         bits = plan.stored_bits(layers, 8 * itemsize)
-        return cls.made(total, routed, before.active - rows, bits, itemsize)
+        active = total - routed + round(plan.used(layers))
+        return cls.made(total, routed, active, bits, itemsize)
 
     def removed_of_experts(self, teacher: "Sizes") -> float:
         """Return the removed share of the bytes of routed experts."""

@@ -125,7 +125,7 @@ def stage_row(
         expert_bytes=sizes.routed_bytes,
         removed_of_experts=sizes.removed_of_experts(before),
         removed_of_model=sizes.removed_of_model(before),
-        active_parameters=sizes.active,
+        active_parameters=model.parameters_active(active_experts(scores)),
         active_experts=active_experts(scores),
         memory_bytes=resident(model),
         **{"seconds": 0.0, "peak_memory": scores["peak_memory"], **extra},

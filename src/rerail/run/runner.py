@@ -120,6 +120,7 @@ def _run(cell: Cell, folder: Path, status: Status) -> list[Row]:
     if exports:
         step("export")
         exporting.export(cell, student, plan, tokenizer, texts, folder, rows)
+        exporting.weigh(cell, folder, rows)
     return rows
 
 

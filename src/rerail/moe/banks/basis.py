@@ -48,6 +48,11 @@ class Bank(SolvedBank):
         names = spec.options["matrices"].split("+")
         return {f"{name}.{part}": shape for name in names for part, shape in parts.items()}
 
+    @staticmethod
+    def common(spec: BankSpec, name: str) -> bool:  # noqa: ARG004
+        """The bases."""
+        return name.endswith(".B")
+
     def expand(self) -> dict[str, Tensor]:
         """Return fused tensors in the model's dtype."""
         parts = {n: self._matrix(n) for n in self.spec.options["matrices"].split("+")}

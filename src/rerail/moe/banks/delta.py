@@ -34,6 +34,11 @@ class Bank(SolvedBank):
             found |= {f"{name}.base": (out, inner), f"{name}.U": left, f"{name}.V": (rank, inner)}
         return found
 
+    @staticmethod
+    def common(spec: BankSpec, name: str) -> bool:
+        """The base, and shared rows."""
+        return name.endswith(".base") or (spec.options["rows"] == "shared" and name.endswith(".V"))
+
     def expand(self) -> dict[str, Tensor]:
         """Return fused tensors in the model's dtype, of the full width."""
         gate, up, down = (self._matrix(n) for n in ("gate", "up", "down"))

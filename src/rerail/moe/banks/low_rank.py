@@ -36,6 +36,12 @@ class Bank(SolvedBank):
             found |= {f"{name}.mix": (spec.stored, stored)} if few else {}
         return found
 
+    @staticmethod
+    def common(spec: BankSpec, name: str) -> bool:
+        """Shared rows, and the few U that are mixed."""
+        shared = spec.options["rows"] == "shared" and name.endswith(".V")
+        return shared or ("distinct" in spec.integers and name.endswith(".U"))
+
     def expand(self) -> dict[str, Tensor]:
         """Return fused tensors in the model's dtype."""
         return self.layout.pack(ExpertWeights(*(self._matrix(n) for n in ("gate", "up", "down"))))

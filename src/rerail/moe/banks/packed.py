@@ -118,6 +118,11 @@ class Bank(SolvedBank):
         packed = {(layer, name) for name in cls.shapes(spec, dims) if name.endswith(".codes")}
         return {key: n * (8 if key in packed else width) for key, n in counted.items()}
 
+    @classmethod
+    def used(cls, spec: BankSpec, dims: Dims, stored: Stored) -> tuple[float, float]:  # noqa: ARG003
+        """Return the numbers that the codes of an expert stand for."""
+        return 0, dims.expert
+
     def stored_bits(self, width: int) -> Stored:
         """Count 8 bits for a byte of codes, `width` for every other number."""
         whole = {(self.layer, n) for n in self._names if not self.solved(n).is_floating_point()}

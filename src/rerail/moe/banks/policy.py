@@ -127,6 +127,12 @@ class Bank(ExpertBank):
             return self.inner.stored_bits(width)
         return super().stored_bits(width)
 
+    def numbers_used(self, chosen: float) -> float:
+        """Count what it wraps."""
+        if isinstance(self.inner, ExpertBank):
+            return self.inner.numbers_used(chosen)
+        return chosen * self.dims.expert
+
     def as_stock(self) -> nn.Module:
         """Refuse: plain experts compute every slot.
 
