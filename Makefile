@@ -3,10 +3,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help env demo test check format bench zoo clean
+.PHONY: help env demo test check format bench zoo slurm-up slurm-down clean
 
 help: ## show the targets
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
 
 env: $(VENV)/.installed ## make .venv and install the package with pinned dependencies
 
@@ -35,6 +35,12 @@ format: ## rewrite files in the house format
 
 bench: env ## speed and memory as ratios of one run, to bench.json
 	$(BIN)/python experiments/bench/bench.py --out bench.json
+
+slurm-up: ## start a two-node Slurm on this machine, for rerail -m ... +slurm=local
+	@$(PYTHON) slurm/local/up >/dev/null
+
+slurm-down: ## stop it, and nothing else
+	@$(PYTHON) slurm/local/down
 
 clean: ## remove what was made, but not the environment
 	rm -rf outputs multirun build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache

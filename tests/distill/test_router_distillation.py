@@ -247,7 +247,8 @@ def test_validation_counts_tokens_not_batches():
     student, text = sliced(teacher), blocks(5, 9)
     with distillation(student, LiveTeacher(teacher), temperature=1.3) as (module, _):
         for index in ((0, 1), (2, 3), (4,)):
-            module.validation_step(batch_of(text, *index), 0)
+            batch = batch_of(text, *index)
+            module.validation_step({**batch, "weights": batch["mask"][:, 1:].float()}, 0)
         total, count = module._validation
     z_s, z_t = (m.hidden(text.input_ids, text.mask) for m in (student, teacher))
     p, q = ((m.head(z) / 1.3).log_softmax(-1) for m, z in ((teacher, z_t), (student, z_s)))

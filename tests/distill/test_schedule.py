@@ -34,13 +34,31 @@ def test_steps_and_rounds(blocks, batch_size, accumulate, epochs, evaluations, e
 def test_rounds_hand_out_every_block_of_every_pass_once():
     settings = RouterKD(batch_size=3, accumulate=2, epochs=2, evaluations=4)
     schedule = Schedule.of(24, settings)
-    starts = range(0, schedule.steps, schedule.round_steps)
-    rounds = [schedule.blocks_after(step, 5) for step in starts]
+    rounds = [schedule.round_of(step) for step in range(0, schedule.steps, schedule.round_steps)]
     assert len(rounds) == schedule.rounds
-    flat = [block for part in rounds for block in part]
+    steps = [step for begin, end in rounds for step in range(begin, end)]
+    assert steps == list(range(schedule.steps))
+    flat = [block for step in steps for block in schedule.blocks_of(step, 5).tolist()]
     assert [sorted(flat[:21]), sorted(flat[21:])] == [list(range(21))] * 2
     assert flat[:21] != flat[21:]
     assert flat == schedule.order(5).tolist()
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "accumulate", "ranks", "forwards", "size"),
+    [(2, 4, 1, 4, 2), (2, 4, 8, 1, 1), (2, 4, 3, 2, 2), (8, 1, 2, 1, 4), (3, 2, 4, 1, 2)],
+)
+def test_processes_share_a_step_in_equal_forwards(batch_size, accumulate, ranks, forwards, size):
+    settings = RouterKD(batch_size=batch_size, accumulate=accumulate)
+    schedule = Schedule.of(64, settings, ranks)
+    assert (schedule.forwards, schedule.forward_size) == (forwards, size)
+    assert schedule.forwards_of(0) == forwards
+    assert 1 <= schedule.forwards_of(schedule.steps - 1) <= forwards
+
+
+def test_more_processes_than_blocks_in_a_step_are_refused():
+    with pytest.raises(InputError, match="start at most 8"):
+        Schedule.of(64, RouterKD(batch_size=2, accumulate=4), 9)
 
 
 def test_the_order_follows_the_seed():

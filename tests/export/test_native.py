@@ -8,6 +8,17 @@ import pytest
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from families import CONFIGS, tiny, tokens
+from rerail.errors import InputError
+from rerail.export.manifest import is_whole, read_manifest
+from rerail.export.native import as_written, export_native
+from rerail.export.stock import check_native
+from rerail.export.widths import NAMES as WIDTH_NAMES
+from rerail.moe.source import ModelSource
+from rerail.plan.apply import apply_plan
+from rerail.plan.plan import Plan
 from stored_forms import (
     UNEVEN,
     aliased,
@@ -20,17 +31,6 @@ from stored_forms import (
     sliced,
     solved,
 )
-from transformers import AutoModelForCausalLM, PreTrainedModel
-
-from families import CONFIGS, tiny, tokens
-from rerail.errors import InputError
-from rerail.export.manifest import is_whole, read_manifest
-from rerail.export.native import as_written, export_native
-from rerail.export.stock import check_native
-from rerail.export.widths import NAMES as WIDTH_NAMES
-from rerail.moe.source import ModelSource
-from rerail.plan.apply import apply_plan
-from rerail.plan.plan import Plan
 
 
 def logits(model):

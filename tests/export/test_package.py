@@ -2,7 +2,6 @@ import dataclasses
 import json
 
 import pytest
-import stored_forms as forms
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -10,6 +9,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 import rerail.auto  # noqa: F401
+import stored_forms as forms
 from families import tiny, tokens
 from rerail.errors import InputError
 from rerail.export.manifest import read_manifest

@@ -6,11 +6,11 @@ import subprocess
 import sys
 
 import pytest
-import stored_forms as forms
 import torch
 from safetensors.torch import load_file, save_file
 
 import rerail.moe.banks
+import stored_forms as forms
 from families import tiny, tokens
 from rerail.export import remote
 from rerail.export.reload import check_reload

@@ -11,9 +11,9 @@ import pytest
 from result_rows import cell, demo_rows, failed_cell
 
 from rerail.errors import InputError
+from rerail.track.mirror import CsvMirror
 from rerail.track.results import (
     COLUMNS,
-    CsvMirror,
     choices_key,
     new_row,
     read_rows,
@@ -82,7 +82,7 @@ def test_the_key_ignores_order_and_the_way_the_choices_were_typed() -> None:
 def test_csv_reads_back_equal(tmp_path: Path) -> None:
     rows = [*demo_rows(), failed_cell(reason='two\nlines, "quoted"')]
     rows[0] = new_row(**{**rows[0], "nll": 0.1 + 0.2, "choices": {"a": {"b": [1, "x"]}, "c": None}})
-    CsvMirror().log_rows(rows, {}, tmp_path)
+    CsvMirror().open("key", None, {}, tmp_path).close("done", rows)
     with (tmp_path / "results.csv").open(newline="", encoding="utf-8") as handle:
         found = list(csv.DictReader(handle))
     assert len(found) == len(rows)

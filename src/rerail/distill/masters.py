@@ -4,6 +4,7 @@ import contextlib
 from collections.abc import Iterator
 
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Partial
 from torch.nn.utils import parametrize
 
 from rerail.errors import InputError
@@ -18,6 +19,8 @@ class _Cast(nn.Module):
         self.dtype, self.place = like.dtype, like.device
 
     def forward(self, master: Tensor) -> Tensor:
+        if isinstance(master, DTensor):  # every process adds the gradient of its own blocks
+            master = master.full_tensor(grad_placements=[Partial()])
         return master.to(self.place, self.dtype)
 
 

@@ -5,7 +5,7 @@ import dataclasses
 import logging
 import pickle
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -13,16 +13,20 @@ from typing import Any
 import lightning
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Subset
 
-from rerail.data.calibration import CalibrationData, TokenBlocks
-from rerail.distill.masters import masters
+from rerail.data.calibration import TokenBlocks
+from rerail.distill.batches import Rounds
+from rerail.distill.masters import masters, selected
+from rerail.distill.preemption import Checkpoints
 from rerail.distill.router_distillation import RouterDistillation
 from rerail.distill.schedule import Schedule
 from rerail.distill.settings import RouterKD
+from rerail.distill.sharding import private_copy
+from rerail.distill.strategies import check_strategy, strategy_of
 from rerail.errors import InputError
-from rerail.files import digest, whole_file
+from rerail.files import digest
 from rerail.moe.layer import MoEModel
+from rerail.parallel import barrier, first, is_first, join, joined
 from rerail.teacher.teacher import Teacher
 
 log = logging.getLogger(__name__)
@@ -47,34 +51,6 @@ class Repair:
     curve: list[dict[str, float]]
     before: dict[str, Tensor]
     after: dict[str, Tensor]
-
-
-class _Rounds(CalibrationData):
-    """Hands out the blocks that train round by round, in an order that the seed decides."""
-
-    def __init__(self, blocks: TokenBlocks, schedule: Schedule, seed: int):
-        super().__init__(blocks, schedule.train_blocks, schedule.batch_size, seed)
-        self.schedule = schedule
-
-    def train_dataloader(self) -> DataLoader[dict[str, Tensor]]:
-        """Return the round that begins at the trainer's optimiser step."""
-        assert self.trainer is not None
-        blocks = self.schedule.blocks_after(self.trainer.global_step, self.seed)
-        return DataLoader(Subset(self.train, blocks), self.batch_size, num_workers=0)
-
-
-class _Checkpoint(lightning.Callback):
-    """Writes after every round where the fit stands, whole or not at all."""
-
-    def __init__(self, path: Path):
-        self.path = path
-
-    def on_train_epoch_end(
-        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
-    ) -> None:
-        """Write it."""
-        with whole_file(self.path) as temporary:
-            trainer.save_checkpoint(temporary)
 
 
 def repair(  # noqa: PLR0913
@@ -102,46 +78,73 @@ def repair(  # noqa: PLR0913
         InputError: too few blocks, constant gate weights, an argument of the trainer that the
             settings decide, a precision that casts the masters, or a KL that is not finite.
     """
-    schedule = Schedule.of(len(blocks), settings)
+    check_strategy(trainer, settings)
+    join()
+    rank, ranks = joined()
+    schedule = Schedule.of(len(blocks), settings, ranks)
     student.model.train(False)
-    with masters(student, settings.trains) as trained:
+    sharded = trainer.get("strategy") == "fsdp2"
+    trainee = private_copy(student) if sharded else student
+    # DDP takes the mean over processes, sharded masters the sum; both that over a step's forwards
+    scale = schedule.forwards / settings.accumulate * (1 if sharded else ranks)
+    with masters(trainee, settings.trains) as trained:
         before = {n: p.detach().clone() for n, p in trained.items()}
-        module = RouterDistillation(student, teacher, settings, trained, schedule.steps)
+        module = RouterDistillation(trainee, teacher, settings, trained, schedule.steps, scale)
         held = None
         if folder is not None:
             choices = [dataclasses.asdict(settings), seed, blocks.fingerprint]
             rows = [sha256(t.cpu().numpy().tobytes()).hexdigest() for t in before.values()]
             held = folder / f"repair-{digest([choices, rows])}.ckpt"
-        _fit(module, _Rounds(blocks, schedule, seed), trainer, held)
-        after = {n: p.detach().clone() for n, p in trained.items()}
+        data = Rounds(blocks, schedule, seed, settings.average, rank)
+        _fit(module, data, trainer, held)
+        after = dict(zip(trained, module.rows().values(), strict=True))
+    if sharded:
+        put_rows(student, after)
     curve = module.curve
-    first, last = curve[0]["val_kl"], curve[-1]["val_kl"]
+    first_kl, last_kl = curve[0]["val_kl"], curve[-1]["val_kl"]
     made = int(curve[-1]["step"])
-    return Repair(first, module.best[0], last, module.best[1], made, curve, before, after)
+    return Repair(first_kl, module.best[0], last_kl, module.best[1], made, curve, before, after)
+
+
+def put_rows(student: MoEModel, rows: Mapping[str, Tensor]) -> None:
+    """Put repaired rows (and biases), named as in `Repair.after`, into a student."""
+    for layer in student.layers:
+        for owner, part in selected(layer, "router_rows+bias"):
+            new = rows.get(f"layers.{layer.index}.router.{part}")
+            if new is not None:
+                old = getattr(owner, part)
+                owner._parameters[part] = torch.nn.Parameter(new.to(old), requires_grad=False)
 
 
 def _fit(
-    module: RouterDistillation, data: _Rounds, given: dict[str, Any], held: Path | None
+    module: RouterDistillation, data: Rounds, given: dict[str, Any], held: Path | None
 ) -> None:
     """Fit in rounds (Lightning's epochs), from `held` where it is sound; remove it at the end."""
     settings, schedule = module.settings, data.schedule
-    start = held if held is not None and _sound(held) else None
+    start = held if held is not None and first(lambda: _sound(held)) else None
     fixed: dict[str, Any] = {
         "max_epochs": schedule.rounds,
         "reload_dataloaders_every_n_epochs": 1,
-        "accumulate_grad_batches": settings.accumulate,
+        "accumulate_grad_batches": schedule.forwards,
         "gradient_clip_val": settings.clip or None,
         "num_sanity_val_steps": 0 if start else -1,  # the validation of step 0
+        "use_distributed_sampler": False,
         "enable_checkpointing": False,
         "enable_model_summary": False,
     }
     if clash := sorted(fixed.keys() & given.keys()):
         raise InputError(f"trainer.{clash[0]} is decided by the settings of distill; leave it out")
-    callbacks = [*given.get("callbacks", []), *([_Checkpoint(held)] if held is not None else [])]
-    free = {"logger": False, "log_every_n_steps": 1, **given, "callbacks": callbacks}
-    with _quiet(), torch.enable_grad():
-        lightning.Trainer(**fixed, **free).fit(module, datamodule=data, ckpt_path=start)
-    if held is not None:
+    keeper = [Checkpoints(held)] if held is not None else []
+    free = {"logger": False, "log_every_n_steps": 1, **given, **strategy_of(given)}
+    free["callbacks"] = [*given.get("callbacks", []), *keeper]
+    try:
+        with _quiet(), torch.enable_grad():
+            lightning.Trainer(**fixed, **free).fit(module, datamodule=data, ckpt_path=start)
+    finally:
+        for one in keeper:
+            one.close()
+    barrier()
+    if held is not None and is_first():
         held.unlink(missing_ok=True)
 
 
@@ -155,6 +158,7 @@ def _quiet() -> Iterator[None]:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", ".*does not have many workers.*")
             warnings.filterwarnings("ignore", ".*LeafSpec.*is deprecated.*")
+            warnings.filterwarnings("ignore", ".*srun. command is available.*")
             yield
     finally:
         voice.setLevel(level)

@@ -15,20 +15,23 @@ import lightning
 import torch
 from torch import Tensor, nn
 
+from rerail.distill.batches import Batch
 from rerail.distill.settings import RouterKD
+from rerail.distill.sharding import put, shard, whole
 from rerail.errors import InputError
 from rerail.moe.layer import MoEModel
+from rerail.parallel import gathered, joined
 from rerail.teacher.kl import chunked_kl, target_weights, token_kl
 from rerail.teacher.teacher import Teacher
-
-Batch = dict[str, Tensor]
 
 
 class RouterDistillation(lightning.LightningModule):
     """Trains masters; student and teacher are held outside its parameters.
 
     Student and teacher share tensors and may be spread over devices, so Lightning must neither move
-    nor save them: what it sees, moves and writes to checkpoints are the masters alone.
+    nor save them: what it sees, moves and writes to checkpoints are the masters alone. Where
+    several processes fit together, each has its share of every optimiser step's blocks; all numbers
+    are those of all processes.
 
     Args:
         student: the compressed model, in the mode (eval) in which its teacher speaks.
@@ -36,6 +39,8 @@ class RouterDistillation(lightning.LightningModule):
         settings: hyper-parameters.
         trained: the trainable parameters, from `rerail.distill.masters`.
         steps: optimiser steps of the whole fit, for the schedule.
+        scale: of the loss that is trained on, so that its mean over the forwards of an optimiser
+            step (and over processes, where the strategy takes one) is that of a single process.
 
     Attributes:
         curve: {step, train_kl, val_kl} at every validation; the first is step 0.
@@ -49,6 +54,7 @@ class RouterDistillation(lightning.LightningModule):
         settings: RouterKD,
         trained: dict[str, nn.Parameter],
         steps: int,
+        scale: float = 1.0,
     ):
         super().__init__()
         self._student = [student]
@@ -56,10 +62,18 @@ class RouterDistillation(lightning.LightningModule):
         self.settings = settings
         self.masters = nn.ParameterDict({n.replace(".", "_"): p for n, p in trained.items()})
         self.steps = steps
+        self.scale = scale
+        self.sharded = False
         self.curve: list[dict[str, float]] = []
         self.best: tuple[float, int, dict[str, Tensor]] = (math.inf, 0, {})
         self._validation = (0.0, 0)
         self._train = (0.0, 0)
+
+    def configure_model(self) -> None:
+        """Shard the student where the strategy gives a mesh of processes (FSDP2)."""
+        if self.device_mesh is not None and not self.sharded:
+            shard(self._student[0], self.masters, self.device_mesh["data_parallel"])
+            self.sharded = True
 
     def on_fit_start(self) -> None:
         """Check that the trainer's precision left the masters what they are.
@@ -74,15 +88,21 @@ class RouterDistillation(lightning.LightningModule):
             )
 
     def loss(self, batch: Batch) -> Tensor:
-        """Return L averaged over the batch's sequences (or tokens, by `average`)."""
+        """Return L averaged over the batch's sequences (or tokens, by `average`).
+
+        Where a batch is a share of a larger one, its `weights` (B, S-1) say how its targets count.
+        """
         student, teacher, valid = self._states(batch)
-        weights = target_weights(batch["mask"], self.settings.average).to(valid.device)[valid]
+        weights = batch.get("weights")
+        if weights is None:
+            weights = target_weights(batch["mask"], self.settings.average)
+        weights = weights.to(valid.device)[valid]
         head, s = self._student[0].head, self.settings
         return chunked_kl(student, teacher, weights, head, temperature=s.temperature, chunk=s.chunk)
 
     def _states(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """Return both final hidden states (N, H) at the N targets, and where they are (B, S-1)."""
-        device = self._student[0].layers[0].router_rows.device
+        device = next(self._student[0].model.parameters()).device
         ids, mask = batch["input_ids"].to(device), batch["mask"].to(device)
         teacher = self._teacher[0].hidden(batch["index"], ids, mask)
         student = self._student[0].hidden(ids, mask)
@@ -92,18 +112,20 @@ class RouterDistillation(lightning.LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """One forward of the student, and the KL to the teacher."""
         loss = self.loss(batch)
-        self._train = (self._train[0] + float(loss.detach()), self._train[1] + 1)
+        blocks = int(batch["weights"].any(dim=1).sum())
+        self._train = (self._train[0] + float(loss.detach()), self._train[1] + blocks)
         self.log("train_kl", loss.detach(), prog_bar=True)
-        return loss
+        return loss * self.scale
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Add up the KL of held-out calibration blocks."""
-        student, teacher, _ = self._states(batch)
+        student, teacher, valid = self._states(batch)
         head, s = self._student[0].head, self.settings
-        kl = token_kl(student, teacher, head, s.temperature, s.chunk)
+        kl = token_kl(student, teacher, head, s.temperature, s.chunk).double()
+        counts = batch["weights"].to(valid.device)[valid]
         self._validation = (
-            self._validation[0] + float(kl.double().sum()),
-            self._validation[1] + len(kl),
+            self._validation[0] + float((kl * counts).sum()),
+            self._validation[1] + int(counts.sum()),
         )
 
     def on_validation_epoch_end(self) -> None:
@@ -112,8 +134,10 @@ class RouterDistillation(lightning.LightningModule):
         Raises:
             InputError: the KL is not finite before the first step.
         """
-        kl = self._validation[0] / max(self._validation[1], 1)
-        train = self._train[0] / self._train[1] if self._train[1] else kl
+        total, targets = map(sum, zip(*gathered(self._validation), strict=True))
+        kl = total / max(targets, 1)
+        seen, blocks = map(sum, zip(*gathered(self._train), strict=True))
+        train = seen / (blocks / self.settings.batch_size) if blocks else kl
         self._validation = self._train = (0.0, 0)
         if not math.isfinite(kl):
             if not self.curve:
@@ -123,16 +147,19 @@ class RouterDistillation(lightning.LightningModule):
                 )
             self.trainer.should_stop = True
         self.curve.append({"step": self.global_step, "train_kl": train, "val_kl": kl})
-        self.log("val_kl", kl, prog_bar=True)
+        self.log("val_kl", kl, prog_bar=True, sync_dist=True)
         if kl < self.best[0]:
-            held = {n: p.detach().clone() for n, p in self.masters.items()}
-            self.best = (kl, self.global_step, held)
+            self.best = (kl, self.global_step, self.rows())
+
+    def rows(self) -> dict[str, Tensor]:
+        """Return copies of the masters by name, whole on every process."""
+        return {n: whole(p) for n, p in self.masters.items()}
 
     @torch.no_grad()
     def on_fit_end(self) -> None:
         """Put the best step's masters back."""
         for name, value in self.best[2].items():
-            self.masters[name].copy_(value)
+            put(self.masters[name], value)
 
     def configure_optimizers(self) -> Any:
         """AdamW on the masters."""
@@ -154,7 +181,9 @@ class RouterDistillation(lightning.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add what the fit has seen so far."""
         checkpoint["curve"], checkpoint["best"] = self.curve, self.best
+        checkpoint["train"] = gathered(self._train)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Go on from it."""
         self.curve, self.best = checkpoint["curve"], checkpoint["best"]
+        self._train = tuple(checkpoint["train"][joined()[0]])

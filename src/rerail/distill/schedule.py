@@ -22,6 +22,7 @@ class Schedule:
         batches, steps: of the whole fit.
         round_steps: optimiser steps a round; the last round may be shorter.
         passes: over the blocks that train.
+        ranks: processes that fit together: they share the blocks of every optimiser step.
     """
 
     train_blocks: int
@@ -31,13 +32,15 @@ class Schedule:
     steps: int
     round_steps: int
     passes: int
+    ranks: int = 1
 
     @classmethod
-    def of(cls, blocks: int, settings: RouterKD) -> "Schedule":
+    def of(cls, blocks: int, settings: RouterKD, ranks: int = 1) -> "Schedule":
         """Plan a fit over so many blocks.
 
         Raises:
-            InputError: there are too few blocks to train and to validate.
+            InputError: there are too few blocks to train and to validate, or in an optimiser step
+                for as many processes.
         """
         train = blocks - max(1, round(blocks * settings.validation))
         if train < settings.batch_size:
@@ -45,11 +48,18 @@ class Schedule:
                 f"{blocks} calibration blocks leave {max(train, 0)} to train on, fewer than "
                 f"distill.batch_size={settings.batch_size}; ask for more samples or a smaller batch"
             )
+        a_step = settings.batch_size * settings.accumulate
+        if ranks > a_step:
+            raise InputError(
+                f"{ranks} processes cannot share the distill.batch_size={settings.batch_size} x "
+                f"distill.accumulate={settings.accumulate} blocks of an optimiser step; start at "
+                f"most {a_step}"
+            )
         batches = train // settings.batch_size * settings.epochs
         steps = math.ceil(batches / settings.accumulate)
         a_round = math.ceil(steps / settings.evaluations)
         sizes = (settings.batch_size, settings.accumulate)
-        return cls(train, *sizes, batches, steps, a_round, settings.epochs)
+        return cls(train, *sizes, batches, steps, a_round, settings.epochs, ranks)
 
     @property
     def rounds(self) -> int:
@@ -69,7 +79,31 @@ class Schedule:
         ]
         return torch.cat(passes)
 
-    def blocks_after(self, step: int, seed: int) -> list[int]:
-        """Return the blocks of the round that begins after so many optimiser steps."""
+    @property
+    def forwards(self) -> int:
+        """Forwards of one process in an optimiser step; `accumulate` where there is one process."""
+        return math.ceil(self._share(self.batch_size * self.accumulate) / self.batch_size)
+
+    @property
+    def forward_size(self) -> int:
+        """Blocks in a forward of one process, `batch_size` at most."""
+        return math.ceil(self._share(self.batch_size * self.accumulate) / self.forwards)
+
+    def _share(self, blocks: int) -> int:
+        return math.ceil(blocks / self.ranks)
+
+    def round_of(self, step: int) -> tuple[int, int]:
+        """Return the steps at which the round of a step begins and ends; past all, the last's."""
+        begin = min(step, self.steps - 1) // self.round_steps * self.round_steps
+        return begin, min(begin + self.round_steps, self.steps)
+
+    def blocks_of(self, step: int, seed: int) -> Tensor:
+        """Return int64 (n,): the blocks of an optimiser step, batch by batch."""
         a_step = self.accumulate * self.batch_size
-        return self.order(seed)[step * a_step : (step + self.round_steps) * a_step].tolist()
+        return self.order(seed)[step * a_step : (step + 1) * a_step]
+
+    def forwards_of(self, step: int) -> int:
+        """Return the forwards of one process in a step; the last step may have fewer."""
+        a_step = self.accumulate * self.batch_size
+        blocks = min(a_step, self.batches * self.batch_size - step * a_step)
+        return math.ceil(self._share(blocks) / self.forward_size)

@@ -1,7 +1,7 @@
 """How many experts are really computed for a token: fewer than K where slots are skipped."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,6 +23,15 @@ class Active:
     experts: dict[int, int] = field(default_factory=dict)
     tokens: dict[int, int] = field(default_factory=dict)
     mask: Tensor | None = None
+
+    @classmethod
+    def of_all(cls, parts: Sequence["Active"]) -> "Active":
+        """Return the counts of several parts of a text."""
+        layers = parts[0].experts
+        return cls(
+            {i: sum(part.experts[i] for part in parts) for i in layers},
+            {i: sum(part.tokens[i] for part in parts) for i in layers},
+        )
 
     def of(self, layer: int) -> float:
         """Return the experts computed for a token of a layer, on average."""

@@ -6,9 +6,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rerail.evaluate.active import counting
+from rerail.evaluate.active import Active, counting
 from rerail.evaluate.routing import Routing, tracing
 from rerail.moe.layer import MoEModel
+from rerail.parallel import gathered, part
 from rerail.teacher.kl import kl_of, log_distribution
 
 Batch = tuple[Tensor, Tensor]
@@ -48,6 +49,9 @@ def score_blocks(
 ) -> BlockScores:
     """Score a text by a model.
 
+    In a group of processes all must call it, and each scores its part of the batches; what comes
+    back is that of one process, to the bit.
+
     Args:
         model: teacher or student.
         batches: (input_ids (B, S), mask (B, S)).
@@ -59,9 +63,10 @@ def score_blocks(
     rows: list[Tensor] = []
     states: list[Tensor] = []
     device = next(model.model.parameters()).device
-    done = 0
+    begin, mine = part(batches)
+    done = sum(len(ids) for ids, _ in batches[:begin])
     with tracing(model) as routing, counting(model) as active:
-        for ids, mask in progress(batches):
+        for ids, mask in progress(mine):
             routing.mask = active.mask = mask
             hidden = model.hidden(ids.to(device), mask.to(device))
             theirs = hidden if teacher is None else teacher[done : done + len(ids)].to(hidden)
@@ -70,9 +75,14 @@ def score_blocks(
             if teacher is None:
                 states.append(hidden.cpu())
             done += len(ids)
-    nll, kl, agree, tokens = torch.cat(rows).unbind(1)
+    parts = gathered((rows, states, routing.chosen, active))
+    nll, kl, agree, tokens = torch.cat([t for part_rows, *_ in parts for t in part_rows]).unbind(1)
+    states = [t for _, part_states, *_ in parts for t in part_states]
+    for i in routing.chosen:
+        routing.chosen[i] = [t for *_, chosen, _ in parts for t in chosen[i]]
     kept = torch.cat(states) if states else None
-    return BlockScores(nll, tokens, kl, agree, kept, routing, active.mean)
+    computed = Active.of_all([active for *_, active in parts])
+    return BlockScores(nll, tokens, kl, agree, kept, routing, computed.mean)
 
 
 def _batch_sums(

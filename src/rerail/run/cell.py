@@ -11,11 +11,13 @@ from rerail.data.calibration import Calibration
 from rerail.distill.masters import check_gates
 from rerail.distill.schedule import Schedule
 from rerail.distill.settings import RouterKD
+from rerail.distill.strategies import check_strategy
 from rerail.errors import InputError
 from rerail.export.targets import FORMS
 from rerail.files import digest
 from rerail.moe.layer import MoEModel
 from rerail.moe.source import ModelSource
+from rerail.parallel import world
 from rerail.plan.allocation import Allocation
 from rerail.plan.ratio import Bits, Budget, Ratio, Skip
 from rerail.run.evaluation import Evaluation
@@ -115,9 +117,16 @@ class Cell:
             InputError: a value cannot be used.
         """
         self.evaluation.check()
+        check_strategy(self.trainer, self.distill)
+        processes = world()[1]
+        if processes > 1 and self.model.device_map is not None:
+            raise InputError(
+                f"model.device_map={self.model.device_map!r} spreads the model of one process over "
+                f"the GPUs, and {processes} processes were started; leave it out or start one"
+            )
         meta = self.model.meta()
         if self.budget.removed != 0:
             check(self.compressor, meta.layers, self.budget, self.allocation)
         if self.distill.enabled:
             check_gates(meta)
-            Schedule.of(self.calibration.samples, self.distill)
+            Schedule.of(self.calibration.samples, self.distill, processes)

@@ -96,8 +96,13 @@ def _check_value(value: Any, hint: Any, where: str) -> None:
     raise InputError(f"{where}={value!r} is not {said}")
 
 
-def to_cell(config: DictConfig, command: str = "") -> Cell:
+def to_cell(config: DictConfig, command: str = "", names: Mapping[str, str] | None = None) -> Cell:
     """Return the typed cell of a composed config.
+
+    Args:
+        config: without its hydra node.
+        command: that composes it.
+        names: the choice of each group; None asks Hydra.
 
     Raises:
         InputError: a value cannot be used.
@@ -107,14 +112,15 @@ def to_cell(config: DictConfig, command: str = "") -> Cell:
     assert isinstance(choices, dict)
     _check_value(choices["seed"], int, "seed")
     check_names(choices["trainer"], list(inspect.signature(Trainer).parameters), "trainer")
-    named = dict(HydraConfig.get().runtime.choices) if HydraConfig.initialized() else {}
-    names = {str(g): str(c) for g, c in named.items() if c is not None and "/" not in g}
+    if names is None:
+        named = dict(HydraConfig.get().runtime.choices) if HydraConfig.initialized() else {}
+        names = {str(g): str(c) for g, c in named.items() if c is not None and "/" not in g}
     kept = {str(k): v for k, v in choices.items() if k not in _VOLATILE}
     return Cell(
         **parts,
         trainer=dict(choices["trainer"]),
         seed=int(config.seed),
         prompt=str(config.prompt),
-        names=names,
+        names=dict(names),
         choices=kept | {"names": {n: names.get(n) for n in GROUPS}, "command": command},
     )

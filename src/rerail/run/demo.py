@@ -12,7 +12,7 @@ from pathlib import Path
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from rerail.data.text import Docs
-from rerail.run.screen import finish
+from rerail.track.screen import finish
 
 MODELS = ("tiny_fine", "tiny_coarse")
 METHODS = ("reap", "hc_smoe", "mobe")

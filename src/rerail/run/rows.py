@@ -25,6 +25,9 @@ Scores = Mapping[str, Any]
 def revision() -> str | None:
     """Return the git revision of this code, `+` where it was edited; None outside git."""
     here = Path(__file__).parent
+    snapshot = here.parent / "revision.txt"  # of a sweep: outside git, or in another place of it
+    if snapshot.exists():
+        return snapshot.read_text(encoding="utf-8").strip() or None
     try:
         head = subprocess.run(
             ["git", "-C", here, "rev-parse", "--short=12", "HEAD"],

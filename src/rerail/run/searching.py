@@ -24,7 +24,7 @@ def register() -> None:
     plugins = Plugins.instance()
     files: Any = SourcesRegistry.instance().resolve("file")
     conf = config_root() / "conf"
-    known = {"experiments", "slurm", *(p.name for p in conf.iterdir() if p.is_dir())}
+    known = {"experiments", "slurm", *(p.name for p in conf.iterdir() if p.is_dir())} - {"hydra"}
 
     class Groups(files):  # type: ignore[misc]
         @staticmethod

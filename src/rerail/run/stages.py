@@ -3,27 +3,29 @@
 import functools
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from rerail.compress.compressor import check, make_plan
 from rerail.compress.skipping import Skipper, check_fitted, without_policies
 from rerail.data.calibration import TokenBlocks
-from rerail.distill.repair import repair
+from rerail.distill.points import Points
+from rerail.distill.repair import put_rows, repair
 from rerail.evaluate.perplexity import BlockScores, score_blocks
 from rerail.evaluate.routing import Routing, changed
 from rerail.files import cache_dir, digest, read_sealed, write_sealed
 from rerail.moe.layer import MoEModel
+from rerail.parallel import alone, first, is_first, kept
 from rerail.plan.apply import apply_plan
 from rerail.plan.plan import Plan
 from rerail.run.artefacts import Stage, peak_memory, saved, start_peak
 from rerail.run.cell import Cell
 from rerail.run.drivers import sequential
+from rerail.run.progress import Steps, bar
 from rerail.stats.collect import collect
 from rerail.stats.statistic import Statistic, StatisticSet
 from rerail.stats.store import StatisticStore, merge_sets
@@ -34,23 +36,23 @@ log = logging.getLogger(__name__)
 SCORES = 2  # version of what a cached scoring holds
 
 
-def bar(label: str) -> Any:
-    """Return a wrapper that shows a progress bar over its items."""
-    return functools.partial(tqdm, desc=label, leave=False, dynamic_ncols=True, mininterval=0.5)
-
-
 def statistics(
     cell: Cell, model: MoEModel, blocks: TokenBlocks, wanted: Sequence[Statistic]
 ) -> StatisticSet:
-    """Return the statistics, collecting in one pass those that the store lacks."""
+    """Return the statistics, collecting in one pass those that the store lacks.
+
+    In a group of processes all collect, and the first one has them all.
+    """
     key = digest([cell.model.fingerprint(), blocks.fingerprint, cell.implementation(model)])
     store = StatisticStore(cache_dir() / "statistics", key)
-    held, missing = store.load(wanted)
+    held, missing = store.load(wanted) if is_first() else (StatisticSet(), [])
+    missing = first(lambda: missing)
     if not missing:
         return held
     batches = list(blocks.batches(cell.evaluation.batch_size))
     fresh = collect(model, batches, missing, bar("statistics"))
-    store.save(fresh, missing)
+    if is_first():
+        store.save(fresh, missing)
     return merge_sets([held, fresh])
 
 
@@ -59,27 +61,45 @@ def plan(
 ) -> tuple[Plan, dict[str, Any]]:
     """Return the plan, read or made, and what making it cost (statistics included)."""
     path, beside = folder / "plan.json", folder / "plan.cost.json"
-    held, cost = Plan.load(path), read_sealed(beside)
-    if held is not None and cost is not None:
+
+    def read() -> tuple[Plan, dict[str, Any]] | None:
+        held, cost = Plan.load(path), read_sealed(beside)
+        if held is None or cost is None:
+            return None
         held.validate(model.layers)
         return held, cost
-    start_peak()
-    start = time.perf_counter()
-    filled, remeasure = StatisticSet(), None
-    if cell.budget.removed != 0:
-        check(cell.compressor, model.layers, cell.budget, cell.allocation)
-        if cell.compressor.driver == "sequential":
-            batches = list(blocks.batches(cell.evaluation.batch_size))
-            remeasure = sequential(model, batches, cell.compressor.requires, bar)
-        else:
-            filled = statistics(cell, model, blocks, cell.compressor.requires)
-    made = make_plan(cell.compressor, model.layers, filled, cell.budget, cell.allocation, remeasure)
-    made.save(path)
-    for note in made.lineage.get("notes", ()):
-        log.warning("%s", note)
-    cost = {"seconds": time.perf_counter() - start, "peak_memory": peak_memory()}
-    write_sealed(beside, cost)
-    return made, cost
+
+    def make() -> tuple[Plan | None, dict[str, Any]]:
+        start_peak()
+        start = time.perf_counter()
+        made = _made_plan(cell, model, blocks)
+        return made, {"seconds": time.perf_counter() - start, "peak_memory": peak_memory()}
+
+    def write(found: tuple[Plan | None, dict[str, Any]]) -> tuple[Plan, dict[str, Any]]:
+        made, cost = found
+        assert made is not None  # on the first process
+        made.save(path)
+        for note in made.lineage.get("notes", ()):
+            log.warning("%s", note)
+        write_sealed(beside, cost)
+        return made, cost
+
+    return kept(read, make, write)
+
+
+def _made_plan(cell: Cell, model: MoEModel, blocks: TokenBlocks) -> Plan | None:
+    """Return the plan on the first process; where it measures between its steps, on all."""
+    decide = functools.partial(make_plan, cell.compressor, model.layers)
+    choices = cell.budget, cell.allocation
+    if cell.budget.removed == 0:
+        return decide(StatisticSet(), *choices, None)
+    check(cell.compressor, model.layers, *choices)
+    if cell.compressor.driver == "sequential":
+        batches = list(blocks.batches(cell.evaluation.batch_size))
+        remeasure = sequential(model, batches, cell.compressor.requires, bar)
+        return decide(StatisticSet(), *choices, remeasure)
+    filled = statistics(cell, model, blocks, cell.compressor.requires)
+    return alone(lambda: decide(filled, *choices, None))
 
 
 def teacher_states(cell: Cell, model: MoEModel, blocks: TokenBlocks) -> Teacher:
@@ -160,13 +180,23 @@ def _sums(scores: BlockScores) -> dict[str, Any]:
 
 
 def repair_student(
-    cell: Cell, model: MoEModel, student: MoEModel, blocks: TokenBlocks, folder: Path
+    cell: Cell,
+    model: MoEModel,
+    student: MoEModel,
+    blocks: TokenBlocks,
+    folder: Path,
+    tell: Callable[[Mapping[str, float]], None],
 ) -> Stage:
-    """Train the router, or put an earlier fit's rows back; rows before and after are kept."""
+    """Train the router, or put an earlier fit's rows back; rows before and after are kept.
+
+    Each point of a fit is told to `tell` as it comes.
+    """
 
     def make() -> Stage:
         teacher = teacher_states(cell, model, blocks)
-        done = repair(student, teacher, blocks, cell.distill, cell.trainer, cell.seed, folder)
+        callbacks = [*cell.trainer.get("callbacks", []), Points(tell), Steps()]
+        trainer = {**cell.trainer, "callbacks": callbacks}
+        done = repair(student, teacher, blocks, cell.distill, trainer, cell.seed, folder)
         data = {
             n: getattr(done, n)
             for n in ("kl_first", "kl_best", "kl_last", "best_step", "steps", "curve")
@@ -175,13 +205,8 @@ def repair_student(
         return data, tensors | {f"after.{n}": t for n, t in done.after.items()}
 
     data, tensors = saved(folder / "repair.json", make)
-    for layer in student.layers:
-        owner, name = layer.rows_owner()
-        for part in (name, "bias"):
-            rows = tensors.get(f"after.layers.{layer.index}.router.{part}")
-            if rows is not None:
-                old = getattr(owner, part)
-                owner._parameters[part] = torch.nn.Parameter(rows.to(old), requires_grad=False)
+    after = {n.removeprefix("after."): t for n, t in tensors.items() if n.startswith("after.")}
+    put_rows(student, after)
     return data, tensors
 
 
@@ -190,15 +215,19 @@ def refit(cell: Cell, student: MoEModel, blocks: TokenBlocks, folder: Path) -> M
     compressor = cell.compressor
     if not isinstance(compressor, Skipper) or cell.skip.share == 0:
         return student
-    plan = Plan.load(folder / "policy.json")
-    if plan is None:
-        batches = list(blocks.batches(cell.evaluation.batch_size))
+    path = folder / "policy.json"
+    batches = list(blocks.batches(cell.evaluation.batch_size))
 
-        def measure(model: MoEModel) -> StatisticSet:
-            return collect(model, batches, compressor.requires, bar("gate ratios"))
+    def measure(model: MoEModel) -> StatisticSet:
+        return collect(model, batches, compressor.requires, bar("gate ratios"))
 
-        plan = compressor.refit(student, measure, cell.skip)
-        plan.save(folder / "policy.json")
+    def write(plan: Plan) -> Plan:
+        plan.save(path)
+        return plan
+
+    plan = kept(
+        lambda: Plan.load(path), lambda: compressor.refit(student, measure, cell.skip), write
+    )
     fitted = apply_plan(without_policies(student), plan)
     check_fitted(fitted)
     return fitted

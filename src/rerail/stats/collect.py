@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from rerail.errors import InputError
 from rerail.moe.layer import MoELayer, MoEModel
+from rerail.parallel import folded, part
 from rerail.stats.ablation import ablation_pass
 from rerail.stats.gradients import backward_pass
 from rerail.stats.pairs import combined, pair_outputs, pairs_and_middle
@@ -172,6 +173,9 @@ def collect(
 ) -> StatisticSet:
     """Run the text through the model once and return the filled statistics.
 
+    In a group of processes all must call it, and each runs its part of the batches; what comes back
+    is merged, and the same for all.
+
     Args:
         model: teacher, student, or a compressed prefix.
         batches: (input_ids (B, S), mask (B, S)) pairs; masked positions count for nothing.
@@ -183,6 +187,8 @@ def collect(
     Raises:
         InputError: a statistic came out infinite or NaN, or cannot be measured on this model.
     """
+    begin, mine = part(batches)
+    first += sum(ids.numel() for ids, _ in batches[:begin])
     wanted = tuple(dict.fromkeys(statistics))
     chosen = [la for la in model.layers if layers is None or la.index in layers]
     runs = {run: [s for s in wanted if s.run == run] for run in ("backward", "ablation")}
@@ -190,15 +196,16 @@ def collect(
     held = {la.index: {s: s.empty(la) for s in wanted} for la in chosen}
     if forward and chosen:
         parts = {i: {s: t for s, t in h.items() if s in forward} for i, h in held.items()}
-        _forward_pass(model, chosen, progress(batches), parts, first)
+        _forward_pass(model, chosen, progress(mine), parts, first)
         held = {i: {**h, **parts[i]} for i, h in held.items()}
     if runs["backward"]:
-        backward_pass(model, chosen, progress(batches), held)
+        backward_pass(model, chosen, progress(mine), held)
     if runs["ablation"]:
-        ablation_pass(model, chosen, progress(batches), held)
+        ablation_pass(model, chosen, progress(mine), held)
     for index, tensors in held.items():
         for statistic, tensor in tensors.items():
-            _check(statistic, tensor, index)
+            tensors[statistic] = folded(tensor, statistic.merged)
+            _check(statistic, tensors[statistic], index)
     return StatisticSet({i: {s.name: t for s, t in h.items()} for i, h in held.items()})
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from rerail.files import file_digest, read_sealed, whole_file, write_sealed
 from rerail.moe.layer import MoEModel
+from rerail.parallel import gathered_first, kept, part
 
 log = logging.getLogger(__name__)
 
@@ -55,24 +56,38 @@ class CachedTeacher:
 
 @torch.no_grad()
 def speak(model: MoEModel, batches: Sequence[Batch], progress: Progress = lambda b: b) -> Tensor:
-    """Return the final hidden states (N, S, H) of all blocks, in the model's dtype, on the CPU."""
+    """Return the final hidden states (N, S, H) of all blocks, in the model's dtype, on the CPU.
+
+    In a group of processes all must call it: each speaks on its part of the batches, and the first
+    one gets all states; the others get their own.
+    """
     device = next(model.model.parameters()).device
-    return torch.cat([model.hidden(x.to(device), m.to(device)).cpu() for x, m in progress(batches)])
+    _, mine = part(batches)
+    own = [model.hidden(x.to(device), m.to(device)).cpu() for x, m in progress(mine)]
+    said = [t for states in gathered_first(own) for t in states] or own
+    return torch.cat(said) if said else torch.empty(0)
 
 
 def cached_states(path: Path, make: Callable[[], Tensor]) -> Tensor:
     """Return the states at `path`, made and written first where they are absent or damaged."""
-    seal = path.with_suffix(".json")
-    held = read_sealed(seal)
-    if held is not None and path.exists():
-        if file_digest(path) == held["sha256"]:
-            try:
-                return load_file(path)["hidden"]
-            except SafetensorError:
-                pass
-        log.warning("%s is damaged (its hash does not match) and will be made again", path)
-    states = make()
+    return kept(lambda: _read(path), make, lambda states: _written(path, states))
+
+
+def _read(path: Path) -> Tensor | None:
+    held = read_sealed(path.with_suffix(".json"))
+    if held is None or not path.exists():
+        return None
+    if file_digest(path) == held["sha256"]:
+        try:
+            return load_file(path)["hidden"]
+        except SafetensorError:
+            pass
+    log.warning("%s is damaged (its hash does not match) and will be made again", path)
+    return None
+
+
+def _written(path: Path, states: Tensor) -> Tensor:
     with whole_file(path) as temporary:
         temporary.write_bytes(save({"hidden": states.contiguous()}))
-    write_sealed(seal, {"sha256": file_digest(path)})
+    write_sealed(path.with_suffix(".json"), {"sha256": file_digest(path)})
     return states

@@ -14,9 +14,15 @@ from scipy.stats import t as student_t
 
 from rerail.files import digest
 from rerail.track.results import Row
+from rerail.track.words import number
 
 STAGES = ("teacher", "compressed", "repaired")
-FIELDS = ("ratio", "samples", "calibration", "allocation", "distill")
+BUDGETS = ("ratio", "bits", "skip")
+FIELDS = (*BUDGETS, "samples", "calibration", "allocation", "distill")
+_CHOSEN = ("ratio", "samples", "calibration", "allocation", "distill")
+_ALONG = {"bits": ("ratio", "bits"), "skip": ("ratio", "skip")}  # choices that vary with a column
+_LONG = {"ratio": "ratio {}", "bits": "{} bits", "skip": "skips {}", "samples": "{} samples"}
+_SHORT = {"ratio": "r{}", "bits": "{} bits", "skip": "skips {}", "samples": "n{}"}
 BLANK = "gap under two standard errors"
 UNREPAIRED = "no repair"
 
@@ -154,7 +160,7 @@ def choices_without(row: Row, dropped: Iterable[str] = ()) -> str:
         for name, value in choices.items()
         if name not in gone | {"seed"}
     }
-    columns = {name: row[name] for name in ("model", "compressor", *FIELDS) if name not in gone}
+    columns = {name: row[name] for name in ("model", "compressor", *_CHOSEN) if name not in gone}
     return digest([kept, names, columns, tokens_of(row)])
 
 
@@ -185,32 +191,66 @@ def by_model(settings: Sequence[Setting]) -> dict[str, list[Setting]]:
 
 def series_over(column: str, settings: Sequence[Setting]) -> list[list[Setting]]:
     """Return settings that differ in one column only, sorted by it; at least two in each series."""
-    known = [s for s in settings if s.head[column] is not None and s.estimate("repaired", "nll")]
-    grouped = grouped_by(known, lambda s: choices_without(s.head, [column]))
-    series = [sorted(group, key=lambda s: s.head[column]) for group in grouped.values()]
-    return [group for group in series if len({s.head[column] for s in group}) > 1]
+    along = _ALONG.get(column, (column,))
+    known = [
+        s
+        for s in settings
+        if shown(s.head, column) is not None and s.estimate("repaired", "nll") is not None
+    ]
+    grouped = grouped_by(known, lambda s: choices_without(s.head, along))
+    series = [
+        sorted(group, key=lambda s: (str(v) if isinstance(v := shown(s.head, column), str) else "", v))
+        for group in grouped.values()
+    ]
+    return [group for group in series if len({shown(s.head, column) for s in group}) > 1]
+
+
+def shown(row: Row, column: str) -> Any:
+    """Return a column as it is shown: the budget of a row is one of ratio, bits and skip.
+
+    A quantiser is swept by bits and a skipper by the share it skips, and then the ratio is none of
+    their choices.
+    """
+    if column not in BUDGETS:
+        return row[column]
+    swept = "skip" if row["paradigm"] == "skipping" else "ratio"
+    swept = "bits" if row["bits"] is not None else swept
+    if column != swept:
+        return None
+    if swept == "skip" and row["ratio"] is None:
+        return "by rule"
+    return row["bits" if swept == "bits" else "ratio"]
 
 
 def varying(settings: Iterable[Setting | Cell]) -> list[str]:
-    """Return the columns among `FIELDS` that hold more than one value."""
+    """Return the columns among `FIELDS` that hold more than one value.
+
+    Where there are several budgets, of whatever kind, every kind that is there.
+    """
     heads = [setting.head for setting in settings]
-    return [name for name in FIELDS if len({row[name] for row in heads} - {None}) > 1]
+    values = {name: {shown(row, name) for row in heads} - {None} for name in FIELDS}
+    budgets = sum(len(values[name]) for name in BUDGETS)
+    return [
+        name for name in FIELDS if len(values[name]) > 1 or (name in BUDGETS and values[name] and budgets > 1)
+    ]
 
 
 def label_of(row: Row, columns: Iterable[str], first: str = "compressor") -> str:
-    """Return a label, as in `reap, ratio 0.5, 64 samples`."""
-    return _label(row, columns, first, ", ", {"ratio": "ratio {:g}", "samples": "{} samples"})
+    """Return a label, as in `reap, ratio 0.5, 64 samples`; `budget` stands for its three kinds."""
+    return _label(row, columns, first, ", ", _LONG)
 
 
 def short_label(row: Row, columns: Iterable[str], first: str = "compressor") -> str:
     """Return a label for figures, as in `reap r0.5 n64`."""
-    return _label(row, columns, first, " ", {"ratio": "r{:g}", "samples": "n{}"})
+    return _label(row, columns, first, " ", _SHORT)
 
 
 def _label(
     row: Row, columns: Iterable[str], first: str, comma: str, said: Mapping[str, str]
 ) -> str:
-    parts = [said.get(n, "{}").format(row[n]) for n in columns if row[n] is not None]
+    wanted = [one for name in columns for one in (BUDGETS if name == "budget" else (name,))]
+    values = [(name, shown(row, name)) for name in wanted]
+    parts = [said.get(name, "{}").format(number(v)) for name, v in values if v is not None]
     return comma.join([str(row[first] or "?"), *parts])
 
 
@@ -220,27 +260,3 @@ def grouped_by(items: Iterable[Any], key: Callable[[Any], str]) -> dict[str, lis
     for item in items:
         grouped.setdefault(key(item), []).append(item)
     return grouped
-
-
-def percent(value: float) -> str:
-    """Return a share in whole percent."""
-    return f"{100 * value:.0f} %"
-
-
-def plus_minus(value: float | None, error: float | None, digits: int = 3) -> str:
-    """Return `3.512 ± 0.012`, without the error where there is none, empty without a value."""
-    if value is None:
-        return ""
-    return f"{value:.{digits}f}" + ("" if error is None else f" ± {error:.{digits}f}")
-
-
-def share(value: float | None, error: float | None) -> str:
-    """Return `56 % ± 3`, empty without a value."""
-    if value is None:
-        return ""
-    return percent(value) + ("" if error is None else f" ± {100 * error:.0f}")
-
-
-def megabytes(size: int | None) -> str:
-    """Return a size in MB (10^6 bytes), empty without a size."""
-    return "" if size is None else f"{size / 1e6:,.2f}" if size < 1e8 else f"{size / 1e6:,.0f}"

@@ -9,9 +9,8 @@ import json
 import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 from rerail.errors import InputError
 from rerail.files import digest, whole_file, write_json
@@ -19,8 +18,6 @@ from rerail.track.estimates import Recovery, mean_and_se, paired_difference, rec
 
 __all__ = [
     "COLUMNS",
-    "CsvMirror",
-    "Mirror",
     "Recovery",
     "Row",
     "choices_key",
@@ -111,23 +108,6 @@ _ALLOWED = {
 }
 
 _NESTED = frozenset(name for name, column in COLUMNS.items() if column.kind in (dict, list))
-
-
-class Mirror(Protocol):
-    """Shows rows somewhere else; result.json stays the truth."""
-
-    def log_rows(self, rows: Sequence[Row], config: Mapping[str, Any], folder: Path) -> None:
-        """Mirror the rows of one run, whose result.json lies in `folder`."""
-
-
-@dataclass(frozen=True)
-class CsvMirror:
-    """Writes results.csv beside result.json, and nothing else: the default."""
-
-    def log_rows(self, rows: Sequence[Row], config: Mapping[str, Any], folder: Path) -> None:
-        """Write `folder`/results.csv; the configuration is in the rows' choices already."""
-        del config
-        write_csv(Path(folder) / "results.csv", rows)
 
 
 def choices_key(choices: Mapping[str, Any]) -> str:

@@ -1,0 +1,60 @@
+"""How far a stage is, told to whoever watches the cell."""
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextvars import ContextVar
+from typing import Any, Protocol, TypeVar
+
+import lightning
+from tqdm import tqdm
+
+from rerail.parallel import is_first
+
+T = TypeVar("T")
+
+
+class Listener(Protocol):
+    """Hears of progress."""
+
+    def progress(self, label: str, done: int, of: int) -> None:
+        """Hear that `done` of `of` parts are behind us."""
+
+
+_listener: ContextVar[Listener | None] = ContextVar("listener", default=None)
+
+
+@contextlib.contextmanager
+def told_to(listener: Listener) -> Iterator[None]:
+    """Tell `listener` of the progress inside the block."""
+    token = _listener.set(listener)
+    try:
+        yield
+    finally:
+        _listener.reset(token)
+
+
+def tell(label: str, done: int, of: int) -> None:
+    """Tell the listener, if there is one."""
+    if (listener := _listener.get()) is not None:
+        listener.progress(label, done, of)
+
+
+def bar(label: str) -> Callable[[Sequence[T]], Iterable[T]]:
+    """Return a wrapper that shows a progress bar over its items, and tells the listener."""
+
+    def over(items: Sequence[T]) -> Iterator[T]:
+        how = {"leave": False, "dynamic_ncols": True, "mininterval": 0.5}
+        shown = tqdm(items, desc=label, disable=not is_first(), **how)
+        for done, item in enumerate(shown):
+            tell(label, done, len(items))
+            yield item
+
+    return over
+
+
+class Steps(lightning.Callback):
+    """Tells of the optimiser steps of a fit."""
+
+    def on_train_batch_end(self, trainer: lightning.Trainer, pl_module: Any, *_: Any) -> None:
+        """Tell where the fit is."""
+        tell("step", trainer.global_step, pl_module.steps)

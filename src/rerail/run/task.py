@@ -1,0 +1,157 @@
+"""What Hydra, a sweep or a Slurm job calls: one cell from its composed config.
+
+Nothing heavy is imported until it is called, and a job finds every function by its name.
+"""
+
+import logging
+import os
+import shlex
+import sys
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rerail.parallel import is_first
+
+Held = Mapping[str, Any]
+
+
+class Outcome:
+    """What happened so far in this process."""
+
+    started = False
+    failed = False
+    out: Path | None = None
+
+
+@dataclass(frozen=True)
+class Described:
+    """A cell before it runs: see `rerail.sweep.work.Described`."""
+
+    held: Held
+    out: str
+    folder: str
+    key: str = ""
+    state: str = "open"
+    reason: str = ""
+
+
+def record(out: Path | None, failed: bool) -> None:
+    """Note what the summary at the end is of, and whether something failed."""
+    if is_first():
+        Outcome.out = out or Outcome.out
+    Outcome.failed = Outcome.failed or failed
+
+
+def complain(sentence: str) -> None:
+    """Tell the user what is wrong."""
+    if is_first():
+        sys.stderr.write(f"rerail: {sentence}\n")
+
+
+def quiet() -> None:
+    """Choose what a person wants to see: our own lines and the progress bars."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    logging.getLogger("rerail").setLevel(logging.INFO)
+
+
+def _quiet_lightning() -> None:
+    """Lightning sets its own level when it is imported, so this comes after."""
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module=r"lightning\.")
+
+
+def task(config: Any) -> None:
+    """Run the one cell of `rerail` without `-m`; a value that cannot be used is a sentence."""
+    Outcome.started = True
+    from hydra.core.hydra_config import HydraConfig
+
+    from rerail.errors import InputError
+    from rerail.run.compose import build, to_cell
+    from rerail.run.runner import run_cell
+
+    _quiet_lightning()
+    names, command = _typed(HydraConfig.get())
+    out = Path(config.out).absolute()
+    try:
+        cell = to_cell(config, command, names)
+        run_cell(cell, out, build(config.logger, "logger"))
+    except InputError as error:
+        complain(str(error))
+        record(None, failed=True)
+        return
+    record(out, failed=False)
+
+
+def _typed(hydra: Any) -> tuple[dict[str, str], str]:
+    """Return the group names that were chosen, and the command that chooses this cell alone."""
+    chosen = {str(g): str(c) for g, c in hydra.runtime.choices.items() if c is not None}
+    words = [word.removeprefix("++") for word in hydra.overrides.task]
+    command = shlex.join(["rerail", *(word for word in words if not word.startswith("out="))])
+    return {g: c for g, c in chosen.items() if "/" not in g}, command
+
+
+def describe(config: Any) -> Described:
+    """Resolve and check a cell of a sweep; one that cannot run leaves its row, and the reason."""
+    Outcome.started = True
+    from omegaconf import OmegaConf
+
+    from rerail.errors import InputError
+    from rerail.run import runner
+    from rerail.run.compose import build, to_cell
+    from rerail.run.holding import without_secret_values
+    from rerail.run.rows import failed_choice
+
+    names, command = _typed(config.hydra)
+    bare = OmegaConf.masked_copy(config, [str(name) for name in config if name != "hydra"])
+    out = Path(config.out).absolute()
+    try:
+        cell = to_cell(bare, command, names)
+        build(config.logger, "logger")
+        plain: Any = OmegaConf.to_container(bare, resolve=True)
+        typed = {"folder": cell.folder, "command": command, "names": names}
+        held = without_secret_values({**typed, "config": {**plain, "out": str(out)}})
+    except InputError as error:
+        row = failed_choice(bare, command, str(error), out)
+        name = f"failed-{row['key'][:8]}"
+        return Described({"command": command}, str(out), name, row["key"], "failed", str(error))
+    state, reason = runner.standing(cell, out)
+    return Described(held, str(out), cell.folder, cell.key, state, reason)
+
+
+def run(held: Held) -> tuple[str, str]:
+    """Run or finish a cell of a sweep; its state (done, failed, not_applicable) and the reason.
+
+    Raises:
+        InputError: a value cannot be used on this machine, or is not what was submitted.
+    """
+    quiet()
+    from omegaconf import OmegaConf
+
+    from rerail.errors import InputError
+    from rerail.run.compose import build, to_cell
+    from rerail.run.runner import run_or_record
+
+    _quiet_lightning()
+    config = OmegaConf.create(dict(held["config"]))
+    cell = to_cell(config, held["command"], held["names"])
+    if cell.folder != held["folder"]:
+        raise InputError(
+            f"the choices of {held['folder']} read back as {cell.folder}; submit the sweep again"
+        )
+    rows = run_or_record(cell, Path(config.out), build(config.logger, "logger"))
+    for row in rows:
+        if row["status"] != "done":
+            return str(row["status"]), str(row["reason"])
+    return "done", ""
+
+
+def revision() -> str | None:
+    """Return the git revision of this code, None outside git."""
+    from rerail.run.rows import revision as of_git
+
+    return of_git()

@@ -1,0 +1,1 @@
+"""Sweeps: snapshot, submit, watch, cancel, collect; knows files and jobs, not models."""

@@ -1,0 +1,232 @@
+"""How the cells below OUT stand, from their status files, their rows and what Slurm says."""
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from rerail.errors import InputError
+from rerail.processes import found, is_here
+from rerail.sweep import queue
+from rerail.sweep.folder import SWEEPS, Sweep, read_mapping, sweeps_of
+from rerail.track.results import read_rows
+
+OPEN = ("pending", "running")
+GOOD = ("done", "not_applicable")
+STATES = ("pending", "running", "done", "not_applicable", "failed", "lost", "unreadable")
+
+
+class Cell(NamedTuple):
+    """How a cell stands.
+
+    Attributes:
+        folder: below OUT.
+        state: one of `STATES`. Lost: it says that it runs, but its process or job is gone, or its
+            sweep ended before it began. Unreadable: it ended, but its rows are of another version.
+        detail: stage and progress, or the reason.
+        job: its Slurm job, or nothing.
+        seconds: since it began, ended or was last heard of; None where nothing is known.
+    """
+
+    folder: str
+    state: str
+    detail: str = ""
+    job: str = ""
+    seconds: float | None = None
+
+
+@dataclass(frozen=True)
+class View:
+    """What was found below OUT: the cells, and sentences about what could not be read."""
+
+    cells: Sequence[Cell]
+    notes: Sequence[str] = field(default_factory=list)
+
+    def of(self, folders: Sequence[str]) -> "View":
+        """Return the view of these cells alone."""
+        wanted = set(folders)
+        return View([cell for cell in self.cells if cell.folder in wanted], self.notes)
+
+    @property
+    def open(self) -> bool:
+        """Whether something is still to come."""
+        return any(cell.state in OPEN for cell in self.cells)
+
+    @property
+    def exit_code(self) -> int:
+        """0: all done; 3: something is pending or running; 1: something failed or was lost."""
+        if self.open:
+            return 3
+        return 0 if all(cell.state in GOOD for cell in self.cells) else 1
+
+
+class _Asked(NamedTuple):
+    """The newest sweep that a cell belongs to, and its job there."""
+
+    sweep: Sweep
+    job: str
+
+
+class _Known(NamedTuple):
+    """All that is known of a cell before its state is.
+
+    Attributes:
+        said: its status file.
+        settled: how it ended, by its rows and status; nothing while it has not.
+        asked: the sweep and job that it belongs to.
+        job: of that sweep, or the one that its status names.
+        queued: Slurm's state of the job, empty where Slurm knows none; None: no answer.
+    """
+
+    said: Mapping[str, Any]
+    settled: str
+    asked: _Asked | None
+    job: str
+    queued: str | None = ""
+
+    @property
+    def cluster(self) -> str:
+        return self.asked.sweep.cluster if self.asked else ""
+
+
+def look(out: Path) -> View:
+    """Look at every cell of every sweep below OUT, and at cells that no sweep lists.
+
+    Files that are damaged, foreign or of another version are noted and left alone.
+
+    Raises:
+        InputError: OUT does not exist.
+    """
+    if not out.is_dir():
+        raise InputError(f"{out} does not exist; give the folder that a sweep was started with")
+    notes: list[str] = []
+    asked: dict[str, _Asked] = {}
+    for sweep in sweeps_of(out, notes):
+        for one in sweep.cells:
+            job = sweep.jobs.get(str(one["n"]), "")
+            if job or one["folder"] not in asked or one.get("state") == "open":
+                asked[one["folder"]] = _Asked(sweep, job)
+    folders = [*asked, *(name for name in _cell_folders(out) if name not in asked)]
+    known = {name: _known(out / name, asked.get(name), notes) for name in folders}
+    states = _job_states([k for k in known.values() if k.job and k.settled != "done"])
+    cells = []
+    for name, held in known.items():
+        answers = states.get(held.cluster, {})
+        queued = None if answers is None else answers.get(held.job, "")
+        cells.append(_cell(name, held._replace(queued=queued)))
+    return View(cells, notes)
+
+
+def _known(folder: Path, asked: _Asked | None, notes: list[str]) -> _Known:
+    said = status_of(folder, notes)
+    job = asked.job if asked and asked.job else str(said.get("job") or "")
+    return _Known(said, _settled(folder, said, notes), asked, job)
+
+
+def _job_states(known: Sequence[_Known]) -> Mapping[str, Mapping[str, str] | None]:
+    """Ask each cluster once for the states of its jobs."""
+    jobs: dict[str, set[str]] = {}
+    for one in known:
+        jobs.setdefault(one.cluster, set()).add(one.job)
+    found_there: dict[str, Mapping[str, str] | None] = {}
+    for cluster, ids in jobs.items():
+        states = queue.active(ids, cluster)
+        if states is not None:
+            states = {**queue.ended(ids - states.keys(), cluster), **states}
+        found_there[cluster] = states
+    return found_there
+
+
+def _cell_folders(out: Path) -> list[str]:
+    names = ("status.json", "result.json")
+    found_here = {path.parent.name for name in names for path in out.glob(f"*/{name}")}
+    return sorted(n for n in found_here if not n.startswith(".") and n != SWEEPS)
+
+
+def status_of(folder: Path, notes: list[str] | None = None) -> Mapping[str, Any]:
+    """Return a cell's status file; empty where there is none or it is foreign, which is noted."""
+    path = folder / "status.json"
+    notes = [] if notes is None else notes
+    if not path.exists():
+        return {}
+    try:
+        held = read_mapping(path)
+    except InputError as error:
+        notes.append(str(error))
+        return {}
+    if not isinstance(held.get("state"), str):
+        notes.append(f"{path} has no state; it is left as it is")
+        return {}
+    return held
+
+
+def _settled(folder: Path, said: Mapping[str, Any], notes: list[str]) -> str:
+    """Return how the cell ended as its rows and status say, or nothing while it has not."""
+    path = folder / "result.json"
+    state = str(said.get("state", ""))
+    if path.exists():
+        try:
+            ends = {str(row["status"]) for row in read_rows(path)}
+        except InputError as error:
+            notes.append(str(error))
+            return "" if state == "running" else "unreadable"
+        if ends == {"done"}:
+            return "done"  # whatever a second process on the same cell says of itself
+        if state != "running" and len(ends) == 1:
+            return ends.pop()
+    return state if state in ("failed", "not_applicable") else ""
+
+
+def _cell(name: str, known: _Known) -> Cell:
+    heard = known.said.get("time")
+    seconds = time.time() - heard if isinstance(heard, int | float) else None
+    detail = _stage(known.said)
+    if known.settled == "done":
+        state, detail = "done", ""
+    elif known.job and known.queued in queue.WAITING:
+        state, detail = "pending", f"goes on after {detail}" if detail else ""
+    elif known.job and known.queued in queue.WORKING:
+        state, detail = "running", detail or "starting"
+    elif known.settled:
+        state, detail = known.settled, str(known.said.get("reason", ""))
+    elif known.said.get("state") == "running":
+        state, detail = _running(known, detail)
+    else:
+        state, detail = _unheard(known)
+    return Cell(name, state, detail, known.job, seconds)
+
+
+def _running(known: _Known, detail: str) -> tuple[str, str]:
+    """Return the state of a cell whose status says that it runs, and that Slurm does not run."""
+    here = is_here(known.said)
+    if found(known.said):
+        return "running", detail
+    if not here and (known.queued is None or not known.job):
+        return "running", f"{detail} (on {known.said.get('host')}, which is not asked)"
+    gone = f"its job is {known.queued}" if known.queued else "its process is gone"
+    return "lost", f"{gone}; it was at {detail}"
+
+
+def _unheard(known: _Known) -> tuple[str, str]:
+    """Return the state of a cell that no process has begun."""
+    if known.asked is None:
+        return "unreadable", "neither status nor rows can be read"
+    sweep = known.asked.sweep
+    if known.job:
+        if known.queued is None:
+            return "pending", "Slurm does not answer here"
+        return "lost", f"its job is {known.queued or 'gone'}; see {sweep.log_of(known.job)}"
+    if found(sweep.process) or not is_here(sweep.process):
+        return "pending", ""
+    return "lost", "its sweep ended before it began"
+
+
+def _stage(said: Mapping[str, Any]) -> str:
+    if said.get("state") != "running":
+        return ""
+    stage = str(said.get("stage", ""))
+    progress = said.get("progress")
+    if isinstance(progress, Mapping):
+        stage += f", {progress.get('label')}: {progress.get('done')} of {progress.get('of')}"
+    return stage

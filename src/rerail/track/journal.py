@@ -1,0 +1,69 @@
+"""What was shown of a cell, line by line, so that it can be shown again and nothing twice."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rerail.files import whole_file
+
+
+class Journal:
+    """Named records in the order in which they came; one JSON line each.
+
+    Lines are only ever added, each in one write, so that a killed process leaves at most a last
+    line that was cut off; that one is dropped when the journal is opened again.
+
+    Attributes:
+        records: name -> record, in order.
+        closed: whether the cell was shown to its end.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.records: dict[str, dict[str, Any]] = {}
+        self.closed = False
+        if path.exists():
+            self._read()
+
+    def _read(self) -> None:
+        lines = self.path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+        sound = []
+        for line in lines:
+            entry = _entry(line)
+            if entry is None:
+                break
+            sound.append(line)
+            self.closed = "closed" in entry
+            if not self.closed:
+                self.records[entry["name"]] = entry["record"]
+        if len(sound) < len(lines):
+            with whole_file(self.path) as temporary:
+                temporary.write_text("".join(sound), encoding="utf-8")
+
+    def add(self, name: str, record: Mapping[str, Any]) -> None:
+        """Write a record down; its name must be new."""
+        self._write({"name": name, "record": record})
+        self.records[name] = dict(record)
+
+    def close(self) -> None:
+        """Note that the cell was shown to its end."""
+        self._write({"closed": True})
+        self.closed = True
+
+    def _write(self, entry: Mapping[str, Any]) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a", encoding="utf-8") as out:
+            out.write(json.dumps(entry) + "\n")
+
+
+def _entry(line: str) -> dict[str, Any] | None:
+    """Return what a whole line holds, or None."""
+    if not line.endswith("\n"):
+        return None
+    try:
+        held = json.loads(line)
+    except ValueError:
+        return None
+    known = isinstance(held, dict) and ("closed" in held or {"name", "record"} <= held.keys())
+    return held if known else None

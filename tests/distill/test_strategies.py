@@ -1,0 +1,88 @@
+"""Repairs by several processes: DDP and FSDP2 against one process."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from rank_programs import FORMS, SETTINGS, UNEVEN, fitted, form
+from rerail.distill.batches import shared
+from rerail.distill.settings import RouterKD
+from rerail.distill.strategies import check_strategy
+from rerail.errors import InputError
+from together import together
+
+# float32: the gradients of a step's blocks are added in another order, and AdamW makes the most of
+# a small one; relative for losses, absolute for rows, which move by 1e-2
+CLOSE, LOOSE = (1e-6, 1e-6), (1e-5, 1e-4)
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    return together("fits", tmp_path_factory.mktemp("fits"))
+
+
+def agree(two, one, losses, rows_by):
+    for process in two:
+        assert process["best_step"] == one["best_step"]
+        assert [p["step"] for p in process["curve"]] == [p["step"] for p in one["curve"]]
+        for a, b in zip(process["curve"], one["curve"], strict=True):
+            assert a == pytest.approx(b, rel=losses)
+        for name, rows in one["after"].items():
+            torch.testing.assert_close(process["after"][name], rows, rtol=0, atol=rows_by)
+    assert two[0]["curve"] == two[1]["curve"]
+    assert all(torch.equal(two[0]["after"][n], two[1]["after"][n]) for n in one["after"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+@pytest.mark.parametrize(
+    ("name", "settings", "limits"),
+    [
+        ("even", SETTINGS, CLOSE),
+        ("clipped", replace(SETTINGS, clip=1e-3), CLOSE),
+        ("uneven", UNEVEN, LOOSE),
+    ],
+)
+def test_two_processes_repair_as_one_does(found, strategy, name, settings, limits):
+    one = fitted("auto", settings=settings)
+    assert one["best_step"] > 0
+    agree([process[f"{strategy} {name}"] for process in found], one, *limits)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FORMS)
+def test_every_stored_form_can_be_spread_over_processes(found, name):
+    one = fitted("auto", form(name))
+    agree([process[f"fsdp2 {name}"] for process in found], one, *LOOSE)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_an_interrupted_fit_of_two_processes_ends_like_one_that_was_not(found, strategy):
+    for process in found:
+        whole, again = process[f"{strategy} whole"], process[f"{strategy} interrupted"]
+        assert again["curve"] == whole["curve"]
+        assert again["best_step"] == whole["best_step"]
+        assert all(torch.equal(again["after"][n], rows) for n, rows in whole["after"].items())
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 5])
+def test_shares_are_equally_long_and_what_fills_them_weighs_nothing(ranks):
+    index, weights = torch.arange(10, 17), torch.rand(7, 4) + 0.1
+    parts = [shared(index, weights, rank, ranks) for rank in range(ranks)]
+    assert len({len(mine) for mine, _ in parts}) == 1
+    counted = [int(i) for mine, w in parts for i, row in zip(mine, w, strict=True) if row.any()]
+    assert sorted(counted) == index.tolist()
+    assert torch.stack([w.sum() for _, w in parts]).sum() == pytest.approx(float(weights.sum()))
+
+
+def test_a_strategy_that_is_not_known_is_refused():
+    with pytest.raises(InputError, match="'fsdp' is not one of auto, ddp, fsdp2"):
+        check_strategy({"strategy": "fsdp"}, RouterKD())
+
+
+def test_a_live_teacher_is_refused_where_students_are_spread():
+    with pytest.raises(InputError, match=r"use distill\.teacher=cached"):
+        check_strategy({"strategy": "fsdp2"}, RouterKD(teacher="live"))
+    check_strategy({"strategy": "ddp"}, RouterKD(teacher="live"))

@@ -1,0 +1,100 @@
+"""A whole cell by two processes: one set of files, and the rows of one process."""
+
+import json
+import math
+import shutil
+from pathlib import Path
+
+import pytest
+
+import rank_programs
+from families import tiny
+from together import together
+
+ZOO = Path(__file__).parents[2] / "src/rerail/zoo/tiny_fine"
+SAME = ("host", "time", "seconds", "evaluation_seconds", "peak_memory", "revision")
+NAMED = ("key", "choices", "trainer")  # the strategy is a choice
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    tiny("qwen3_moe", vocab_size=4096).model.save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(ZOO / name, folder / name)
+    text = "It was a bright cold day, and the clocks were striking thirteen. "
+    lines = [json.dumps({"text": f"{i}: {text * (3 + i % 4)}"}) for i in range(60)]
+    (folder / "text.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    return folder
+
+
+def words(model_folder, *more):
+    text = f"[{model_folder / 'text.jsonl'}]"
+    return [
+        *("model=local", f"model.path_or_id={model_folder}", "calibration=files"),
+        *(f"calibration.sources.0.paths={text}", "evaluation=file", "samples.count=16"),
+        *(f"evaluation.texts.file.sources.0.paths={text}", "evaluation.texts.file.samples=6"),
+        *("calibration.block=16", "evaluation.texts.file.block=16", "evaluation.new_tokens=4"),
+        *("++evaluation.batch_size=2", "++distill.batch_size=4", "++distill.epochs=2"),
+        *("++distill.evaluations=2", *more),
+    ]
+
+
+def close(ours, theirs, where="row") -> None:
+    """The repaired stage comes from other sums; all before it is equal to the bit."""
+    if isinstance(theirs, dict):
+        assert ours.keys() == theirs.keys()
+        for name in theirs:
+            close(ours[name], theirs[name], f"{where}.{name}")
+    elif isinstance(theirs, list):
+        assert len(ours) == len(theirs), where
+        for a, b in zip(ours, theirs, strict=True):
+            close(a, b, where)
+    elif isinstance(theirs, float) and not math.isnan(theirs):
+        assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-6), where
+    else:
+        assert ours == theirs, where
+
+
+def comparable(row):
+    return {k: v for k, v in row.items() if k not in (*SAME, *NAMED)}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("strategy", "compressor"), [("ddp", "reap"), ("fsdp2", "naee_progressive")]
+)
+def test_two_processes_run_a_cell_as_one_does(
+    model_folder, tmp_path, monkeypatch, strategy, compressor
+):
+    one, two = tmp_path / "one", tmp_path / "two"
+    chosen = {
+        one: words(model_folder, f"compressor={compressor}", "trainer=cpu"),
+        two: words(
+            model_folder,
+            f"compressor={compressor}",
+            f"trainer={strategy}",
+            "trainer.enable_progress_bar=false",
+        ),
+    }
+    for folder, held in chosen.items():
+        folder.mkdir()
+        (folder / "words.json").write_text(json.dumps(held), encoding="utf-8")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setenv("RERAIL_CACHE", str(tmp_path / "cache one"))
+    alone = rank_programs.cell(one)
+    monkeypatch.setenv("RERAIL_CACHE", str(tmp_path / "cache two"))
+    rows, others = together("cell", two)
+    assert rows == others
+    assert [row["stage"] for row in rows] == ["teacher", "compressed", "repaired"]
+    for ours, theirs in zip(rows[:2], alone[:2], strict=True):
+        assert comparable(ours) == comparable(theirs)
+    close(comparable(rows[2]), comparable(alone[2]))
+    [made], [wanted] = ((folder / "out").iterdir() for folder in (two, one))
+    assert {p.name for p in made.iterdir()} == {p.name for p in wanted.iterdir()}
+    caches = [
+        sorted(str(p.relative_to(c)) for p in c.rglob("*") if p.is_file())
+        for c in (tmp_path / "cache one", tmp_path / "cache two")
+    ]
+    assert caches[0] == caches[1]
+    assert json.loads((made / "status.json").read_text(encoding="utf-8"))["state"] == "done"
