@@ -14,6 +14,7 @@ from rerail.plan.ratio import Bits, Budget, Ratio, Skip
 from rerail.run.presets import config_root, preset
 from rerail.stats.collect import collect
 from rerail.stats.statistic import Statistic, StatisticSet
+from rerail.stats.store import merge_sets
 
 SHORT = (1, 32)  # sequences and tokens of the text for the passes that cost many forwards
 BUDGETS: dict[type, Budget] = {Ratio: Ratio(0.5), Bits: Bits(3), Skip: Skip(0.25)}
@@ -29,10 +30,12 @@ def measured(
 ) -> StatisticSet:
     """Fill what planning reads; a forward ends after the first layer where only that is asked."""
     rows, length = SHORT
-    slow = any(s.run in ("backward", "ablation") for s in asked)
-    given = (batch[0][:rows, :length], batch[1][:rows, :length]) if slow else batch
+    short = (batch[0][:rows, :length], batch[1][:rows, :length])
     layers = [model.layers[0].index] if first_only else None
-    return collect(model, [given], asked, layers=layers)
+    slow = [s for s in asked if s.run in ("backward", "ablation")]
+    quick = [s for s in asked if s not in slow]
+    parts = [collect(model, [b], s, layers=layers) for b, s in ((short, slow), (batch, quick)) if s]
+    return merge_sets(parts)
 
 
 def seconds(compressor: Compressor, model: MoEModel, batch: Batch, first_only: bool) -> float:
