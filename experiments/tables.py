@@ -1,8 +1,17 @@
-"""Markdown tables of result rows, for the pages beside: `python experiments/tables.py FOLDER`."""
+"""Markdown tables of result rows, for the pages beside.
+
+`python experiments/tables.py FOLDER [--claim CLAIM]`: all methods, or the grid of one claim.
+"""
 
 import argparse
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+from scipy.stats import t as student_t
 
 from rerail.track.cells import Cell, cells_of, plus_minus, share
 from rerail.track.results import read_rows
@@ -76,10 +85,120 @@ def harmed(cells: Sequence[Cell]) -> str:
     return markdown(("method", "budget", "model", "NLL change"), rows) if rows else "none"
 
 
+def grid_of(claim: str) -> tuple[dict[str, str], dict[str, list[str]]]:
+    """Return a claim's fixed choices and the values of its grid, both by group."""
+    path = Path(__file__).with_name(f"{claim}.yaml")
+    content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    pairs = [pair for one in content.get("defaults", []) for pair in one.items()]
+    fixed = {"distill": "router_kd", "calibration": "mix", "evaluation": "heldout"}
+    fixed |= {"samples": "n256", "seed": "0"}
+    fixed |= {name.removeprefix("override /"): str(value) for name, value in pairs}
+    params = content["hydra"]["sweeper"]["params"]
+    return fixed, {n: _values(str(v)) for n, v in params.items()}
+
+
+def _values(words: str) -> list[str]:
+    if words.startswith("range("):
+        return [str(i) for i in range(int(words[6:-1]))]
+    return [word.strip() for word in words.split(",")]
+
+
+def chosen(cell: Cell) -> dict[str, str]:
+    """Return the names of a cell's choices, as a claim's grid has them."""
+    head = cell.head
+    names = {n: str(v) for n, v in (head["choices"].get("names") or {}).items()}
+    return {**names, "samples": f"n{head['samples']}", "seed": str(head["seed"])}
+
+
+def cells_in(claim: str, cells: Sequence[Cell]) -> list[Cell]:
+    """Return the cells of a claim's grid, among those of others."""
+    fixed, grid = grid_of(claim)
+    allowed: Mapping[str, Sequence[str]] = {**{n: [v] for n, v in fixed.items()}, **grid}
+
+    def inside(names: Mapping[str, Any]) -> bool:
+        return all(names.get(name) in values for name, values in allowed.items())
+
+    return [cell for cell in cells if inside(chosen(cell))]
+
+
+def along(axis: str, cells: Sequence[Cell], values: Sequence[str]) -> str:
+    """Return recovery and repaired NLL of every method and model, a column each value."""
+    rows = []
+    for method, model in dict.fromkeys((c.head["compressor"], c.head["model"]) for c in cells):
+        held = {
+            chosen(c)[axis]: c
+            for c in cells
+            if (c.head["compressor"], c.head["model"]) == (method, model)
+        }
+        rows.append([method, model.removeprefix("tiny_"), *(_point(held.get(v)) for v in values)])
+    return markdown(("method", "model", *values), rows)
+
+
+def _point(cell: Cell | None) -> str:
+    if cell is None:
+        return ""
+    if not cell.done:
+        return str(cell.head["status"]).replace("_", " ")
+    recovery = share(cell.get("repaired", "recovery"), cell.get("repaired", "recovery_se"))
+    before, after = (cell.get(stage, "nll") for stage in ("compressed", "repaired"))
+    return f"{recovery or 'blank'}; {before:.3f} → {after:.3f}"
+
+
+def interval(values: Sequence[float]) -> str:
+    """Return mean ± half of the 95 % interval over seeds (Student t), with n."""
+    n = len(values)
+    if n < 2:
+        return ""
+    half = student_t.ppf(0.975, n - 1) * np.std(values, ddof=1) / math.sqrt(n)
+    return f"{100 * np.mean(values):.1f} % ± {100 * half:.1f} (n = {n})"
+
+
+def over_seeds(cells: Sequence[Cell]) -> str:
+    """Return recovery over seeds, and fine minus coarse paired by seed."""
+    rows = []
+    for method in dict.fromkeys(c.head["compressor"] for c in cells):
+        found: dict[str, dict[int, float]] = {}
+        for cell in (c for c in cells if c.head["compressor"] == method):
+            if (value := cell.get("repaired", "recovery")) is not None:
+                found.setdefault(cell.head["model"], {})[cell.head["seed"]] = value
+        fine, coarse = (found.get(f"tiny_{grain}", {}) for grain in ("fine", "coarse"))
+        both = [fine[s] - coarse[s] for s in fine if s in coarse]
+        three = [interval(list(fine.values())), interval(list(coarse.values())), interval(both)]
+        rows.append([method, *three])
+    return markdown(("method", "fine", "coarse", "fine - coarse, paired"), rows)
+
+
+def in_domains(cells: Sequence[Cell]) -> str:
+    """Return NLL before and after the repair for each held-out text on its own."""
+    texts = list(dict.fromkeys(t for c in cells for t in c.get("repaired", "nll_by") or {}))
+    rows = []
+    for cell in (c for c in cells if c.done):
+        before, after = (cell.get(stage, "nll_by") or {} for stage in ("compressed", "repaired"))
+        changes = [f"{before[t]['nll']:.3f} → {after[t]['nll']:.3f}" for t in texts]
+        head = cell.head
+        first = [head["compressor"], head["model"].removeprefix("tiny_"), head["calibration"]]
+        rows.append([*first, *changes])
+    return markdown(("method", "model", "repaired on", *texts), rows)
+
+
+def of_claim(claim: str, cells: Sequence[Cell]) -> str:
+    """Return the tables of one claim."""
+    held, grid = cells_in(claim, cells), grid_of(claim)[1]
+    parts = [along(n, held, v) for n, v in grid.items() if n not in ("model", "compressor")]
+    parts += [over_seeds(held)] if "seed" in grid else []
+    parts += [in_domains(held)] if "calibration" in grid else []
+    return "\n\n".join(parts)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
-    cells = cells_of(read_rows(parser.parse_args().folder))
+    parser.add_argument("--claim")
+    given = parser.parse_args()
+    cells = cells_of(read_rows(given.folder))
+    if given.claim:
+        print(of_claim(given.claim, cells))
+        return
     for model in dict.fromkeys(c.head["model"] for c in cells):
         one = next((c for c in cells if c.head["model"] == model and c.done), None)
         if one is not None:
