@@ -11,7 +11,7 @@ import pytest
 import torch
 
 FOLDER = Path(__file__).parents[1] / "experiments" / "bench"
-MODULES = ("bench", "memory", "models", "speed", "timing")
+MODULES = ("bench", "memory", "models", "planning", "speed", "timing")
 
 
 @pytest.fixture(scope="module")
@@ -36,9 +36,16 @@ def test_the_whole_bench_gives_named_rows_with_the_promised_limits(
     sizes = itertools.count(1_000_000, 1_000_000)
     few = lambda size: bench.memory.memory_rows(size, lambda task, size: next(sizes))  # noqa: E731
     monkeypatch.setattr(bench.bench, "memory_rows", few)
+    two = lambda *of: bench.planning.planning_rows(*of, ("reap", "rtn"))  # noqa: E731
+    monkeypatch.setattr(bench.bench, "planning_rows", two)
     rows = json.loads(json.dumps(bench.bench.measure(toy, 1, ("tiny_coarse",))))
     assert all(set(r) == {"name", "value", "limit", "unit"} for r in rows)
     assert len({r["name"] for r in rows}) == len(rows)
+    assert {r["name"] for r in rows if r["unit"] == "s"} == {
+        "random model: planning a layer, reap",
+        "random model: planning 2 layers, reap",
+        "random model: planning a layer, rtn",
+    }
     limits = {r["name"]: r["limit"] for r in rows if r["limit"] is not None}
     assert limits == {
         "chunked KL: time / plain": 1.0,
@@ -62,6 +69,12 @@ def test_the_whole_bench_gives_named_rows_with_the_promised_limits(
     for r in rows:
         if r["limit"] in (0, 1e-5):  # what is not a matter of speed
             assert 0 <= r["value"] <= r["limit"], r
+
+
+def test_every_preset_of_a_compressor_has_its_planning_row(bench: SimpleNamespace) -> None:
+    names = bench.planning.presets()
+    assert {"reap", "svd", "gptq", "odp"} <= set(names)
+    assert set(bench.planning.WHOLE) <= set(names)
 
 
 def test_a_ratio_is_the_median_over_rounds_of_weighted_times(bench: SimpleNamespace) -> None:

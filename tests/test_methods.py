@@ -39,7 +39,11 @@ from rerail.compress.methods.reap import MomentScore
 from rerail.compress.methods.rtn import RTN
 from rerail.compress.methods.svd import WhitenedSVD
 from rerail.compress.narrowing import micro_size
+from rerail.distill.masters import masters
+from rerail.distill.router_distillation import RouterDistillation
+from rerail.distill.settings import RouterKD
 from rerail.errors import OutOfReach
+from rerail.export.package import packaged_model
 from rerail.moe.bank import BankSpec, SolvedBank, bank_class
 from rerail.moe.layer import MoELayer, MoEModel
 from rerail.plan.allocation import Uniform
@@ -48,6 +52,7 @@ from rerail.plan.plan import Plan
 from rerail.plan.ratio import Bits, Budget, Ratio, Sizes, Skip
 from rerail.stats.collect import collect
 from rerail.stats.statistic import LayerStatistics, StatisticSet
+from rerail.teacher.teacher import LiveTeacher
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -486,6 +491,37 @@ def test_a_student_generates_and_lists_every_tensor_once(method: Method, family:
     assert repeated == int(bool(student.config.tie_word_embeddings))
     copied = copy.deepcopy(student)
     assert copied.load_state_dict(student.state_dict()).missing_keys == []
+
+
+@table(REACHED)
+def test_a_package_stores_what_was_counted_and_computes_the_same(
+    method: Method, family: str
+) -> None:
+    student = apply_plan(tiny(family), planned(method, family))
+    packaged = packaged_model(student)
+    torch.testing.assert_close(logits(packaged), logits(student), atol=1e-6, rtol=1e-6)
+    stored, counted = Sizes.of(packaged, 2), Sizes.of(student, 2)
+    assert (stored.routed, stored.routed_bytes) == (counted.routed, counted.routed_bytes)
+
+
+@pytest.mark.parametrize("method", METHODS, ids=lambda m: m.name)
+def test_a_step_of_router_kd_changes_router_rows_only(method: Method) -> None:
+    family = method.families[0]
+    teacher, ids = tiny(family), tokens(2, 12, seed=6)
+    student = apply_plan(teacher, planned(method, family))
+    rows = {id(layer.router_rows): layer for layer in student.layers}
+    names = {n for n, p in student.model.named_parameters() if id(p) in rows}
+    before = {n: t.clone() for n, t in student.model.state_dict().items()}
+    spoken = state_hash(teacher)
+    with masters(student, "router_rows") as trained, torch.enable_grad():
+        module = RouterDistillation(student, LiveTeacher(teacher), RouterKD(), trained, 1)
+        mask = torch.ones_like(ids, dtype=torch.bool)
+        module.loss({"input_ids": ids, "mask": mask, "index": torch.arange(2)}).backward()
+        torch.optim.SGD(trained.values(), lr=10.0).step()
+    after = student.model.state_dict()
+    assert {n for n in after if not torch.equal(after[n], before[n])} == names
+    assert len(names) == len(student.layers)
+    assert state_hash(teacher) == spoken
 
 
 def golden_of(plan: Plan) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from memory import memory_rows
 from models import Size, random_model
+from planning import planning_rows
 from speed import kl_rows, other_passes_rows, router_kd_rows, statistics_rows, union_rows
 from timing import Row, row
 
@@ -47,6 +48,7 @@ def measure(size: Size, rounds: int, zoo: tuple[str, ...]) -> list[Row]:
     rows = show(settings_rows(size), began)
     rows += show(memory_rows(size), began)
     rows += show(kl_rows(size, rounds), began)
+    rows += show(planning_rows("random model", random_model(size), size), began)
     for name in ("random model", *zoo):
         model = ModelSource(f"zoo:{name}").load() if name in zoo else random_model(size)
         for measured in (statistics_rows, union_rows, other_passes_rows, router_kd_rows):

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from models import Batch, Size, head_share, random_model, reap_student, text
+from planning import presets
 from timing import Row, interleaved, ratio, row
 from torch import Tensor
 from torch.nn import functional as F
@@ -14,6 +15,7 @@ from rerail.distill.masters import masters
 from rerail.distill.router_distillation import RouterDistillation
 from rerail.distill.settings import RouterKD
 from rerail.moe.layer import MoEModel
+from rerail.run.presets import preset
 from rerail.stats.ablation import LossIncrease
 from rerail.stats.collect import collect
 from rerail.stats.dense import OutputSum, TokenCount
@@ -31,8 +33,6 @@ from rerail.stats.routed import (
     OutputSquares,
     OutputSumRouted,
 )
-from rerail.stats.rows import Rows
-from rerail.stats.segments import Segments
 from rerail.stats.similarity import LogitGram
 from rerail.stats.statistic import Statistic
 from rerail.teacher.kl import Head, chunked_kl
@@ -59,10 +59,15 @@ UNION: tuple[Statistic, ...] = (
     RouterMass(),
     OutlierShare(),
     GateTails(),
-    Rows(1_024),
-    Segments(8, 128),
 )
 BATCHES = 4  # of the text for the union: its gigabytes of sums are laid out once a pass
+
+
+def union() -> tuple[Statistic, ...]:
+    """Return every routed statistic that a preset with a single pass reads, and those of UNION."""
+    compressors = [preset("compressor", name) for name in presets()]
+    asked = [s for c in compressors if c.driver == "one_shot" for s in c.requires]
+    return tuple(dict.fromkeys([*UNION, *(s for s in asked if s.run == "routed")]))
 
 
 def differing_logits(model: MoEModel, batch: Batch, statistics: tuple[Statistic, ...]) -> int:
@@ -95,11 +100,11 @@ def statistics_rows(name: str, model: MoEModel, size: Size, rounds: int, limits:
 
 def union_rows(name: str, model: MoEModel, size: Size, rounds: int, limits: bool) -> list[Row]:
     """Every routed statistic there is, input and middle moments included."""
-    batch = text(model, size)
+    batch, asked = text(model, size), union()
     plain = torch.no_grad()(lambda: [model.hidden(*batch) for _ in range(BATCHES)])
-    union = partial(collect, model, [batch] * BATCHES, UNION)
-    found = interleaved({"plain": plain, "union": union}, (rounds + 1) // 2)
-    value, wrong = ratio(found, "union", plain=1), differing_logits(model, batch, UNION)
+    work = {"plain": plain, "union": partial(collect, model, [batch] * BATCHES, asked)}
+    found = interleaved(work, (rounds + 1) // 2)
+    value, wrong = ratio(found, "union", plain=1), differing_logits(model, batch, asked)
     return [
         row(f"{name}: all routed statistics / plain forward", value, 2.5 if limits else None),
         row(f"{name}: all routed statistics, logits that differ", wrong, 0, "count"),

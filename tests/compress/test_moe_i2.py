@@ -1,5 +1,7 @@
 """MoE-I2 and chains: the split of the ratio, the ranks, and the views between the stages."""
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -35,6 +37,19 @@ def made(family: str, compressor, removed: float = 0.5):
     teacher = tiny(family)
     filled = collect(teacher, batches(), compressor.requires)
     return teacher, make_plan(compressor, teacher.layers, filled, Ratio(removed), Uniform())
+
+
+class Noted(WhitenedSVD):
+    """A second stage that took a fallback."""
+
+    def plan_scope(self, layers, statistics, shares):
+        planned = super().plan_scope(layers, statistics, shares)
+        return dataclasses.replace(planned, notes=(f"layer {layers[0].index} fell back",))
+
+
+def test_what_the_second_stage_has_to_say_is_said_by_the_whole_plan() -> None:
+    _, plan = made("qwen3_moe", Chain(first=MomentScore(), second=Noted()))
+    assert plan.lineage["notes"] == ["layer 0 fell back", "layer 1 fell back"]
 
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss", "mixtral", "deepseek_v3"])

@@ -1,4 +1,7 @@
+import subprocess
+import sys
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -77,6 +80,29 @@ def test_the_model_goes_out_in_the_dtype_of_its_parent_and_is_proved_against_its
     assert held["choices"] == {"seed": 3}
     assert [row["nll"] for row in held["evaluation"]] == [1.0, 1.5]
     assert held["evaluation"][1]["recovery"] == 0.4
+
+
+def test_a_package_is_opened_again_as_a_model_like_any_other_by_command_line_and_door(stage):
+    stage.cell.export = Export("package")
+    path = stage.run()
+    script = "import sys, importlib; importlib.import_module(sys.argv[1]); "
+    script += "from rerail.moe.source import ModelSource; "
+    script += "print(len(ModelSource(sys.argv[2]).meta().layers[0].router_rows))"
+    for module in ("rerail.run.cell", "rerail.run.door"):
+        command = [sys.executable, "-c", script, module, str(path)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.stdout.strip() == "3", done.stderr
+
+
+def test_bytes_on_disk_are_those_of_the_weights_files(stage):
+    rows = [{"stage": "teacher"}, {"stage": "repaired"}]
+    path = stage.run()
+    exporting.weigh(stage.cell, stage.folder, rows)
+    parent = Path(stage.cell.model.location)
+    assert [row["disk_bytes"] for row in rows] == [
+        (folder / "model.safetensors").stat().st_size for folder in (parent, path)
+    ]
+    assert rows[1]["disk_bytes"] < rows[0]["disk_bytes"]
 
 
 def test_a_trained_row_is_moved_by_rounding_and_the_record_says_so(stage):

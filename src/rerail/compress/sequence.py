@@ -120,6 +120,8 @@ class Chain(Staged):
         dense = sum(la.expert_size * la.num_experts for la in layers)
         lineage = {**plan.lineage, "compressor": repr(self), "removed": ratio.removed}
         lineage |= {"achieved": 1 - plan.stored(layers) / dense}
+        notes = [n for stage in plan.stages for n in stage.lineage.get("notes", ())]
+        lineage |= {"notes": notes} if notes else {}
         return dataclasses.replace(plan, lineage=lineage)
 
 

@@ -1,6 +1,8 @@
 """Finished stages of a cell on disk: each is whole and hashed, or is made again."""
 
 import contextlib
+import ctypes
+import gc
 import json
 import logging
 import platform
@@ -70,7 +72,13 @@ def _read(path: Path) -> Stage | None:
 
 
 def start_peak() -> None:
-    """Start a new peak of this process's memory, where the kernel can (Linux)."""
+    """Start a new peak of this process's memory, where the kernel can (Linux).
+
+    What earlier work freed goes back to the system first, so that it is not counted again.
+    """
+    gc.collect()
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
 

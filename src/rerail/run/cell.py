@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import rerail.auto  # noqa: F401  (package checkpoints load like any other)
 from rerail.compress.compressor import Compressor, check
 from rerail.data.calibration import Calibration
 from rerail.distill.masters import check_gates

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
+import rerail.auto  # noqa: F401  (package checkpoints load like any other)
 from rerail.compress.compressor import Compressor, make_plan
 from rerail.data.calibration import Calibration, TokenBlocks, check_vocabulary
 from rerail.distill import repair as fit

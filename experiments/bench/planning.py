@@ -1,0 +1,64 @@
+"""How long it takes to plan one layer, method by method; statistics are not counted."""
+
+import time
+from functools import partial
+
+import torch
+from models import Batch, Size, text
+from timing import Row, row
+
+from rerail.compress.compressor import Compressor, make_plan
+from rerail.moe.layer import MoEModel
+from rerail.plan.allocation import Uniform
+from rerail.plan.ratio import Bits, Budget, Ratio, Skip
+from rerail.run.presets import config_root, preset
+from rerail.stats.collect import collect
+from rerail.stats.statistic import Statistic, StatisticSet
+from rerail.stats.store import merge_sets
+
+SHORT = (1, 32)  # sequences and tokens of the text for the passes that cost many forwards
+BUDGETS: dict[type, Budget] = {Ratio: Ratio(0.5), Bits: Bits(3), Skip: Skip(0.25)}
+WHOLE = ("reap", "svd")  # planned for all layers too
+
+
+def presets() -> tuple[str, ...]:
+    return tuple(sorted(p.stem for p in (config_root() / "conf" / "compressor").glob("*.yaml")))
+
+
+def measured(
+    model: MoEModel, batch: Batch, asked: tuple[Statistic, ...], first_only: bool
+) -> StatisticSet:
+    """Fill what planning reads; a forward ends after the first layer where only that is asked."""
+    rows, length = SHORT
+    short = (batch[0][:rows, :length], batch[1][:rows, :length])
+    layers = [model.layers[0].index] if first_only else None
+    slow = [s for s in asked if s.run in ("backward", "ablation")]
+    quick = [s for s in asked if s not in slow]
+    parts = [collect(model, [b], s, layers=layers) for b, s in ((short, slow), (batch, quick)) if s]
+    return merge_sets(parts)
+
+
+def seconds(compressor: Compressor, model: MoEModel, batch: Batch, first_only: bool) -> float:
+    layers = model.layers[:1] if first_only else model.layers
+    filled = measured(model, batch, compressor.requires, first_only)
+    make = partial(make_plan, compressor, layers, filled, BUDGETS[compressor.budget], Uniform())
+    began = time.process_time()
+    with torch.no_grad():
+        make()
+    return time.process_time() - began
+
+
+def planning_rows(
+    name: str, model: MoEModel, size: Size, names: tuple[str, ...] | None = None
+) -> list[Row]:
+    """CPU seconds, once each: a layer of every preset, and all layers of a score and of SVD."""
+    batch, rows = text(model, size), []
+    for one in names or presets():
+        compressor = preset("compressor", one)
+        value = seconds(compressor, model, batch, first_only=True)
+        rows.append(row(f"{name}: planning a layer, {one}", value, None, "s"))
+        if one in WHOLE:
+            value = seconds(compressor, model, batch, first_only=False)
+            label = f"{name}: planning {len(model.layers)} layers, {one}"
+            rows.append(row(label, value, None, "s"))
+    return rows

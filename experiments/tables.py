@@ -1,0 +1,216 @@
+"""Markdown tables of result rows, for the pages beside.
+
+`python experiments/tables.py FOLDER [--claim CLAIM]`: all methods, or the grid of one claim.
+"""
+
+import argparse
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+from scipy.stats import t as student_t
+
+from rerail.track.cells import Cell, cells_of, plus_minus, share
+from rerail.track.results import read_rows
+
+COLUMNS = (
+    "method", "budget", "model", "experts MB", "disk MB", "active M", "NLL compressed", "repaired",
+    "recovery", "seconds plan + repair", "peak MB",
+)  # fmt: skip
+
+
+def budget(cell: Cell) -> str:
+    """Return what the cell was asked for, in its paradigm's terms."""
+    head = cell.head
+    if head["bits"] is not None:
+        return f"{head['bits']:g} bits"
+    if head["paradigm"] == "skipping":
+        return "rule" if head["ratio"] is None else f"skip {head['ratio']:g}"
+    return f"{head['ratio']:g}"
+
+
+def millions(value: float | None, digits: int = 2) -> str:
+    return "" if value is None else f"{value / 1e6:.{digits}f}"
+
+
+def line(cell: Cell) -> list[str]:
+    """Return one row of the table of methods."""
+    head = cell.head
+    first = [head["compressor"], budget(cell), head["model"].removeprefix("tiny_")]
+    if not cell.done:
+        return [*first, f"{head['status'].replace('_', ' ')}: {head['reason']}"]
+    last = "repaired" if cell.get("repaired", "nll") is not None else "compressed"
+    spent = [cell.get(stage, "seconds") for stage in ("compressed", "repaired")]
+    peaks = [row["peak_memory"] for row in cell.rows if row["peak_memory"]]
+    recovery = cell.get("repaired", "recovery")
+    said = share(recovery, cell.get("repaired", "recovery_se")) or f"({cell.no_recovery})"
+    return [
+        *first,
+        millions(cell.get(last, "expert_bytes")),
+        millions(cell.get(last, "disk_bytes")),
+        millions(cell.get(last, "active_parameters")),
+        plus_minus(cell.get("compressed", "nll"), cell.get("compressed", "nll_se")),
+        plus_minus(cell.get("repaired", "nll"), cell.get("repaired", "nll_se")),
+        said,
+        " + ".join(f"{s:.0f}" for s in spent if s is not None),
+        millions(max(peaks, default=None), 0),
+    ]
+
+
+def markdown(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [columns, ["---"] * len(columns), *rows]
+    return "\n".join("| " + " | ".join(one) + " |" for one in lines)
+
+
+def methods(cells: Sequence[Cell]) -> str:
+    """Return the table of methods, by paradigm and method; the fine model first."""
+    order = sorted(cells, key=lambda c: (c.head["paradigm"], c.head["compressor"], budget(c)))
+    parts = []
+    for paradigm in dict.fromkeys(c.head["paradigm"] for c in order):
+        held = [line(c) for c in order if c.head["paradigm"] == paradigm]
+        parts.append(f"### {paradigm}\n\n{markdown(COLUMNS, held)}\n")
+    return "\n".join(parts)
+
+
+def harmed(cells: Sequence[Cell]) -> str:
+    """Return the cells whose held-out NLL is higher after the repair than before it."""
+    rows = []
+    for cell in cells:
+        before, after = (cell.get(stage, "nll") for stage in ("compressed", "repaired"))
+        if before is not None and after is not None and after > before:
+            rows.append([*line(cell)[:3], f"{after - before:+.4f}"])
+    return markdown(("method", "budget", "model", "NLL change"), rows) if rows else "none"
+
+
+def grid_of(claim: str) -> tuple[dict[str, str], dict[str, list[str]]]:
+    """Return a claim's fixed choices and the values of its grid, both by group."""
+    path = Path(__file__).with_name(f"{claim}.yaml")
+    content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    pairs = [pair for one in content.get("defaults", []) for pair in one.items()]
+    fixed = {"distill": "router_kd", "calibration": "mix", "evaluation": "heldout"}
+    fixed |= {"samples": "n256", "seed": "0"}
+    fixed |= {name.removeprefix("override /"): str(value) for name, value in pairs}
+    params = content["hydra"]["sweeper"]["params"]
+    return fixed, {n: _values(str(v)) for n, v in params.items()}
+
+
+def _values(words: str) -> list[str]:
+    if words.startswith("range("):
+        return [str(i) for i in range(int(words[6:-1]))]
+    return [word.strip() for word in words.split(",")]
+
+
+def chosen(cell: Cell) -> dict[str, str]:
+    """Return the names of a cell's choices, as a claim's grid has them."""
+    head = cell.head
+    names = {n: str(v) for n, v in (head["choices"].get("names") or {}).items()}
+    return {**names, "samples": f"n{head['samples']}", "seed": str(head["seed"])}
+
+
+def cells_in(claim: str, cells: Sequence[Cell]) -> list[Cell]:
+    """Return the cells of a claim's grid, among those of others."""
+    fixed, grid = grid_of(claim)
+    allowed: Mapping[str, Sequence[str]] = {**{n: [v] for n, v in fixed.items()}, **grid}
+
+    def inside(names: Mapping[str, Any]) -> bool:
+        return all(names.get(name) in values for name, values in allowed.items())
+
+    return [cell for cell in cells if inside(chosen(cell))]
+
+
+def along(axis: str, cells: Sequence[Cell], values: Sequence[str]) -> str:
+    """Return recovery and repaired NLL of every method and model, a column each value."""
+    rows = []
+    for method, model in dict.fromkeys((c.head["compressor"], c.head["model"]) for c in cells):
+        held = {
+            chosen(c)[axis]: c
+            for c in cells
+            if (c.head["compressor"], c.head["model"]) == (method, model)
+        }
+        rows.append([method, model.removeprefix("tiny_"), *(_point(held.get(v)) for v in values)])
+    return markdown(("method", "model", *values), rows)
+
+
+def _point(cell: Cell | None) -> str:
+    if cell is None:
+        return ""
+    if not cell.done:
+        return str(cell.head["status"]).replace("_", " ")
+    recovery = share(cell.get("repaired", "recovery"), cell.get("repaired", "recovery_se"))
+    before, after = (cell.get(stage, "nll") for stage in ("compressed", "repaired"))
+    return f"{recovery or 'blank'}; {before:.3f} → {after:.3f}"
+
+
+def interval(values: Sequence[float]) -> str:
+    """Return mean ± half of the 95 % interval over seeds (Student t), with n."""
+    n = len(values)
+    if n < 2:
+        return ""
+    half = student_t.ppf(0.975, n - 1) * np.std(values, ddof=1) / math.sqrt(n)
+    return f"{100 * np.mean(values):.1f} % ± {100 * half:.1f} (n = {n})"
+
+
+def over_seeds(cells: Sequence[Cell]) -> str:
+    """Return recovery over seeds, and fine minus coarse paired by seed."""
+    rows = []
+    for method in dict.fromkeys(c.head["compressor"] for c in cells):
+        found: dict[str, dict[int, float]] = {}
+        for cell in (c for c in cells if c.head["compressor"] == method):
+            if (value := cell.get("repaired", "recovery")) is not None:
+                found.setdefault(cell.head["model"], {})[cell.head["seed"]] = value
+        fine, coarse = (found.get(f"tiny_{grain}", {}) for grain in ("fine", "coarse"))
+        both = [fine[s] - coarse[s] for s in fine if s in coarse]
+        three = [interval(list(fine.values())), interval(list(coarse.values())), interval(both)]
+        rows.append([method, *three])
+    return markdown(("method", "fine", "coarse", "fine - coarse, paired"), rows)
+
+
+def in_domains(cells: Sequence[Cell]) -> str:
+    """Return NLL before and after the repair for each held-out text on its own."""
+    texts = list(dict.fromkeys(t for c in cells for t in c.get("repaired", "nll_by") or {}))
+    rows = []
+    for cell in (c for c in cells if c.done):
+        before, after = (cell.get(stage, "nll_by") or {} for stage in ("compressed", "repaired"))
+        changes = [f"{before[t]['nll']:.3f} → {after[t]['nll']:.3f}" for t in texts]
+        head = cell.head
+        first = [head["compressor"], head["model"].removeprefix("tiny_"), head["calibration"]]
+        rows.append([*first, *changes])
+    return markdown(("method", "model", "repaired on", *texts), rows)
+
+
+def of_claim(claim: str, cells: Sequence[Cell]) -> str:
+    """Return the tables of one claim."""
+    held, grid = cells_in(claim, cells), grid_of(claim)[1]
+    parts = [along(n, held, v) for n, v in grid.items() if n not in ("model", "compressor")]
+    parts += [over_seeds(held)] if "seed" in grid else []
+    parts += [in_domains(held)] if "calibration" in grid else []
+    return "\n\n".join(parts)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--claim")
+    given = parser.parse_args()
+    cells = cells_of(read_rows(given.folder))
+    if given.claim:
+        print(of_claim(given.claim, cells))
+        return
+    for model in dict.fromkeys(c.head["model"] for c in cells):
+        one = next((c for c in cells if c.head["model"] == model and c.done), None)
+        if one is not None:
+            nll = plus_minus(one.get("teacher", "nll"), one.get("teacher", "nll_se"))
+            sizes = " / ".join(
+                millions(one.get("teacher", n))
+                for n in ("expert_bytes", "disk_bytes", "active_parameters")
+            )
+            print(f"{model}: teacher NLL {nll}, experts MB / disk MB / active M {sizes}\n")
+    print(methods(cells))
+    print(f"### Harmed by the repair\n\n{harmed(cells)}")
+
+
+if __name__ == "__main__":
+    main()
