@@ -202,7 +202,7 @@ def talks(folder: Path) -> dict[str, Any]:
         "gathered": gathered(rank),
         "gathered first": gathered_first(rank),
         "folded": folded([rank], lambda a, b: a + b),
-        "part": [list(part(range(5))), list(part([]))],
+        "part": [[begin, list(items)] for begin, items in (part(range(5)), part([]))],
         "kept": twice,
         "made": len(made),
     }

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 FOLDER = Path(__file__).parents[1] / "experiments" / "bench"
-MODULES = ("bench", "memory", "models", "planning", "speed", "timing")
+MODULES = ("bench", "memory", "models", "overhead", "planning", "speed", "timing")
 
 
 @pytest.fixture(scope="module")
@@ -36,6 +36,8 @@ def test_the_whole_bench_gives_named_rows_with_the_promised_limits(
     sizes = itertools.count(1_000_000, 1_000_000)
     few = lambda size: bench.memory.memory_rows(size, lambda task, size: next(sizes))  # noqa: E731
     monkeypatch.setattr(bench.bench, "memory_rows", few)
+    spent = itertools.count(1.0)
+    monkeypatch.setattr(bench.overhead, "cpu_seconds", lambda *command: next(spent))
     two = lambda *of: bench.planning.planning_rows(*of, ("reap", "rtn"))  # noqa: E731
     monkeypatch.setattr(bench.bench, "planning_rows", two)
     rows = json.loads(json.dumps(bench.bench.measure(toy, 1, ("tiny_coarse",))))
@@ -48,6 +50,7 @@ def test_the_whole_bench_gives_named_rows_with_the_promised_limits(
     }
     limits = {r["name"]: r["limit"] for r in rows if r["limit"] is not None}
     assert limits == {
+        "launch: first step of a cell / the bare imports": 1.3,
         "chunked KL: time / plain": 1.0,
         "chunked KL: loss, relative error": 1e-5,
         "chunked KL: gradient, largest error / largest entry": 1e-5,
@@ -75,6 +78,14 @@ def test_every_preset_of_a_compressor_has_its_planning_row(bench: SimpleNamespac
     names = bench.planning.presets()
     assert {"reap", "svd", "gptq", "odp"} <= set(names)
     assert set(bench.planning.WHOLE) <= set(names)
+
+
+def test_a_process_is_measured_up_to_the_line_that_is_waited_for(bench: SimpleNamespace) -> None:
+    work = "import sys; [i * i for i in range(3_000_000)]; print('now', file=sys.stderr); "
+    forever = [sys.executable, "-c", work + "import time; time.sleep(60)"]
+    assert 0.05 < bench.overhead.cpu_seconds(forever, b"now") < 30
+    with pytest.raises(RuntimeError, match="ended with 1"):
+        bench.overhead.cpu_seconds([sys.executable, "-c", "raise SystemExit(1)"], b"now")
 
 
 def test_a_ratio_is_the_median_over_rounds_of_weighted_times(bench: SimpleNamespace) -> None:

@@ -2,6 +2,7 @@ import errno
 import hashlib
 import json
 import logging
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -164,3 +165,18 @@ def test_the_cache_lies_where_the_environment_says(monkeypatch, environment, exp
     for name, value in {"HOME": "/h", **environment}.items():
         monkeypatch.setenv(name, value)
     assert cache_dir() == Path(expected)
+
+
+def test_writers_of_the_same_folder_do_not_stop_each_other(tmp_path):
+    def write(name: str) -> None:
+        for _ in range(30):
+            with whole_file(tmp_path / "model") as temporary:
+                temporary.mkdir()
+                (temporary / "config.json").write_text(name)
+                (temporary / "weights").write_text(name)
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(write, "abcd"))
+    texts = [(tmp_path / "model" / name).read_text() for name in ("config.json", "weights")]
+    assert texts[0] == texts[1]
+    assert [p.name for p in tmp_path.iterdir()] == ["model"]

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from memory import memory_rows
 from models import Size, random_model
+from overhead import overhead_rows
 from planning import planning_rows
 from speed import kl_rows, other_passes_rows, router_kd_rows, statistics_rows, union_rows
 from timing import Row, row
@@ -46,6 +47,7 @@ def show(rows: list[Row], began: float) -> list[Row]:
 def measure(size: Size, rounds: int, zoo: tuple[str, ...]) -> list[Row]:
     began = time.time()
     rows = show(settings_rows(size), began)
+    rows += show(overhead_rows(rounds), began)
     rows += show(memory_rows(size), began)
     rows += show(kl_rows(size, rounds), began)
     rows += show(planning_rows("random model", random_model(size), size), began)

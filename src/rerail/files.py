@@ -50,9 +50,7 @@ def whole_file(path: Path) -> Iterator[Path]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
-        if temporary.is_dir() and path.is_dir():
-            shutil.rmtree(path)
-        temporary.replace(path)
+        _take_name(temporary, path)
     except Exception as error:
         if _is_full(error):
             raise InputError(
@@ -65,6 +63,21 @@ def whole_file(path: Path) -> Iterator[Path]:
             shutil.rmtree(temporary, ignore_errors=True)
         else:
             temporary.unlink(missing_ok=True)
+
+
+def _take_name(temporary: Path, path: Path) -> None:
+    """Rename; a folder in the way goes first, and again where another writer put one there."""
+    while True:
+        try:
+            temporary.replace(path)
+            return
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+        old = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.old")
+        with contextlib.suppress(FileNotFoundError):
+            path.rename(old)
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def _is_full(error: Exception) -> bool:

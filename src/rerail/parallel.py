@@ -108,7 +108,7 @@ def join() -> None:
     from torch import distributed
 
     if in_slurm() and "MASTER_ADDR" not in os.environ:
-        from lightning.fabric.plugins.environments import SLURMEnvironment
+        from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 
         # they put the name of the first node and a port of the job's own into the environment
         slurm = SLURMEnvironment(auto_requeue=False)

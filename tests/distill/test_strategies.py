@@ -1,14 +1,16 @@
 """Repairs by several processes: DDP and FSDP2 against one process."""
 
+import signal
 from dataclasses import replace
 
+import lightning
 import pytest
 import torch
 
 from rank_programs import FORMS, SETTINGS, UNEVEN, fitted, form
 from rerail.distill.batches import shared
 from rerail.distill.settings import RouterKD
-from rerail.distill.strategies import check_strategy
+from rerail.distill.strategies import check_strategy, strategy_of
 from rerail.errors import InputError
 from together import together
 
@@ -86,3 +88,20 @@ def test_a_live_teacher_is_refused_where_students_are_spread():
     with pytest.raises(InputError, match=r"use distill\.teacher=cached"):
         check_strategy({"strategy": "fsdp2"}, RouterKD(teacher="live"))
     check_strategy({"strategy": "ddp"}, RouterKD(teacher="live"))
+
+
+def test_in_a_slurm_job_only_submitit_requeues(monkeypatch):
+    for name, word in (("NTASKS", 1), ("PROCID", 0), ("LOCALID", 0), ("NODEID", 0)):
+        monkeypatch.setenv(f"SLURM_{name}", str(word))
+    monkeypatch.setenv("SLURM_JOB_ID", "1234")
+    [environment] = strategy_of({})["plugins"]
+    assert environment.auto_requeue is False
+    before = signal.getsignal(signal.SIGUSR1)
+    heard = []
+
+    class Listening(lightning.Callback):
+        def on_train_start(self, trainer, pl_module):
+            heard.append(signal.getsignal(signal.SIGUSR1))
+
+    fitted("auto", callbacks=[Listening()])
+    assert heard == [before]

@@ -305,3 +305,23 @@ def test_a_hub_model_is_known_by_its_commit(monkeypatch):
     before = source.fingerprint()
     Config._commit_hash = "abd"
     assert source.fingerprint() != before
+
+
+def test_a_device_map_places_the_model(saved):
+    model = ModelSource(str(saved), device_map={"": "cpu"}).load()
+    ids = tokens()
+    with torch.no_grad():
+        assert torch.equal(model.hidden(ids), tiny("qwen3_moe").hidden(ids))
+
+
+def test_weights_that_a_device_map_leaves_outside_the_devices_are_refused(saved):
+    places = {
+        "model.embed_tokens": "cpu",
+        "model.layers.0": "cpu",
+        "model.layers.1": "disk",
+        "model.norm": "cpu",
+        "model.rotary_emb": "cpu",
+        "lm_head": "cpu",
+    }
+    with pytest.raises(InputError, match=r"offloaded|no device"):
+        ModelSource(str(saved), device_map=places).load()

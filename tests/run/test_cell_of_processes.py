@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 
 import rank_programs
 from families import tiny
+from rerail.errors import InputError
 from together import together
 
 ZOO = Path(__file__).parents[2] / "src/rerail/zoo/tiny_fine"
@@ -98,3 +100,26 @@ def test_two_processes_run_a_cell_as_one_does(
     ]
     assert caches[0] == caches[1]
     assert json.loads((made / "status.json").read_text(encoding="utf-8"))["state"] == "done"
+
+
+@pytest.mark.parametrize(
+    ("more", "sentence"),
+    [
+        (["trainer=ddp", "++model.device_map=auto"], "model.device_map='auto' spreads the model"),
+        (["trainer=ddp", "++distill.batch_size=1", "++distill.accumulate=2"], "start at most 2"),
+        (["trainer=fsdp2", "++distill.teacher=live"], "use distill.teacher=cached"),
+        (["++trainer.strategy=deepspeed"], "'deepspeed' is not one of auto, ddp, fsdp2"),
+        (["trainer=cpu"], "4 processes started and trainer.strategy='auto' is for one"),
+    ],
+)
+def test_what_several_processes_cannot_do_is_refused_before_anything_is_written(
+    model_folder, tmp_path, monkeypatch, more, sentence
+):
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    changed = [word.split("=")[0].lstrip("+") for word in more]
+    kept = [w for w in words(model_folder) if w.split("=")[0].lstrip("+") not in changed]
+    (tmp_path / "words.json").write_text(json.dumps([*kept, *more]), encoding="utf-8")
+    with pytest.raises(InputError, match=re.escape(sentence)):
+        rank_programs.cell(tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["words.json"]

@@ -11,6 +11,7 @@ import pytest
 from hydra.core.global_hydra import GlobalHydra
 
 from rerail import __main__ as surface
+from rerail.run import task
 
 
 class Done(NamedTuple):
@@ -29,13 +30,8 @@ def rerail(tmp_path, monkeypatch, capfd):
 
     def run(*words: str) -> Done:
         GlobalHydra.instance().clear()
-        for name, value in (
-            ("started", False),
-            ("failed", False),
-            ("multirun", False),
-            ("out", None),
-        ):
-            monkeypatch.setattr(surface.Outcome, name, value)
+        for name, value in (("started", False), ("failed", False), ("out", None)):
+            monkeypatch.setattr(task.Outcome, name, value)
         monkeypatch.setattr(sys, "argv", ["rerail", *words])
         with pytest.raises(SystemExit) as exit_:
             surface.main()
@@ -74,8 +70,9 @@ def test_bad_words_get_a_sentence_and_exit_status_2(rerail, tmp_path, word, said
 
 
 def test_help_comes_without_torch_and_a_real_process_exits_with_2(tmp_path):
-    (tmp_path / "torch.py").write_text("raise SystemExit('torch was imported')")
-    held = os.environ | {"PYTHONPATH": str(tmp_path)}
+    for name in ("torch", "transformers", "lightning"):
+        (tmp_path / f"{name}.py").write_text(f"raise SystemExit('{name} was imported')")
+    held = os.environ | {"PYTHONPATH": f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"}
     for words, code, said in (
         (["--help"], 0, "compressor"),
         (["compresor=reap"], 2, "did you mean"),
@@ -108,6 +105,23 @@ def test_a_grid_runs_on_after_a_bad_cell_and_exits_with_2(rerail, tmp_path):
     results = [json.loads(p.read_text()) for p in (tmp_path / "here").glob("*/result.json")]
     commands = [row["choices"]["command"] for rows in results for row in rows]
     assert all("ratio.removed=" in c and "out=" not in c for c in commands)
+
+
+def test_the_same_cell_twice_in_a_grid_runs_once_and_an_unknown_profile_lists_those_there_are(
+    rerail, tmp_path
+):
+    done = rerail("-m", "ratio.removed=1.5,1.5", "seed=0", "out=here")
+    assert done.code == 2
+    cells = [json.loads(p.read_text()) for p in (tmp_path / "here/sweeps").glob("*/cells.json")]
+    assert [len(one["cells"]) for one in cells] == [1]
+    unknown = rerail("-m", "+slurm=nowhere", "out=here")
+    assert unknown.code == 2
+    assert all(name in unknown.err for name in ("a100", "a100x8", "a100x8x2", "local"))
+    wrong = rerail("-m", "seed=0", "hydra.launcher.executor=moon", "out=here")
+    assert (wrong.code, wrong.err) == (
+        2,
+        "rerail: hydra.launcher.executor='moon' is not one of here, slurm\n",
+    )
 
 
 def test_the_package_folder_is_found_from_anywhere(rerail):

@@ -29,6 +29,19 @@ def test_a_recovery_is_paired_whatever_the_order_of_the_texts():
     assert recovery_columns(scores(0, texts[::-1]), compressed, repaired) == expected
 
 
+def test_each_text_has_a_recovery_of_its_own_by_its_own_blocks():
+    texts = ("speeches", "docs")
+    stages = [scores(shift, texts) for shift in (0, 1, 0.5)]
+    found = recovery_columns(*stages)["nll_by"]
+    for name in texts:
+        alone = recovery_columns(*({name: s[name], "seconds": 1.0} for s in stages))
+        assert found[name]["recovery"] == alone["recovery"] is not None
+        assert found[name]["recovery_se"] == alone["recovery_se"]
+        assert found[name]["tokens"] == 450
+    equal = recovery_columns(stages[0], stages[0], stages[2])["nll_by"]
+    assert equal["docs"]["recovery"] is None
+
+
 def test_a_fresh_stage_is_what_is_read_back_in_the_same_order(tmp_path):
     data = {"speeches": {"b": 1, "a": [0.1]}, "docs": {}}
     fresh, _ = saved(tmp_path / "stage.json", lambda: (dict(data), {}))

@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 
 import pytest
 import yaml
@@ -85,6 +87,79 @@ def test_a_failing_cell_leaves_its_traceback_until_it_succeeds(composed, tmp_pat
     assert "make_plan" in (folder / "traceback.txt").read_text()
     assert task.run(described.held)[0] == "done"
     assert not (folder / "traceback.txt").exists()
+
+
+def test_a_cell_that_another_process_finished_meanwhile_is_done(composed, tmp_path, monkeypatch):
+    from rerail.run import stages
+
+    described = task.describe(composed())
+    plan = stages.plan
+
+    def late(*args):
+        with monkeypatch.context() as patch:
+            patch.setattr(stages, "plan", plan)
+            assert task.run(described.held)[0] == "done"
+        raise FileNotFoundError("what the other one has removed at its end")
+
+    monkeypatch.setattr(stages, "plan", late)
+    assert task.run(described.held) == ("done", "")
+    folder = tmp_path / "out" / described.folder
+    assert json.loads((folder / "status.json").read_text())["state"] == "done"
+    assert {row["status"] for row in json.loads((folder / "result.json").read_text())} == {"done"}
+
+
+RUN = "import sys, yaml; from rerail.run.task import run"
+RUN += "; print(run(yaml.safe_load(open(sys.argv[1]))))"
+VOLATILE = ("host", "time", "seconds", "evaluation_seconds", "peak_memory", "choices")
+
+
+@pytest.mark.slow
+def test_two_processes_on_the_same_cell_both_end_well_with_the_same_rows(composed, tmp_path):
+    words = ("distill=router_kd", "++distill.batch_size=4", "++distill.epochs=8")
+    described = task.describe(composed(*words, "samples.count=16"))
+    (tmp_path / "held.yaml").write_text(yaml.safe_dump(described.held))
+    command = [sys.executable, "-c", RUN, str(tmp_path / "held.yaml")]
+    children = []
+    for name in "ab":
+        with (tmp_path / name).open("w") as file:
+            children.append(subprocess.Popen(command, stdout=file, stderr=file))
+    codes = [child.wait(timeout=200) for child in children]
+    said = [(tmp_path / name).read_text() for name in "ab"]
+    assert codes == [0, 0], said
+    assert all("('done', '')" in one for one in said), said
+    folder = tmp_path / "out" / described.folder
+    assert json.loads((folder / "status.json").read_text())["state"] == "done"
+    left = [p.name for p in folder.rglob("*") if p.suffix in (".tmp", ".old", ".ckpt")]
+    assert left == []
+    alone = {
+        **described.held,
+        "config": {**described.held["config"], "out": str(tmp_path / "other")},
+    }
+    assert task.run(alone) == ("done", "")
+    rows, others = (
+        [{n: v for n, v in row.items() if n not in VOLATILE} for row in json.loads(text)]
+        for text in (
+            (at / "result.json").read_text() for at in (folder, tmp_path / "other" / folder.name)
+        )
+    )
+    assert rows == others
+
+
+def test_a_preempted_cell_is_not_called_failed(composed, tmp_path, monkeypatch):
+    from rerail.run import stages
+
+    described = task.describe(composed())
+
+    def preempted(*_):
+        raise SystemExit(-1)  # as submitit does after it has requeued the job
+
+    monkeypatch.setattr(stages, "plan", preempted)
+    with pytest.raises(SystemExit):
+        task.run(described.held)
+    folder = tmp_path / "out" / described.folder
+    held = json.loads((folder / "status.json").read_text())
+    assert (held["state"], held["stage"]) == ("running", "plan")
+    assert not (folder / "result.json").exists()
 
 
 def test_a_secret_stays_in_the_environment_and_nothing_else_changes(monkeypatch):

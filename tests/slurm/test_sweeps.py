@@ -1,6 +1,7 @@
 """Sweeps on a real Slurm: as arrays, through preemption, lost nodes, cancelled jobs and edits."""
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -32,6 +33,9 @@ class Bench:
     def __init__(self, cluster, home: Path, model: Path):
         self.cluster, self.home, self.model = cluster, home, model
         self.env = {**cluster.env, "RERAIL_CACHE": str(model / "cache"), "CUDA_VISIBLE_DEVICES": ""}
+        # as after `make slurm-up`: the profile finds the cluster by its folder
+        del self.env["SLURM_CONF"]
+        self.env["PATH"] = os.environ["PATH"]
 
     def words(self, *more: str) -> list[str]:
         text = f"[{self.model / 'text.jsonl'}]"
@@ -70,6 +74,9 @@ class Bench:
     def jobs(self, out: str = "out") -> list[dict[str, str]]:
         files = sorted((self.home / out / "sweeps").glob("*/jobs.json"))
         return [json.loads(file.read_text()) for file in files]
+
+    def done(self) -> list[Path]:
+        return [folder for folder in self.folders() if self.status(folder)["state"] == "done"]
 
     def node(self, job: str) -> str:
         return self.cluster.run("squeue", "-h", "-j", job, "-o", "%N")
@@ -137,7 +144,9 @@ def test_a_grid_is_an_array_and_a_failing_cell_fails_alone(grid):
     for folder in bench.folders():
         ends.setdefault(bench.status(folder)["state"], []).append(folder)
     assert {state: len(folders) for state, folders in ends.items()} == {
-        "done": 1, "failed": 1, "not_applicable": 2
+        "done": 1,
+        "failed": 1,
+        "not_applicable": 2,
     }
     [failed] = ends["failed"]
     assert "nonsense" in (failed / "traceback.txt").read_text()
@@ -152,7 +161,7 @@ def test_a_grid_is_an_array_and_a_failing_cell_fails_alone(grid):
 def undisturbed(grid) -> list[dict]:
     """Return the rows of the good cell."""
     bench, done = grid
-    [folder] = [f for f in bench.folders() if bench.status(f)["state"] == "done"]
+    [folder] = bench.done()
     assert rows(folder), done.said
     return rows(folder)
 
@@ -203,8 +212,7 @@ def test_a_closed_terminal_stops_no_job_and_the_same_command_finishes_what_was_c
     assert terminal.returncode == 130, said
     assert "rerail-sweep cancel" in said
     other = bench.cluster.submit("sleep 600")
-    done = {f for f in bench.folders() if bench.status(f)["state"] == "done"}
-    assert len(done) == 1
+    bench.cluster.wait_for(lambda: len(bench.done()) == 1, 60, "the short cell")
     shown = bench.sweep("status", "out", "--exit-code")
     assert shown.code == 3
     assert "repair, step" in shown.said
@@ -216,7 +224,7 @@ def test_a_closed_terminal_stops_no_job_and_the_same_command_finishes_what_was_c
     again = bench.rerail(*words)
     assert again.code == 0, again.said
     assert "1 cells submitted, 1 done already" in again.said
-    assert {bench.status(f)["state"] for f in bench.folders()} == {"done"}
+    assert bench.done() == bench.folders()
 
 
 def test_what_the_cluster_cannot_do_is_a_sentence_before_anything_is_submitted(bench):

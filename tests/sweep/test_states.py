@@ -39,7 +39,11 @@ def test_a_sweep_in_this_process_shows_what_is_done_runs_and_waits(tmp_path):
     status(tmp_path, "d", "running", stage="repair", progress=progress)
     view = look(tmp_path)
     assert states(tmp_path) == {
-        "a": "done", "b": "failed", "c": "not_applicable", "d": "running", "e": "pending"
+        "a": "done",
+        "b": "failed",
+        "c": "not_applicable",
+        "d": "running",
+        "e": "pending",
     }
     assert view.cells[1].detail == "no luck"
     assert view.cells[3].detail == "repair, step: 3 of 9"
@@ -132,7 +136,10 @@ def test_what_cannot_be_read_is_noted_left_alone_and_the_rest_is_shown(tmp_path)
     (tmp_path / "notes" / "mine.txt").write_text("mine")
     view = look(tmp_path)
     assert {c.folder: c.state for c in view.cells} == {
-        "good": "done", "older": "unreadable", "half": "unreadable", "foreign": "unreadable"
+        "good": "done",
+        "older": "unreadable",
+        "half": "unreadable",
+        "foreign": "unreadable",
     }
     for name in texts:
         assert any(name in note for note in view.notes), name

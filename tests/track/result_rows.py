@@ -10,7 +10,10 @@ METHODS = {
     "reap": ("pruning", 0.81, 0.56, 0.18),
     "hc_smoe": ("merging", 0.42, 0.44, 0.21),
     "mobe": ("editing", 0.12, None, 0.09),
+    "rtn": ("quantisation", 0.2, 0.12, 0.05),
+    "odp": ("skipping", 0.15, 0.08, -0.04),
 }
+DEMO = ("reap", "hc_smoe", "mobe")
 
 
 def cell(model: str = "tiny_fine", method: str = "reap", **known: Any) -> list[Row]:
@@ -22,8 +25,11 @@ def cell(model: str = "tiny_fine", method: str = "reap", **known: Any) -> list[R
     recovery = known.pop("recovery", recoveries[grain == "coarse"])
     texts = {"speeches": 16320, "docs": 16320}
     tokens = known.pop("texts", texts)
-    key = "-".join(str(known[n]) for n in ("ratio", "seed", "samples")) + f"-{model}-{method}"
-    names = {"model": model, "compressor": method, "ratio": str(known["ratio"])}
+    marks = ("ratio", "seed", "samples", "calibration")
+    known = {"calibration": "mix", **known}
+    key = "-".join(str(known[n]) for n in marks if known[n] != "mix") + f"-{model}-{method}"
+    names = {n: str(known[n]) for n in ("ratio", "calibration")}
+    names |= {"model": model, "compressor": method}
     shared = {
         "key": key,
         "model": model,
@@ -32,7 +38,6 @@ def cell(model: str = "tiny_fine", method: str = "reap", **known: Any) -> list[R
         "paradigm": paradigm,
         "paper": "2510.13999",
         "allocation": "uniform",
-        "calibration": "mix",
         "distill": "router_kd",
         "prompt": "The Congress of the United States",
         "host": "node-1",
@@ -49,7 +54,12 @@ def cell(model: str = "tiny_fine", method: str = "reap", **known: Any) -> list[R
             "compressor": {"_target_": f"rerail.compress.methods.{method}"},
             "ratio": {"removed": known["ratio"]},
             "samples": {"count": known["samples"]},
-            "calibration": {"samples": known["samples"], "seed": known["seed"]},
+            "calibration": {
+                "samples": known["samples"],
+                "seed": known["seed"],
+                "sources": [known["calibration"]],
+            },
+            "skip": {"share": known["ratio"] if paradigm == "skipping" else None},
             "evaluation": {"texts": {name: {"seed": 0} for name in tokens}},
         },
         **known,
@@ -68,11 +78,11 @@ def _stage(
     teacher: float,
     tokens: dict[str, int],
     recovery: float | None,
-    ratio: float,
+    ratio: float | None,
     model: str,
 ) -> dict[str, Any]:
     kl = 1.1 * (nll - teacher)
-    left = 1.0 if stage == "teacher" else 1 - ratio
+    left = 1.0 if stage == "teacher" else 1 - (ratio or 0.0)
     row: dict[str, Any] = {
         "stage": stage,
         "nll": nll,
@@ -109,12 +119,14 @@ def _stage(
         ]
         row |= {"kl_first": 4 * kl, "kl_best": kl, "kl_last": kl, "recovery": recovery}
         row["recovery_se"] = None if recovery is None else 0.034
+        for held in row["nll_by"].values():
+            held |= {"recovery": recovery, "recovery_se": row["recovery_se"]}
     return row
 
 
 def demo_rows() -> list[Row]:
     """Return the 18 rows of the demo."""
-    return [row for model in MODELS for method in METHODS for row in cell(model, method)]
+    return [row for model in MODELS for method in DEMO for row in cell(model, method)]
 
 
 def failed_cell(status: str = "failed", **known: Any) -> Row:
@@ -122,3 +134,25 @@ def failed_cell(status: str = "failed", **known: Any) -> Row:
     reason = "ValueError: <script>alert('reason')</script> is not finite"
     row = {"model": "tiny_fine", "compressor": "reap", "ratio": 0.9, "seed": 0, "key": "bad0"}
     return new_row(**{**row, "status": status, "reason": reason, **known})
+
+
+def every_kind() -> list[Row]:
+    """Return rows of every kind that a sweep can have; more than are shown without folding."""
+    both = [*MODELS]
+    rows = [r for m in both for n in DEMO for q in (0.25, 0.5, 0.75) for r in cell(m, n, ratio=q)]
+    rows += [
+        r for m in both for b in (2.0, 3.0, 4.0) for r in cell(m, "rtn", ratio=1 - b / 16, bits=b)
+    ]
+    for m in both:
+        for share, active in ((0.25, 1.5), (0.5, 1.0), (None, 1.2)):
+            for row in cell(m, "odp", ratio=share):
+                rows.append({**row, "active_experts": 2.0 if row["stage"] == "teacher" else active})
+    rows += [
+        r
+        for m, gain in zip(both, (0.0, 0.1), strict=True)
+        for s in range(1, 6)
+        for r in cell(m, seed=s, ratio=0.5, recovery=0.5 + s / 100 - gain * (1 + s / 10))
+    ]
+    rows += [r for m in both for n in (16, 64, 1024) for r in cell(m, samples=n)]
+    rows += [r for m in both for c in ("speeches", "docs") for r in cell(m, calibration=c)]
+    return [*rows, failed_cell()]

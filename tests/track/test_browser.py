@@ -26,7 +26,7 @@ const names = () => [...cells.tBodies[0].rows].filter((row) => !row.hidden)
 const header = (name) => [...cells.tHead.rows[0].cells].find((c) => c.textContent.trim() === name);
 const sorted = (name) => { header(name).querySelector("button").click();
   return [names(), header(name).getAttribute("aria-sort")]; };
-const filter = document.getElementById("filter");
+const filter = document.getElementById("cells-filter");
 const filtered = (words) => { filter.value = words; filter.dispatchEvent(new Event("input"));
   return [names(), document.querySelector("output").textContent]; };
 const found = {

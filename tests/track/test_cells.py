@@ -7,20 +7,11 @@ import numpy as np
 import pytest
 from result_rows import cell, demo_rows, failed_cell
 
-from rerail.track.cells import (
-    by_tokens,
-    cells_of,
-    label_of,
-    megabytes,
-    plus_minus,
-    series_over,
-    settings_of,
-    share,
-    short_label,
-    varying,
-)
+from rerail.track.cells import by_tokens, cells_of, series_over, settings_of
 from rerail.track.comparison import comparison, mean_of, pairs_of
+from rerail.track.labels import label_of, short_label, varying
 from rerail.track.results import Row
+from rerail.track.words import megabytes, plus_minus, share
 
 
 def settings(rows: list[Row]) -> list:

@@ -11,13 +11,14 @@ from pathlib import Path
 import pytest
 from result_rows import MODELS, cell, demo_rows, failed_cell
 
-from rerail.track.cells import cells_of, plus_minus, settings_of
+from rerail.track.cells import cells_of, settings_of
 from rerail.track.diagnostics import heat_maps
 from rerail.track.drawing import style
 from rerail.track.figures import before_after, pareto
 from rerail.track.recovery import fine_against_coarse
 from rerail.track.report import render, write_report
 from rerail.track.results import Row
+from rerail.track.words import plus_minus
 
 VOID = {"meta", "input", "br", "hr", "img", "link"}
 

@@ -47,11 +47,11 @@ class Round:
     def _batches(self, step: int) -> list[Batch]:
         data, schedule = self.data, self.data.schedule
         index = schedule.blocks_of(step, data.seed)
-        parts = index.split(schedule.batch_size)
+        parts = torch.split(index, schedule.batch_size)
         masks = [data.blocks.mask[part] for part in parts]
         weights = torch.cat([target_weights(mask, data.average) for mask in masks])
         mine = shared(index, weights, data.rank, schedule.ranks)
-        pieces = zip(*(t.split(schedule.forward_size) for t in mine), strict=True)
+        pieces = zip(*(torch.split(t, schedule.forward_size) for t in mine), strict=True)
         return [batch_of(data.blocks, i, w) for i, w in pieces]
 
     def __iter__(self) -> Iterator[Batch]:
@@ -99,6 +99,6 @@ class Rounds(CalibrationData):
         index = torch.arange(self.schedule.train_blocks, len(self.blocks))
         weights = self.blocks.mask[index, 1:].float()
         mine = shared(index, weights, self.rank, self.schedule.ranks)
-        pieces = zip(*(t.split(self.schedule.batch_size) for t in mine), strict=True)
+        pieces = zip(*(torch.split(t, self.schedule.batch_size) for t in mine), strict=True)
         batches: Any = [batch_of(self.blocks, i, w) for i, w in pieces]
         return DataLoader(batches, batch_size=None)

@@ -90,11 +90,8 @@ def repair(  # noqa: PLR0913
     with masters(trainee, settings.trains) as trained:
         before = {n: p.detach().clone() for n, p in trained.items()}
         module = RouterDistillation(trainee, teacher, settings, trained, schedule.steps, scale)
-        held = None
-        if folder is not None:
-            choices = [dataclasses.asdict(settings), seed, blocks.fingerprint]
-            rows = [sha256(t.cpu().numpy().tobytes()).hexdigest() for t in before.values()]
-            held = folder / f"repair-{digest([choices, rows])}.ckpt"
+        choices = [dataclasses.asdict(settings), seed, blocks.fingerprint, ranks]
+        held = None if folder is None else folder / _name(choices, before)
         data = Rounds(blocks, schedule, seed, settings.average, rank)
         _fit(module, data, trainer, held)
         after = dict(zip(trained, module.rows().values(), strict=True))
@@ -104,6 +101,12 @@ def repair(  # noqa: PLR0913
     first_kl, last_kl = curve[0]["val_kl"], curve[-1]["val_kl"]
     made = int(curve[-1]["step"])
     return Repair(first_kl, module.best[0], last_kl, module.best[1], made, curve, before, after)
+
+
+def _name(choices: list[Any], before: Mapping[str, Tensor]) -> str:
+    """Return the file name of a fit's checkpoint: another fit never goes on from it."""
+    rows = [sha256(t.cpu().numpy().tobytes()).hexdigest() for t in before.values()]
+    return f"repair-{digest([choices, rows])}.ckpt"
 
 
 def put_rows(student: MoEModel, rows: Mapping[str, Tensor]) -> None:

@@ -3,6 +3,7 @@
 import functools
 import importlib.resources
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,9 @@ class ModelSource:
         revision: of a hub repository.
         dtype: `auto` is the checkpoint's own, except on a CPU, where it is float32.
         device: `auto` is the first GPU where there is one.
-        device_map: for models larger than one GPU; see transformers.
+        device_map: for models larger than one GPU, `auto` or module -> device (transformers'
+            words): statistics and evaluations run where it puts them. All weights must have a
+            device: none may be left on the disk.
         experts_implementation: by default `eager` on a CPU, and the model's own elsewhere.
         remote_code: run the repository's own code; off unless asked for.
         refuse: a reason for which this model is not supported.
@@ -40,7 +43,7 @@ class ModelSource:
     revision: str | None = None
     dtype: str = "auto"
     device: str = "auto"
-    device_map: str | None = None
+    device_map: str | Mapping[str, str | int] | None = None
     experts_implementation: str | None = None
     remote_code: bool = False
     refuse: str | None = None
@@ -127,6 +130,11 @@ class ModelSource:
             )
         if self.device_map is None:
             model.to(device)
+        elif outside := [name for name, p in model.named_parameters() if p.is_meta]:
+            raise InputError(
+                f"model.device_map={self.device_map!r} leaves {len(outside)} tensors of "
+                f"{self.path_or_id!r} on no device, {outside[0]} for one; use more or larger GPUs"
+            )
         model.eval().requires_grad_(False)
         _check_finite(model, self.path_or_id)
         return MoEModel(model)

@@ -12,6 +12,9 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
+# what accelerate puts on a module of a model with a device map: a forward of the original's own
+_DISPATCHED = ("forward", "_old_forward", "_hf_hook")
+
 
 class ExpertWeights(NamedTuple):
     """Experts as (out, in) matrices in every family: one expert, or a stack with a leading axis."""
@@ -97,9 +100,12 @@ def shell_of(experts: nn.Module, parameters: Mapping[str, Tensor], count: int) -
     """Return a shallow copy of a stock experts module that reads other tensors.
 
     Parameter objects stay the objects they are, so what is shared with a teacher stays shared; the
-    copy has tables of its own, so that nothing done to it reaches the original.
+    copy has tables of its own, so that nothing done to it reaches the original. Where a device map
+    moves the inputs of the original, the copy takes them as they come.
     """
     shell = copy.copy(experts)
+    for name in _DISPATCHED:
+        vars(shell).pop(name, None)
     for table in ("_parameters", "_buffers", "_modules"):
         setattr(shell, table, dict(getattr(experts, table)))
     for name, tensor in parameters.items():

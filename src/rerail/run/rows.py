@@ -122,7 +122,6 @@ def stage_row(
         routing_changed=float(np.mean(moved)) if moved else None,
         load_entropy=float(np.mean([e["load_entropy"] for e in layers])) if layers else None,
         layers=layers or None,
-        nll_by=by_text(scores),
         evaluation_seconds=scores["seconds"],
         bytes=sizes.bytes,
         expert_bytes=sizes.routed_bytes,
@@ -131,7 +130,12 @@ def stage_row(
         active_parameters=model.parameters_active(active_experts(scores)),
         active_experts=active_experts(scores),
         memory_bytes=resident(model),
-        **{"seconds": 0.0, "peak_memory": scores["peak_memory"], **extra},
+        **{
+            "seconds": 0.0,
+            "peak_memory": scores["peak_memory"],
+            "nll_by": by_text(scores),
+            **extra,
+        },
     )
 
 
@@ -179,10 +183,17 @@ def layer_means(scores: Scores) -> list[dict[str, Any]]:
     ]
 
 
-def recovery_columns(
-    teacher: Scores, compressed: Scores, repaired: Scores
-) -> dict[str, float | None]:
-    """Return recovery and its error; both None where the gap is under two standard errors."""
-    first, middle, last = (pooled(s, "nll") for s in (teacher, compressed, repaired))
+def recovery_columns(teacher: Scores, compressed: Scores, repaired: Scores) -> dict[str, Any]:
+    """Return recovery and its error, over all texts and, in `nll_by`, on each of them.
+
+    Both are None where the gap is under two standard errors.
+    """
+    stages = (teacher, compressed, repaired)
+    first, middle, last = (pooled(s, "nll") for s in stages)
     found = recovery_of(first, middle, last, pooled(teacher, "tokens"))
-    return {"recovery": found.value, "recovery_se": found.se}
+    each = by_text(repaired)
+    for name, held in each.items():
+        first, middle, last = (s[name]["nll"] for s in stages)
+        alone = recovery_of(first, middle, last, teacher[name]["tokens"])
+        held |= {"recovery": alone.value, "recovery_se": alone.se}
+    return {"recovery": found.value, "recovery_se": found.se, "nll_by": each}

@@ -218,6 +218,9 @@ def run_or_record(cell: Cell, out: Path, mirror: Mirror | None = None) -> list[R
     except InputError as error:
         return [_refused(cell, out, error)]
     except Exception as error:
+        if world()[1] == 1 and (rows := _finished(out / cell.folder)):
+            Status(out / cell.folder).write("done")  # another process ran the same cell
+            return rows
         if is_first():
             with whole_file(out / cell.folder / TRACEBACK) as temporary:
                 temporary.write_text(traceback.format_exc(), encoding="utf-8")

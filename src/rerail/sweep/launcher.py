@@ -20,6 +20,7 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from rerail.errors import InputError
+from rerail.parallel import is_first
 from rerail.sweep.folder import new_sweep, write_cells
 from rerail.sweep.work import Described, Work
 
@@ -86,7 +87,8 @@ class SweepLauncher(Launcher):
         self, out: Path, job_overrides: Sequence[Sequence[str]], first: int
     ) -> Sequence[JobReturn]:
         cells = self._described(job_overrides, first)
-        write_cells(new_sweep(out), [(cell, cell.state) for _, cell in cells], "here")
+        if is_first():
+            write_cells(new_sweep(out), [(cell, cell.state) for _, cell in cells], "here")
         self.work.record(out, failed=False)
         return [
             run_job(

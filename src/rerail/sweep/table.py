@@ -16,7 +16,7 @@ from rerail.sweep.states import STATES, Cell, View
 
 PIPED = 200  # columns where there is no terminal
 EVERY = 2.0  # seconds between two looks
-LOOKS = 5  # looks after which what is lost is believed: a file may show late on a shared disk
+LOOKS = 3  # looks after which what is lost is believed: a file may show late on a shared disk
 
 _COLOUR = {
     "pending": "dim",

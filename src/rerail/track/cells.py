@@ -13,16 +13,13 @@ import numpy as np
 from scipy.stats import t as student_t
 
 from rerail.files import digest
+from rerail.track.labels import shown
 from rerail.track.results import Row
-from rerail.track.words import number
 
 STAGES = ("teacher", "compressed", "repaired")
-BUDGETS = ("ratio", "bits", "skip")
-FIELDS = (*BUDGETS, "samples", "calibration", "allocation", "distill")
 _CHOSEN = ("ratio", "samples", "calibration", "allocation", "distill")
 _ALONG = {"bits": ("ratio", "bits"), "skip": ("ratio", "skip")}  # choices that vary with a column
-_LONG = {"ratio": "ratio {}", "bits": "{} bits", "skip": "skips {}", "samples": "{} samples"}
-_SHORT = {"ratio": "r{}", "bits": "{} bits", "skip": "skips {}", "samples": "n{}"}
+MANY = 16  # settings that are readable without being grouped
 BLANK = "gap under two standard errors"
 UNREPAIRED = "no repair"
 
@@ -97,18 +94,33 @@ class Setting:
 
     def estimate(self, stage: str, column: str) -> Estimate | None:
         """Return a column of a stage over the seeds that have it; None where none has."""
-        held = [(c.get(stage, column), c.get(stage, f"{column}_se")) for c in self.cells]
-        held = [(value, se) for value, se in held if value is not None]
-        if len(held) < 2:
-            return Estimate(*held[0], 1) if held else None
-        values = np.array([value for value, _ in held])
-        return Estimate(float(values.mean()), float(values.std(ddof=1)), len(held))
+        return _over_seeds(
+            [(c.get(stage, column), c.get(stage, f"{column}_se")) for c in self.cells]
+        )
+
+    @property
+    def texts(self) -> list[str]:
+        """The held-out texts."""
+        return sorted(self.head["nll_by"] or {})
+
+    def on_text(self, text: str) -> Estimate | None:
+        """Return the recovery on one held-out text over the seeds that have it."""
+        held = [(c.get("repaired", "nll_by") or {}).get(text) or {} for c in self.cells]
+        return _over_seeds([(one.get("recovery"), one.get("recovery_se")) for one in held])
 
     @property
     def no_recovery(self) -> str:
         """Why no seed has a recovery; empty where one has."""
         reasons = [cell.no_recovery for cell in self.cells]
         return reasons[0] if all(reasons) else ""
+
+
+def _over_seeds(held: Sequence[tuple[float | None, float | None]]) -> Estimate | None:
+    known = [(value, se) for value, se in held if value is not None]
+    if len(known) < 2:
+        return Estimate(*known[0], 1) if known else None
+    values = np.array([value for value, _ in known])
+    return Estimate(float(values.mean()), float(values.std(ddof=1)), len(known))
 
 
 def cells_of(rows: Sequence[Row]) -> list[Cell]:
@@ -189,69 +201,28 @@ def by_model(settings: Sequence[Setting]) -> dict[str, list[Setting]]:
     return grouped_by(settings, lambda setting: setting.head["model"] or "?")
 
 
+def by_paradigm(
+    items: Sequence[Any], head: Callable[[Any], Row] = lambda setting: setting.head
+) -> dict[str, list[Any]]:
+    """Return the items apart by paradigm where they are many, else all of them without a name."""
+    if len(items) <= MANY:
+        return {"": list(items)} if items else {}
+    return grouped_by(items, lambda item: head(item)["paradigm"] or "other")
+
+
 def series_over(column: str, settings: Sequence[Setting]) -> list[list[Setting]]:
     """Return settings that differ in one column only, sorted by it; at least two in each series."""
     along = _ALONG.get(column, (column,))
-    known = [
-        s
-        for s in settings
-        if shown(s.head, column) is not None and s.estimate("repaired", "nll") is not None
-    ]
+    known = [s for s in settings if shown(s.head, column) is not None]
+    known = [s for s in known if s.estimate("repaired", "nll")]
     grouped = grouped_by(known, lambda s: choices_without(s.head, along))
-    series = [
-        sorted(group, key=lambda s: (str(v) if isinstance(v := shown(s.head, column), str) else "", v))
-        for group in grouped.values()
-    ]
+
+    def place(setting: Setting) -> tuple[bool, Any]:
+        value = shown(setting.head, column)
+        return isinstance(value, str), value
+
+    series = [sorted(group, key=place) for group in grouped.values()]
     return [group for group in series if len({shown(s.head, column) for s in group}) > 1]
-
-
-def shown(row: Row, column: str) -> Any:
-    """Return a column as it is shown: the budget of a row is one of ratio, bits and skip.
-
-    A quantiser is swept by bits and a skipper by the share it skips, and then the ratio is none of
-    their choices.
-    """
-    if column not in BUDGETS:
-        return row[column]
-    swept = "skip" if row["paradigm"] == "skipping" else "ratio"
-    swept = "bits" if row["bits"] is not None else swept
-    if column != swept:
-        return None
-    if swept == "skip" and row["ratio"] is None:
-        return "by rule"
-    return row["bits" if swept == "bits" else "ratio"]
-
-
-def varying(settings: Iterable[Setting | Cell]) -> list[str]:
-    """Return the columns among `FIELDS` that hold more than one value.
-
-    Where there are several budgets, of whatever kind, every kind that is there.
-    """
-    heads = [setting.head for setting in settings]
-    values = {name: {shown(row, name) for row in heads} - {None} for name in FIELDS}
-    budgets = sum(len(values[name]) for name in BUDGETS)
-    return [
-        name for name in FIELDS if len(values[name]) > 1 or (name in BUDGETS and values[name] and budgets > 1)
-    ]
-
-
-def label_of(row: Row, columns: Iterable[str], first: str = "compressor") -> str:
-    """Return a label, as in `reap, ratio 0.5, 64 samples`; `budget` stands for its three kinds."""
-    return _label(row, columns, first, ", ", _LONG)
-
-
-def short_label(row: Row, columns: Iterable[str], first: str = "compressor") -> str:
-    """Return a label for figures, as in `reap r0.5 n64`."""
-    return _label(row, columns, first, " ", _SHORT)
-
-
-def _label(
-    row: Row, columns: Iterable[str], first: str, comma: str, said: Mapping[str, str]
-) -> str:
-    wanted = [one for name in columns for one in (BUDGETS if name == "budget" else (name,))]
-    values = [(name, shown(row, name)) for name in wanted]
-    parts = [said.get(name, "{}").format(number(v)) for name, v in values if v is not None]
-    return comma.join([str(row[first] or "?"), *parts])
 
 
 def grouped_by(items: Iterable[Any], key: Callable[[Any], str]) -> dict[str, list[Any]]:

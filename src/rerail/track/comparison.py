@@ -2,19 +2,14 @@
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
+from scipy.stats import t as student_t
 
-from rerail.track.cells import (
-    Estimate,
-    Setting,
-    choices_without,
-    grouped_by,
-    label_of,
-    share,
-    tokens_of,
-    varying,
-)
+from rerail.track.cells import Estimate, Setting, choices_without, grouped_by, tokens_of
+from rerail.track.labels import label_of, varying
+from rerail.track.words import share
 
 SPELLED_OUT = 8  # settings that one line can hold
 
@@ -29,6 +24,46 @@ def pairs_of(settings: Sequence[Setting]) -> list[tuple[Setting, Setting]]:
         )
         found += [(one, other) for one in fine for other in coarse]
     return found
+
+
+class Difference(NamedTuple):
+    """A paired difference, half its 95 % interval (None where unknown), and the number of pairs."""
+
+    value: float
+    half: float | None
+    n: int
+
+
+def mean_difference(differences: Sequence[float]) -> Difference:
+    """Return the mean of at least one paired difference, its interval by Student's t."""
+    n, mean = len(differences), float(np.mean(differences))
+    if n < 2:
+        return Difference(mean, None, n)
+    error = float(np.std(differences, ddof=1)) / math.sqrt(n)
+    return Difference(mean, float(student_t.ppf(0.975, n - 1)) * error, n)
+
+
+def difference(fine: Setting, coarse: Setting) -> Difference | None:
+    """Return recovery of fine minus coarse, paired by seed; None where no seed has both.
+
+    With one seed the interval is made of the two standard errors, as if they were independent.
+    """
+    held: list[dict[int, tuple[float, float | None]]] = [
+        {
+            cell.head["seed"]: (found, cell.get("repaired", "recovery_se"))
+            for cell in setting.cells
+            if (found := cell.get("repaired", "recovery")) is not None
+        }
+        for setting in (fine, coarse)
+    ]
+    both = [(held[0][seed], held[1][seed]) for seed in held[0] if seed in held[1]]
+    if not both:
+        return None
+    found = mean_difference([one[0] - other[0] for one, other in both])
+    errors = both[0][0][1], both[0][1][1]
+    if found.n > 1 or errors[0] is None or errors[1] is None:
+        return found
+    return found._replace(half=1.96 * math.hypot(errors[0], errors[1]))
 
 
 def mean_of(estimates: Sequence[Estimate]) -> Estimate:

@@ -5,10 +5,16 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from matplotlib.axes import Axes
+from numpy.typing import NDArray
 
 from rerail.track import drawing
-from rerail.track.cells import Setting, by_model, short_label, varying
+from rerail.track.cells import STAGES, Setting, by_model, by_paradigm
 from rerail.track.drawing import DASHES, LINES, MARKERS, Picture, panels
+from rerail.track.labels import short_label, varying
+
+_Row = tuple[str, dict[str, dict[int, float]]]
+Grid = NDArray[np.float64]
 
 MEASURES = {
     "load_entropy": ("load entropy", "1 is an even load of the experts, 0 is all on one"),
@@ -17,75 +23,98 @@ MEASURES = {
 
 
 def heat_maps(settings: Sequence[Setting], name: str) -> list[Picture]:
-    """Return heat maps (setting and stage against layer) of load entropy and of changed routing."""
+    """Return heat maps (setting against stage and layer) of load entropy and changed routing."""
     pictures: list[Picture] = []
-    for model, group in by_model(settings).items():
-        lines = _lines(group, varying(settings))
-        for (part, some), measure in itertools.product(panels(lines, 24), MEASURES):
-            held = [(label, per) for label, values in some if (per := values[measure])]
-            if held:
-                key = f"{name}-{len(pictures)}"
-                pictures.append(_heat_map(model + part, measure, held, key))
+    for model, whole in by_model(settings).items():
+        fields = varying(whole)
+        for paradigm, group in by_paradigm(whole).items():
+            for (part, some), measure in itertools.product(panels(group, 18), MEASURES):
+                held = _rows(some, fields, measure)
+                if held:
+                    title = f"{model}{paradigm and f', {paradigm}'}{part}"
+                    key = f"{name}-{len(pictures)}"
+                    pictures.append(_heat_map(title, measure, held, key, paradigm))
     return pictures
 
 
-def _lines(
-    settings: Sequence[Setting], fields: Sequence[str]
-) -> list[tuple[str, dict[str, dict[int, float]]]]:
-    """Return (label, measure -> layer -> mean over seeds) of each setting and stage with layers."""
-    lines = []
+def _rows(settings: Sequence[Setting], fields: Sequence[str], measure: str) -> list[_Row]:
+    """Return (label, stage -> layer -> mean over seeds) of each setting with layers."""
+    rows = []
     for setting in settings:
-        for stage in ("compressed", "repaired"):
-            held = [layer for c in setting.cells for layer in c.get(stage, "layers") or []]
-            if held:
-                values = {measure: _means(held, measure) for measure in MEASURES}
-                lines.append((f"{short_label(setting.head, fields)}, {stage}", values))
-    return lines
+        stages = {stage: _means(setting, stage, measure) for stage in STAGES[1:]}
+        known = {stage: layers for stage, layers in stages.items() if layers}
+        if known:
+            rows.append((short_label(setting.head, fields), known))
+    return rows
 
 
-def _means(held: Sequence[dict[str, float]], measure: str) -> dict[int, float]:
+def _means(setting: Setting, stage: str, measure: str) -> dict[int, float]:
     values: dict[int, list[float]] = {}
-    for layer in held:
+    for layer in (one for cell in setting.cells for one in cell.get(stage, "layers") or []):
         if layer.get(measure) is not None:
             values.setdefault(int(layer["layer"]), []).append(layer[measure])
     return {layer: float(np.mean(found)) for layer, found in sorted(values.items())}
 
 
-def _heat_map(
-    model: str, measure: str, lines: Sequence[tuple[str, dict[int, float]]], name: str
-) -> Picture:
+def _heat_map(model: str, measure: str, rows: Sequence[_Row], name: str, paradigm: str) -> Picture:
     said, meaning = MEASURES[measure]
-    layers = sorted({layer for _, per in lines for layer in per})
-    grid = np.array([[per.get(layer, np.nan) for layer in layers] for _, per in lines])
-    figure, axes = drawing.canvas(1.0 + 0.3 * len(lines), width=max(4.6, 1.6 + 0.18 * len(layers)))
-    seamless: dict[str, Any] = {"edgecolor": "face", "linewidth": 0.3}
-    mesh = axes.pcolormesh(grid, cmap="viridis", vmin=0, vmax=1, **seamless)
-    if len(layers) <= 8:
-        for (row, column), value in np.ndenumerate(grid):
-            colour = "#000000" if value > 0.45 else "#ffffff"
-            place = (column + 0.5, row + 0.5)
-            axes.annotate(f"{value:.2f}", place, ha="center", va="center", color=colour, fontsize=8)
-    elif (scale := figure.colorbar(mesh, ax=axes, pad=0.02, aspect=30)).solids:
-        scale.solids.set(rasterized=False, **seamless)  # else it would be an embedded image
-    step = max(1, len(layers) // 12)
-    axes.set_xticks(np.arange(0, len(layers), step) + 0.5, [str(i) for i in layers[::step]])
-    axes.set_yticks(np.arange(len(lines)) + 0.5, [drawing.brief(label) for label, _ in lines])
-    axes.tick_params(length=0)
-    axes.invert_yaxis()
-    axes.set_xlabel("layer")
+    layers = sorted({layer for _, stages in rows for per in stages.values() for layer in per})
+    stages = [stage for stage in STAGES if any(stage in held for _, held in rows)]
+    grid = np.full((len(rows), (len(layers) + 1) * len(stages) - 1), np.nan)
+    for (row, (_, held)), (part, stage) in itertools.product(enumerate(rows), enumerate(stages)):
+        for column, layer in enumerate(layers):
+            grid[row, part * (len(layers) + 1) + column] = held.get(stage, {}).get(layer, np.nan)
+    figure, axes = drawing.canvas(1.1 + 0.26 * len(rows), max(4.6, 2.0 + 0.14 * grid.shape[1]))
+    _draw_grid(axes, grid, print_numbers=grid.shape[1] <= 13 and len(rows) <= 12)
+    _name_axes(axes, layers, stages)
+    drawing.name_rows(axes, [i + 0.5 for i in range(len(rows))], [label for label, _ in rows])
+    drawing.margins(axes, top=0.35)
     numbers = [
-        [label, *(f"{per[layer]:.3f}" if layer in per else "" for layer in layers)]
-        for label, per in lines
+        [f"{label}, {stage}", *(f"{per[layer]:.3f}" if layer in per else "" for layer in layers)]
+        for label, held in rows
+        for stage, per in held.items()
     ]
+    heard = [(f"{label}, {stage}", per) for label, held in rows for stage, per in held.items()]
     return Picture(
         title=f"{model}: {said} by layer",
-        caption=f"{said.capitalize()}: {meaning}.",
+        caption=f"{said.capitalize()}: {meaning}. A row a setting, a column "
+        "a layer; from dark blue (0) over green (0.5) to yellow (1).",
         spoken=f"Heat map of {said} for {model}, layers {layers[0]} to {layers[-1]}. "
-        + " ".join(f"{label}: mean {np.mean(list(per.values())):.2f}." for label, per in lines),
+        + " ".join(f"{label}: mean {np.mean(list(per.values())):.2f}." for label, per in heard),
         svg=drawing.to_svg(figure, name),
         columns=["setting", *(f"layer {layer}" for layer in layers)],
         numbers=numbers,
+        group=paradigm,
     )
+
+
+def _draw_grid(axes: Axes, grid: Grid, *, print_numbers: bool) -> None:
+    seamless: dict[str, Any] = {"edgecolor": "face", "linewidth": 0.3}
+    axes.pcolormesh(np.ma.masked_invalid(grid), cmap="viridis", vmin=0, vmax=1, **seamless)
+    if print_numbers:
+        for (row, column), value in np.ndenumerate(grid):
+            if not np.isnan(value):
+                colour = "#000000" if value > 0.45 else "#ffffff"
+                place = (column + 0.5, row + 0.5)
+                how: dict[str, Any] = {"ha": "center", "va": "center", "fontsize": 7.5}
+                axes.text(*place, f"{value:.2f}", color=colour, **how).set_in_layout(False)
+    axes.invert_yaxis()
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+
+
+def _name_axes(axes: Axes, layers: Sequence[int], stages: Sequence[str]) -> None:
+    """Name the layers below and the stages above."""
+    step = max(1, len(layers) // 6)
+    ticks, words = [], []
+    for part, stage in enumerate(stages):
+        start = part * (len(layers) + 1)
+        ticks += [start + i + 0.5 for i in range(0, len(layers), step)]
+        words += [str(layer) for layer in layers[::step]]
+        how: dict[str, Any] = {"ha": "center", "va": "bottom", "fontsize": 9}
+        axes.text(start + len(layers) / 2, -0.12, stage, **how)
+    axes.set_xticks(ticks, words)
+    axes.set_xlabel("layer")
 
 
 def training_curves(settings: Sequence[Setting], name: str) -> list[Picture]:
@@ -93,13 +122,22 @@ def training_curves(settings: Sequence[Setting], name: str) -> list[Picture]:
     return [
         picture
         for i, (model, whole) in enumerate(by_model(settings).items())
-        for j, (part, group) in enumerate(panels(whole, 6))
-        if (picture := _curves(model + part, group, varying(settings), f"{name}-{i}-{j}"))
+        for paradigm, some in by_paradigm(whole).items()
+        for j, (part, group) in enumerate(panels(some, 7))
+        if (
+            picture := _curves(
+                f"{model}{paradigm and f', {paradigm}'}{part}",
+                group,
+                varying(settings),
+                f"{name}-{i}-{paradigm}-{j}",
+                paradigm,
+            )
+        )
     ]
 
 
 def _curves(
-    model: str, settings: Sequence[Setting], fields: Sequence[str], name: str
+    model: str, settings: Sequence[Setting], fields: Sequence[str], name: str, paradigm: str
 ) -> Picture | None:
     figure, axes = drawing.canvas(2.9 + 0.1 * len(settings))
     numbers = []
@@ -117,7 +155,7 @@ def _curves(
                 label += f", seed {cell.head['seed']}"
             axes.plot(
                 *zip(*points, strict=True),
-                color=LINES[i],
+                color=LINES[i % len(LINES)],
                 linestyle=DASHES[i % len(DASHES)],
                 marker=MARKERS[i % len(MARKERS)],
                 markersize=3.5,
@@ -143,4 +181,5 @@ def _curves(
         svg=drawing.to_svg(figure, name),
         columns=["cell", "first KL", "best KL", "last KL", "best step", "last step"],
         numbers=numbers,
+        group=paradigm,
     )

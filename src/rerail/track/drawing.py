@@ -1,6 +1,7 @@
 """Matplotlib figures as inline SVG that follows the page: its font, its light and dark colours."""
 
 import io
+import math
 import re
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
@@ -8,7 +9,9 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import matplotlib as mpl
+import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
@@ -66,6 +69,7 @@ class Picture:
         svg: the drawing, an `<svg>` element without ids that another picture has.
         columns: names of the columns of the numbers.
         numbers: the rows behind the drawing, as text.
+        group: what it is folded under; empty where it is always open.
     """
 
     title: str
@@ -74,19 +78,19 @@ class Picture:
     svg: str
     columns: Sequence[str]
     numbers: Sequence[Sequence[str]] = field(default_factory=list)
+    group: str = ""
 
 
 class Bar(NamedTuple):
-    """A horizontal bar: place and width on the y axis, length, whisker and printed number."""
+    """A horizontal bar: place on the y axis, length, whisker and printed words."""
 
     place: float
-    width: float
     length: float
     error: float | None
     text: str
 
 
-def brief(label: str, at_most: int = 30) -> str:
+def brief(label: str, at_most: int = 34) -> str:
     """Return a label that leaves room for the drawing; the table of numbers has the whole one."""
     return label if len(label) <= at_most else f"{label[: at_most - 1]}…"
 
@@ -99,10 +103,34 @@ def panels(items: Sequence[Any], at_most: int) -> list[tuple[str, Sequence[Any]]
     return [(f" ({i} of {len(parts)})", part) for i, part in enumerate(parts, 1)]
 
 
+def within(values: Sequence[float]) -> float:
+    """Return the end of an axis that shows all values, or all but those that are far off.
+
+    Far off is more than four times as far from the smallest as three quarters of them are.
+    """
+    low, most, high = np.quantile(values, [0, 0.75, 1])
+    return float(low + 2 * (most - low)) if high - low > 4 * (most - low) > 0 else math.inf
+
+
 def canvas(height: float, width: float = 4.6) -> tuple[Figure, Axes]:
     """Return an empty figure of this size in inches and its axes; call inside `style()`."""
-    figure = Figure(figsize=(width, height), layout="constrained")
-    return figure, figure.add_subplot()
+    figure = Figure(figsize=(width, height), dpi=72)
+    axes = figure.add_subplot()
+    margins(axes, left=0.72, right=0.12, top=0.12, bottom=0.5)
+    return figure, axes
+
+
+def margins(axes: Axes, **inches: float) -> None:
+    """Set the room beside the axes; a layout that measures would take as long as the drawing.
+
+    The page has a font of its own, so what is measured here is an estimate anyway.
+    """
+    figure: Any = axes.figure
+    width, height = figure.get_size_inches()
+    sizes = {"left": width, "right": width, "bottom": height, "top": height}
+    shares = {side: room / sizes[side] for side, room in inches.items()}
+    far = ("right", "top")
+    figure.subplots_adjust(**{n: 1 - one if n in far else one for n, one in shares.items()})
 
 
 def style() -> AbstractContextManager[None]:
@@ -110,24 +138,34 @@ def style() -> AbstractContextManager[None]:
     return mpl.rc_context(_STYLE)
 
 
-def bar(axes: Axes, one: Bar, colour: str, label: str = "") -> None:
-    """Draw a bar with its whisker and its number behind both."""
-    axes.barh(one.place, one.length, one.width, color=colour, label=label or "_")
-    if one.error is not None:
+def bars(axes: Axes, held: Sequence[Bar], width: float, colour: str, label: str) -> None:
+    """Draw bars of one colour with their whiskers, and their words behind both."""
+    places, lengths = [one.place for one in held], [one.length for one in held]
+    axes.barh(places, lengths, width, color=colour, label=label)
+    errors = [one.error or 0.0 for one in held]
+    if any(errors):
         whisker: dict[str, Any] = {"color": INK, "linewidth": 1.2, "linestyle": "none"}
-        axes.errorbar(one.length, one.place, xerr=one.error, **whisker)
-    end = (max(0.0, one.length + (one.error or 0.0)), one.place)
-    how: dict[str, Any] = {"textcoords": "offset points", "va": "center", "fontsize": 8.5}
-    axes.annotate(one.text, end, (4, 0), **how)
+        axes.errorbar(lengths, places, xerr=errors, **whisker)
+    for one, error in zip(held, errors, strict=True):
+        end = (max(0.0, one.length + error), one.place)
+        how: dict[str, Any] = {"textcoords": "offset points", "va": "center", "fontsize": 8.5}
+        axes.annotate(one.text, end, (4, 0), **how)
 
 
 def row_labels(axes: Axes, labels: Sequence[str]) -> None:
     """Name the rows of a bar chart, the first on top."""
-    axes.set_yticks(range(len(labels)), map(brief, labels))
+    name_rows(axes, range(len(labels)), labels)
     axes.set_ylim(len(labels) - 0.4, -0.6)
     axes.xaxis.set_major_locator(MaxNLocator(5))
     axes.grid(visible=True, axis="x")
     axes.tick_params(axis="y", length=0)
+
+
+def name_rows(axes: Axes, places: Sequence[float], labels: Sequence[str]) -> None:
+    """Write labels to the left of the axes, with room for them."""
+    words = [brief(label) for label in labels]
+    axes.set_yticks(places, words)
+    margins(axes, left=0.2 + 0.078 * max(map(len, words)))
 
 
 def legend(figure: Figure, axes: Axes) -> None:
@@ -136,15 +174,19 @@ def legend(figure: Figure, axes: Axes) -> None:
     if handles:
         labels = [brief(label) for label in labels]
         wide = max(map(len, labels))
-        columns = 3 if wide < 18 else 2 if wide < 28 else 1
-        figure.legend(handles, labels, loc="outside lower left", ncols=columns, handlelength=2.4)
+        columns = 3 if wide <= 13 else 2 if wide <= 24 else 1
+        margins(axes, bottom=0.6 + 0.2 * math.ceil(len(labels) / columns))
+        figure.legend(handles, labels, loc="lower left", ncols=columns, handlelength=2.4)
 
 
 def to_svg(figure: Figure, name: str) -> str:
     """Return the figure as `<svg>` for inlining; `name` keeps its ids apart from other figures'."""
     with io.StringIO() as out:
-        figure.savefig(out, format="svg", metadata={"Date": None, "Creator": None})
+        # what savefig does, but for a first drawing that is thrown away
+        writer: Any = FigureCanvasSVG(figure)
+        writer.print_svg(out, metadata={"Date": None, "Creator": None})
         text = out.getvalue()
+    name = re.sub(r"[^\w-]", "_", name)
     text = text[text.index(">", text.index("<svg")) + 1 :]
     text = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", text, flags=re.DOTALL)
     used = set(re.findall(r'(?:xlink:href="#|url\(#)([^")]+)', text))

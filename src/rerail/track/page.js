@@ -43,12 +43,19 @@ for (const box of document.querySelectorAll(".filter")) {
       row.hidden = !words.every((word) => text.includes(word));
       shown += !row.hidden;
     }
-    count.textContent = `${shown} of ${rows.length} cells`;
+    count.textContent = `${shown} of ${rows.length} ${input.dataset.unit}`;
   };
   box.hidden = false;
   input.addEventListener("input", filter);
   filter();
 }
+// On paper the groups are open; the numbers of the figures stay folded.
+const closed = () => [...document.querySelectorAll("details.group:not([open])")];
+let opened = [];
 window.addEventListener("beforeprint", () => {
-  for (const details of document.querySelectorAll("details")) details.open = true;
+  opened = closed();
+  for (const details of opened) details.open = true;
+});
+window.addEventListener("afterprint", () => {
+  for (const details of opened) details.open = false;
 });

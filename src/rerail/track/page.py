@@ -73,15 +73,41 @@ def figure(picture: Picture) -> str:
     """Return a drawing with its words: a label for screen readers, a caption, and its numbers."""
     drawn = tag("div", picture.svg, class_="drawn", role="img", aria_label=picture.spoken)
     numbers = table(f"Numbers of: {picture.title}", picture.columns, picture.numbers)
-    details = tag("details", text("summary", "Numbers") + numbers)
+    details = tag("details", text("summary", "Numbers") + numbers, class_="numbers")
     heading = text("strong", picture.title)
     caption = tag("figcaption", f"{heading} {escaped(picture.caption)}")
     return tag("figure", caption + drawn + details)
 
 
 def figures(pictures: Sequence[Picture]) -> str:
-    """Return drawings side by side where there is room; empty without any."""
-    return tag("div", "".join(map(figure, pictures)), class_="grid") if pictures else ""
+    """Return drawings side by side where there is room, those of a group folded; empty without."""
+    groups: dict[str, list[Picture]] = {}
+    for picture in pictures:
+        groups.setdefault(picture.group, []).append(picture)
+    parts = []
+    for group, held in groups.items():
+        grid = tag("div", "".join(map(figure, held)), class_="grid")
+        count = f"{len(held)} figure" + ("s" if len(held) > 1 else "")
+        parts.append(folded(f"{group} ({count})", grid) if group else grid)
+    return "".join(parts)
+
+
+def folded(title: str, inner: str) -> str:
+    """Return something that opens at a click, and on paper."""
+    return tag("details", text("summary", title) + inner, class_="group")
+
+
+def search(key: str, label: str, placeholder: str, unit: str) -> str:
+    """Return a field that filters the rows of the table with id `key`; shown where scripts run."""
+    return tag(
+        "div",
+        text("label", label, for_=f"{key}-filter")
+        + f'<input id="{key}-filter" type="search" data-table="{key}" data-unit="{unit}"'
+        f' placeholder="{placeholder}">'
+        + text("output", "", for_=f"{key}-filter", aria_live="polite"),
+        class_="filter",
+        hidden="",
+    )
 
 
 def page(title: str, body: str) -> str:

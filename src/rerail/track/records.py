@@ -4,7 +4,8 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from rerail.track.cells import choices_without, label_of
+from rerail.track.cells import choices_without
+from rerail.track.labels import label_of
 from rerail.track.results import COLUMNS, Row
 
 SCALARS = [name for name, column in COLUMNS.items() if column.kind not in (dict, list)]

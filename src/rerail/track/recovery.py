@@ -1,137 +1,209 @@
-"""The figures of recovery, with 95 % intervals: fine against coarse, and what it depends on."""
+"""The figures of recovery as bars, with 95 % intervals: fine against coarse, text against text."""
 
-import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 from matplotlib.ticker import FuncFormatter
 
 from rerail.track import drawing
 from rerail.track.cells import (
+    Estimate,
     Setting,
+    by_model,
+    by_paradigm,
     choices_without,
-    percent,
     series_over,
-    share,
-    short_label,
-    varying,
 )
-from rerail.track.comparison import pairs_of
-from rerail.track.drawing import DASHES, GRAIN, INK, MARKERS, SOFT, Bar, Picture, panels
+from rerail.track.comparison import mean_difference, pairs_of
+from rerail.track.drawing import GRAIN, INK, LINES, SOFT, Bar, Picture, panels
+from rerail.track.labels import short_label, varying
+from rerail.track.words import interval, percent, share
 
 INTERVALS = "Whiskers: 95 % intervals."
-_PERCENT = FuncFormatter(lambda value, _: percent(value))
+PERCENT = FuncFormatter(lambda value, _: percent(value))
+
+
+@dataclass(frozen=True)
+class _Row:
+    """A row of bars: its label, and for each series an estimate or why there is none, and a note.
+
+    Attributes:
+        label: of the row.
+        bars: series -> (estimate or None, note).
+    """
+
+    label: str
+    bars: Mapping[str, tuple[Estimate | None, str]]
 
 
 def fine_against_coarse(settings: Sequence[Setting], name: str) -> list[Picture]:
     """Return recovery of fine and coarse models, method by method; nothing without both."""
+    pairs = pairs_of(settings)
+    paired = [setting for pair in pairs for setting in pair]
     rows: dict[str, dict[str, Setting]] = {}
-    paired = [setting for pair in pairs_of(settings) for setting in pair]
     for setting in paired:
         row = rows.setdefault(choices_without(setting.head, ["model"]), {})
         row[setting.head["model"]] = setting
-    fields = varying(paired)
-    return [
-        _against(part, group, fields, f"{name}-{i}")
-        for i, (part, group) in enumerate(panels(list(rows.values()), 12))
+    fields, colours = varying(paired), _colours(paired)
+    caption = "Share of the lost held-out NLL that the repair brought back, for settings that "
+    caption += f"both models have. {INTERVALS} Those of several seeds hold for their mean."
+    groups = by_paradigm(list(rows.values()), lambda row: next(iter(row.values())).head)
+    return _by_paradigm(pairs, name, several=len(groups) > 1) + [
+        _drawn(
+            f"Recovery, fine against coarse{paradigm and f', {paradigm}'}{part}",
+            caption,
+            [_row(row, fields) for row in some],
+            colours,
+            f"{name}-{paradigm}-{i}",
+            paradigm,
+        )
+        for paradigm, held in groups.items()
+        for i, (part, some) in enumerate(panels(held, 12))
     ]
 
 
-def _against(
-    part: str, rows: Sequence[dict[str, Setting]], fields: Sequence[str], name: str
+def _by_paradigm(
+    pairs: Sequence[tuple[Setting, Setting]], name: str, several: bool
+) -> list[Picture]:
+    """Return the mean of each paradigm over its settings, where one figure cannot hold them."""
+    known: dict[str, list[tuple[float, float]]] = {}
+    for fine, coarse in pairs:
+        found = [setting.estimate("repaired", "recovery") for setting in (fine, coarse)]
+        if found[0] and found[1]:
+            paradigm = fine.head["paradigm"] or "other"
+            known.setdefault(paradigm, []).append((found[0].value, found[1].value))
+    if not known or not several:
+        return []
+    rows = []
+    for paradigm, held in known.items():
+        means = [mean_difference(side) for side in zip(*held, strict=True)]
+        gap = mean_difference([fine - coarse for fine, coarse in held])
+        above = sum(fine > coarse for fine, coarse in held)
+        note = f"{above} of {gap.n} settings more on fine; mean of fine - coarse "
+        note += f"{percent(gap.value)} ({interval(gap.value, gap.half) or 'one setting'})"
+        bars = {}
+        for grain, mean in zip(GRAIN, means, strict=True):
+            spread = None if mean.half is None else mean.half / 1.96
+            bars[grain] = (Estimate(mean.value, spread, 1), note if grain == "fine" else "")
+        rows.append(_Row(f"{paradigm} ({gap.n})", bars))
+    caption = "Mean over the settings (their number in brackets) of which fine and coarse model "
+    caption += "both have a recovery. Whiskers: 95 % intervals by Student's t over the settings, "
+    caption += "so they show how much methods differ; methods of one family are alike."
+    return [_drawn("Recovery by paradigm", caption, rows, GRAIN, f"{name}-all")]
+
+
+def by_calibration(settings: Sequence[Setting], name: str) -> list[Picture]:
+    """Return recovery by calibration text, method by method, where there are several texts."""
+    rows: dict[str, dict[str, Setting]] = {}
+    used = [setting for series in series_over("calibration", settings) for setting in series]
+    fields = [*dict.fromkeys(["calibration", *varying(used)])]
+    for setting in used:
+        row = rows.setdefault(choices_without(setting.head, ["model"]), {})
+        row[setting.head["model"]] = setting
+    caption = "Share of the lost held-out NLL that the repair brought back, by the text that "
+    caption += f"statistics and repair have seen. {INTERVALS}"
+    return [
+        _drawn(
+            f"Recovery by calibration text{part}",
+            caption,
+            [_row(row, fields) for row in some],
+            _colours(used),
+            f"{name}-{i}",
+        )
+        for i, (part, some) in enumerate(panels(list(rows.values()), 12))
+    ]
+
+
+def by_heldout_text(settings: Sequence[Setting], name: str) -> list[Picture]:
+    """Return recovery on each held-out text on its own, by calibration text and model."""
+    used = [setting for series in series_over("calibration", settings) for setting in series]
+    fields = [*dict.fromkeys(["calibration", *varying(used)])]
+    pictures = []
+    for i, (model, whole) in enumerate(by_model(used).items()):
+        texts = sorted({text for s in whole for text in s.texts})
+        colours = dict(zip(texts, LINES * len(texts), strict=False))
+        for j, (part, some) in enumerate(panels(whole, 8)):
+            rows = [
+                _Row(short_label(s.head, fields), {t: (s.on_text(t), s.no_recovery) for t in texts})
+                for s in some
+            ]
+            caption = "Share of the NLL lost on one held-out text that came back, by the text that "
+            caption += f"statistics and repair have seen: in and out of its domain. {INTERVALS}"
+            title = f"{model}: recovery on each held-out text{part}"
+            pictures.append(_drawn(title, caption, rows, colours, f"{name}-{i}-{j}"))
+    return pictures
+
+
+def _colours(settings: Sequence[Setting]) -> dict[str, str]:
+    return {s.head["model"]: GRAIN.get(s.head["granularity"], INK) for s in settings}
+
+
+def _row(held: Mapping[str, Setting], fields: Sequence[str]) -> _Row:
+    bars = {}
+    for model, setting in held.items():
+        found = setting.estimate("repaired", "recovery")
+        bars[model] = (found, note_of(setting, found))
+    return _Row(short_label(next(iter(held.values())).head, fields), bars)
+
+
+def note_of(setting: Setting, found: Estimate | None) -> str:
+    """Return the number of seeds of an estimate, or why there is none."""
+    if not found:
+        return setting.no_recovery
+    return f"{found.n} of {len(setting.cells)} seeds" if len(setting.cells) > 1 else "one seed"
+
+
+def _drawn(
+    title: str,
+    caption: str,
+    rows: Sequence[_Row],
+    colours: Mapping[str, str],
+    name: str,
+    group: str = "",
 ) -> Picture:
-    models = {m: s.head["granularity"] for row in rows for m, s in row.items()}
-    figure, axes = drawing.canvas(1.15 + (0.2 + 0.26 * len(models)) * len(rows))
-    width, labels, numbers, seen = 0.8 / len(models), [], [], set()
-    for i, row in enumerate(rows):
-        labels.append(short_label(next(iter(row.values())).head, fields))
-        for model, setting in row.items():
-            place = i + (list(models).index(model) - (len(models) - 1) / 2) * width
-            label = "" if model in seen else f"{model} ({models[model]})"
-            drawing.bar(axes, _bar(place, width, setting), GRAIN[models[model]], label)
-            seen.add(model)
-            numbers.append([labels[i], model, *_recovery(setting)])
-    drawing.row_labels(axes, labels)
-    axes.xaxis.set_major_formatter(_PERCENT)
+    """Return a bar chart, a bar of every series in every row."""
+    figure, axes = drawing.canvas(1.2 + (0.2 + 0.24 * len(colours)) * len(rows))
+    width = 0.8 / len(colours)
+    for i, (series, colour) in enumerate(colours.items()):
+        shift = (i - (len(colours) - 1) / 2) * width
+        held = [
+            (place + shift, *row.bars[series])
+            for place, row in enumerate(rows)
+            if series in row.bars
+        ]
+        if held:
+            drawing.bars(axes, [_bar(*one) for one in held], width * 0.92, colour, series)
+    drawing.row_labels(axes, [row.label for row in rows])
+    axes.xaxis.set_major_formatter(PERCENT)
     axes.axvline(0, color=SOFT, linewidth=0.8)
-    axes.margins(x=0.2)
+    axes.margins(x=0.22)
     axes.set(xlabel="recovered share of the lost NLL")
     drawing.legend(figure, axes)
+    numbers = [
+        [row.label, series, *words_of(found), note]
+        for row in rows
+        for series, (found, note) in row.bars.items()
+    ]
     return Picture(
-        title=f"Recovery, fine against coarse{part}",
-        caption="Share of the lost held-out NLL that the repair brought back, for settings that "
-        f"both models have. {INTERVALS} Those of several seeds hold for their mean.",
+        title=title,
+        caption=caption,
         spoken="Bar chart of recovery. "
         + " ".join(f"{n[0]} on {n[1]}: {n[2] or n[4]}." for n in numbers),
         svg=drawing.to_svg(figure, name),
-        columns=["setting", "model", "recovery", "95 % interval", "note"],
+        columns=["setting", "bar", "recovery", "95 % interval", "note"],
         numbers=numbers,
+        group=group,
     )
 
 
-def recovery_over(column: str, settings: Sequence[Setting], name: str) -> list[Picture]:
-    """Return a panel a method: recovery against a column; none where it has one value only."""
-    methods: dict[str, list[list[Setting]]] = {}
-    for series in series_over(column, settings):
-        methods.setdefault(series[0].head["compressor"] or "?", []).append(series)
-    return [
-        _over(column, method, group, f"{name}-{i}")
-        for i, (method, group) in enumerate(methods.items())
-    ]
-
-
-def _over(column: str, method: str, lines: Sequence[Sequence[Setting]], name: str) -> Picture:
-    figure, axes = drawing.canvas(2.6 + 0.2 * math.ceil(len(lines) / 2))
-    fields = [n for n in varying(s for line in lines for s in line) if n != column]
-    numbers = []
-    for i, line in enumerate(lines):
-        label = short_label(line[0].head, fields, first="model")
-        found = [s.estimate("repaired", "recovery") for s in line]
-        known = [(s.head[column], e) for s, e in zip(line, found, strict=True) if e]
-        axes.errorbar(
-            [at for at, _ in known],
-            [e.value for _, e in known],
-            yerr=[e.half_interval or 0 for _, e in known],
-            color=GRAIN.get(line[0].head["granularity"], INK),
-            linestyle=DASHES[i % len(DASHES)],
-            marker=MARKERS[i % len(MARKERS)],
-            label=label,
-        )
-        numbers += [[label, f"{s.head[column]:g}", *_recovery(s)] for s in line]
-    said = {"ratio": "removed share of the routed experts", "samples": "calibration blocks"}[column]
-    if column == "samples":
-        axes.set_xscale("log", base=2)
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.yaxis.set_major_formatter(_PERCENT)
-    axes.axhline(0, color=SOFT, linewidth=0.8)
-    axes.grid(visible=True)
-    axes.set(xlabel=said, ylabel="recovery")
-    drawing.legend(figure, axes)
-    return Picture(
-        title=f"{method}: recovery against {said}",
-        caption=f"Recovered share of the lost held-out NLL. {INTERVALS}",
-        spoken=f"Line chart of recovery against {said} for {method}. "
-        + " ".join(f"{n[0]} at {n[1]}: {n[2] or n[4]}." for n in numbers),
-        svg=drawing.to_svg(figure, name),
-        columns=["series", column, "recovery", "95 % interval", "note"],
-        numbers=numbers,
-    )
-
-
-def _bar(place: float, width: float, setting: Setting) -> Bar:
-    found = setting.estimate("repaired", "recovery")
+def _bar(place: float, found: Estimate | None, note: str) -> Bar:
     if not found:
-        return Bar(place, width * 0.92, 0.0, None, setting.no_recovery)
-    return Bar(place, width * 0.92, found.value, found.half_interval, percent(found.value))
+        return Bar(place, 0.0, None, note)
+    return Bar(place, found.value, found.half_interval, percent(found.value))
 
 
-def _recovery(setting: Setting) -> list[str]:
-    """Return recovery, its interval, and a note: the number of seeds or why it is blank."""
-    found = setting.estimate("repaired", "recovery")
+def words_of(found: Estimate | None) -> list[str]:
+    """Return a recovery with its error, and its interval."""
     if not found:
-        return ["", "", setting.no_recovery]
-    half = found.half_interval
-    interval = (
-        "" if half is None else f"{percent(found.value - half)} to {percent(found.value + half)}"
-    )
-    seeds = f"{found.n} of {len(setting.cells)} seeds" if len(setting.cells) > 1 else "one seed"
-    return [share(found.value, found.error), interval, seeds]
+        return ["", ""]
+    return [share(found.value, found.error), interval(found.value, found.half_interval)]

@@ -3,52 +3,80 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from rerail.errors import InputError
 from rerail.files import whole_file
-from rerail.track import drawing, sections
+from rerail.track import drawing, paper, sections, tables
 from rerail.track.cells import Cell, Setting, cells_of, settings_of
 from rerail.track.comparison import comparison
 from rerail.track.page import page, tag, text
+from rerail.track.records import SCALARS
+from rerail.track.redaction import without_secrets
 from rerail.track.results import Row
 
 
-def write_report(rows: Sequence[Row], path: Path | str, title: str = "rerail") -> Path:
+def write_report(
+    rows: Sequence[Row],
+    path: Path | str,
+    title: str = "rerail",
+    problems: Sequence[str] = (),
+    columns: Sequence[str] = (),
+) -> Path:
     """Write the page whole or not at all, and return its path.
 
     Args:
         rows: result rows of any number of cells; none is fine.
         path: the HTML file.
         title: heading of the page.
+        problems: sentences about files that could not be read.
+        columns: further columns of the rows for the overview.
 
     Raises:
-        InputError: no space is left on the device.
+        InputError: a column does not exist, or no space is left on the device.
     """
     path = Path(path)
-    content = render(rows, title)
+    content = render(rows, title, problems, columns)
     with whole_file(path) as temporary:
         temporary.write_text(content, encoding="utf-8")
     return path
 
 
-def render(rows: Sequence[Row], title: str = "rerail") -> str:
-    """Return the page as text."""
+def render(
+    rows: Sequence[Row],
+    title: str = "rerail",
+    problems: Sequence[str] = (),
+    columns: Sequence[str] = (),
+) -> str:
+    """Return the page as text; arguments and errors as `write_report`."""
+    check_columns(columns)
     cells = cells_of(rows)
     settings = settings_of(cells)
     done = [cell for cell in cells if cell.done]
     with drawing.style():
         body = [
-            sections.overview(cells),
-            sections.unfinished(cells),
-            sections.over_seeds(settings),
+            tables.problems(problems),
+            tables.overview(cells, columns),
+            tables.unfinished(cells),
             sections.results(settings),
-            sections.by_text(done),
-            sections.benchmarks(done),
+            sections.over_seeds(settings),
+            tables.sizes(done),
+            tables.by_text(done),
+            tables.benchmarks(done),
+            paper.beside(done),
             sections.routing(settings),
             sections.training(settings),
             sections.continuations(done),
-            sections.reproduce(cells),
+            tables.reproduce(cells),
         ]
     head = tag("header", text("h1", title) + _lead(cells, settings) + sections.contents(body))
-    return page(title, head + tag("main", "".join(body)))
+    whole: str = without_secrets(page(title, head + tag("main", "".join(body))))
+    return whole
+
+
+def check_columns(columns: Sequence[str]) -> None:
+    """Raise InputError for a column that does not exist or holds no plain value."""
+    for name in columns:
+        if name not in SCALARS:
+            raise InputError(f"column {name} does not exist; allowed: {', '.join(SCALARS)}")
 
 
 def _lead(cells: Sequence[Cell], settings: Sequence[Setting]) -> str:

@@ -21,6 +21,7 @@ __all__ = [
     "Recovery",
     "Row",
     "choices_key",
+    "gather",
     "mean_and_se",
     "new_row",
     "paired_difference",
@@ -93,7 +94,7 @@ COLUMNS: dict[str, Column] = {
     "time": Column(str, "when the row was written, ISO 8601"),
     "revision": Column(str, "git revision of the code"),
     "choices": Column(dict, "every resolved choice of the cell"),
-    "nll_by": Column(dict, "corpus -> {nll, se, tokens}"),
+    "nll_by": Column(dict, "text -> {nll, se, tokens}, if repaired {recovery, recovery_se}, too"),
     "curve": Column(list, "points {step, train_kl, val_kl} of the repair"),
     "layers": Column(list, "per MoE layer {layer, routing_changed, load_entropy}"),
     "tasks": Column(list, "lm-eval results {task, metric, value, se, n}"),
@@ -212,33 +213,51 @@ def read_rows(folder_or_file: Path | str, recursive: bool = True) -> list[Row]:
     Raises:
         InputError: the path does not exist, or is a file that holds no rows of this version.
     """
+    rows, problems = gather(folder_or_file, recursive)
+    for sentence in problems:
+        log.warning("%s", sentence)
+    return rows
+
+
+def gather(folder_or_file: Path | str, recursive: bool = True) -> tuple[list[Row], list[str]]:
+    """Return the rows as `read_rows` does, and a sentence on each file that could not be read.
+
+    Raises:
+        InputError: as `read_rows`.
+    """
     path = Path(folder_or_file)
     if not path.exists():
         raise InputError(f"{path} does not exist; give a result.json or a folder that holds one")
     if path.is_file():
-        return _rows_of(path)
+        return _rows_of(path), []
     rows: list[Row] = []
+    problems: list[str] = []
     for file in _result_files(path, recursive):
         try:
             rows += _rows_of(file)
         except InputError as error:
-            log.warning("%s", error)
-    return rows
+            problems.append(str(error))
+    return rows, problems
 
 
 def _rows_of(file: Path) -> list[Row]:
     try:
         return [validate_row(row) for row in json.loads(file.read_text(encoding="utf-8"))]
-    except (ValueError, AttributeError, TypeError) as error:
+    except (OSError, ValueError, AttributeError, TypeError) as error:
         message = f"{file} is not a list of result rows ({error}); remove it and run its cell again"
         raise InputError(message) from error
 
 
 def _result_files(folder: Path, recursive: bool) -> Iterator[Path]:
-    """Yield result files in path order; hidden folders hold files that are not whole yet."""
+    """Yield result files in path order."""
     for file in sorted(folder.rglob(RESULT) if recursive else folder.glob(RESULT)):
-        if not any(part.startswith(".") for part in file.relative_to(folder).parts):
+        if not hidden(file, folder):
             yield file
+
+
+def hidden(file: Path, folder: Path) -> bool:
+    """Return whether a file lies in a hidden folder, or is one: it may not be whole yet."""
+    return any(part.startswith(".") for part in file.relative_to(folder).parts)
 
 
 def write_csv(path: Path | str, rows: Sequence[Mapping[str, Any]]) -> Path:

@@ -2,17 +2,20 @@
 
 from pathlib import Path
 
+from rerail.track.folders import unstarted
 from rerail.track.report import write_report
-from rerail.track.results import read_rows, write_csv
+from rerail.track.results import gather, log, write_csv
 from rerail.track.terminal import print_summary
 
 
 def finish(out: Path, title: str = "rerail") -> Path:
     """Read every row below `out`, print them, and write results.csv and report.html there."""
-    rows = read_rows(out)
+    rows, problems = gather(out)
+    for sentence in problems:
+        log.warning("%s", sentence)
     write_csv(out / "results.csv", rows)
     path = out / "report.html"
-    write_report(rows, path, title)
+    write_report(rows, path, title, [*problems, *unstarted(out)])
     print_summary(rows)
     print(f"report: {path}")  # noqa: T201
     return path

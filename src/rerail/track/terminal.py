@@ -8,21 +8,11 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from rerail.track.cells import (
-    STAGES,
-    Cell,
-    by_tokens,
-    cells_of,
-    label_of,
-    megabytes,
-    plus_minus,
-    settings_of,
-    share,
-    tokens_label,
-    varying,
-)
+from rerail.track.cells import STAGES, Cell, by_tokens, cells_of, settings_of, tokens_label
 from rerail.track.comparison import comparison
+from rerail.track.labels import budget_of, columns_of, label_of, shown
 from rerail.track.results import Row
+from rerail.track.words import megabytes, number, plus_minus, share
 
 PIPED = 160  # columns where there is no terminal
 
@@ -53,10 +43,9 @@ def print_summary(rows: Sequence[Row], console: Console | None = None) -> None:
 
 
 def _table(cells: Sequence[Cell]) -> Table:
-    fields = [name for name in varying(cells) if name != "ratio"]
-    fields += ["seed"] if len({cell.head["seed"] for cell in cells}) > 1 else []
+    fields = columns_of(cells)
     table = Table(box=SIMPLE_HEAD, pad_edge=False, show_edge=False)
-    for name in ("model", "method", "ratio", *fields):
+    for name in ("model", "method", *fields):
         table.add_column(name, overflow="fold")
     table.add_column("MB", justify="right")
     for stage in STAGES:
@@ -71,7 +60,7 @@ def _table(cells: Sequence[Cell]) -> Table:
 def _fields(cell: Cell, fields: Sequence[str]) -> list[str]:
     head = cell.head
     plain = [str(head[n] if head[n] is not None else "") for n in ("model", "compressor")]
-    plain += ["" if head[n] is None else str(head[n]) for n in ("ratio", *fields)]
+    plain += [_chosen(head, name) for name in fields]
     sizes = [megabytes(cell.get(stage, "bytes")) for stage in STAGES[:2]]
     values = [" → ".join(size for size in sizes if size)]
     for stage in STAGES:
@@ -84,6 +73,13 @@ def _fields(cell: Cell, fields: Sequence[str]) -> list[str]:
     values.append(recovery or cell.no_recovery)
     values.append("" if cell.seconds is None else f"{cell.seconds:.0f}")
     return plain + values
+
+
+def _chosen(head: Row, name: str) -> str:
+    if name != "budget":
+        return number(shown(head, name))
+    value, said = budget_of(head)
+    return f"{number(value)} {said}".strip()
 
 
 def _unfinished(cell: Cell) -> Text:

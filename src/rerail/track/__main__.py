@@ -1,0 +1,5 @@
+"""`python -m rerail.track`: the report."""
+
+from rerail.track.cli import main
+
+main()

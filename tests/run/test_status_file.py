@@ -1,0 +1,63 @@
+"""The status file: who works on the cell and how far, written seldom and by one process."""
+
+import json
+import os
+
+import pytest
+
+from rerail.processes import found
+from rerail.run import artefacts, progress
+from rerail.run.artefacts import Status
+
+
+@pytest.fixture
+def status(tmp_path, monkeypatch):
+    monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "12")
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "3")
+    return Status(tmp_path)
+
+
+def read(status: Status) -> dict:
+    return json.loads(status.path.read_text())
+
+
+def test_it_names_the_process_and_the_job(status):
+    status.write("running", "plan")
+    held = read(status)
+    assert (held["state"], held["stage"], held["job"]) == ("running", "plan", "12_3")
+    assert found(held).pid == os.getpid()
+
+
+def test_the_items_of_a_bar_are_progress(status, monkeypatch):
+    monkeypatch.setattr(artefacts, "EVERY", 0.0)
+    status.write("running", "evaluate teacher")
+    with progress.told_to(status):
+        items = progress.bar("teacher on docs")(["a", "b", "c"])
+        seen = [read(status)["progress"] for _ in items]
+    assert seen == [{"label": "teacher on docs", "done": n, "of": 3} for n in range(3)]
+    assert read(status)["stage"] == "evaluate teacher"
+    list(progress.bar("nobody listens")(["a"]))
+    assert read(status)["progress"] == seen[-1]
+
+
+def test_progress_is_written_seldom_and_a_state_at_once(status):
+    status.write("running", "plan")
+    status.progress("statistics", 1, 9)
+    assert read(status)["progress"] is None
+    status.write("running", "apply")
+    assert read(status)["stage"] == "apply"
+    status._written -= artefacts.EVERY
+    status.progress("statistics", 2, 9)
+    assert read(status)["progress"] == {"label": "statistics", "done": 2, "of": 9}
+
+
+def test_a_failure_keeps_the_stage(status):
+    status.write("running", "load")
+    status.write("failed", status.stage, "no luck")
+    assert (read(status)["stage"], read(status)["reason"]) == ("load", "no luck")
+
+
+def test_only_the_first_of_several_processes_writes(status, monkeypatch):
+    monkeypatch.setattr(artefacts, "is_first", lambda: False)
+    status.write("running", "plan")
+    assert not status.path.exists()
