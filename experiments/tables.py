@@ -13,7 +13,8 @@ import numpy as np
 import yaml
 from scipy.stats import t as student_t
 
-from rerail.track.cells import Cell, cells_of, plus_minus, share
+from rerail.track.cells import Cell, cells_of
+from rerail.track.words import plus_minus, share
 from rerail.track.results import read_rows
 
 COLUMNS = (

@@ -40,7 +40,7 @@ def test_every_choice_of_a_claim_exists_and_its_cells_have_a_folder_of_their_own
 ):
     monkeypatch.setenv("RERAIL_DATA", "data")
     grid = composed(f"+experiments={claim}").hydra.sweeper.params
-    assert grid.keys() >= {"model", "compressor"}
+    assert "compressor" in grid
     for name, values in grid.items():
         if re.match(r"(glob|range)\(", str(values)):
             continue

@@ -54,11 +54,7 @@ def cell(model: str = "tiny_fine", method: str = "reap", **known: Any) -> list[R
             "compressor": {"_target_": f"rerail.compress.methods.{method}"},
             "ratio": {"removed": known["ratio"]},
             "samples": {"count": known["samples"]},
-            "calibration": {
-                "samples": known["samples"],
-                "seed": known["seed"],
-                "sources": [known["calibration"]],
-            },
+            "calibration": {"samples": known["samples"], "seed": known["seed"]},
             "skip": {"share": known["ratio"] if paradigm == "skipping" else None},
             "evaluation": {"texts": {name: {"seed": 0} for name in tokens}},
         },

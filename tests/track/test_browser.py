@@ -7,7 +7,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from result_rows import demo_rows, failed_cell
+from result_rows import demo_rows, every_kind, failed_cell
 
 from rerail.track.report import render
 
@@ -29,7 +29,18 @@ const sorted = (name) => { header(name).querySelector("button").click();
 const filter = document.getElementById("cells-filter");
 const filtered = (words) => { filter.value = words; filter.dispatchEvent(new Event("input"));
   return [names(), document.querySelector("output").textContent]; };
+const groups = () => [...document.querySelectorAll("details.group")].map((one) => one.open);
+const count = (list) => list.filter(Boolean).length;
+const shut = count(groups());
+window.dispatchEvent(new Event("beforeprint"));
+const printed = count(groups());
+const numbers = [...document.querySelectorAll("details.numbers")].filter((one) => one.open).length;
+window.dispatchEvent(new Event("afterprint"));
+const again = count(groups());
+for (const one of document.querySelectorAll("details")) one.open = true;
 const found = {
+  groups: [groups().length, shut, printed, again, numbers],
+  rows: document.querySelectorAll("#commands tbody tr").length,
   first: names(),
   up: sorted("recovery"),
   down: sorted("recovery"),
@@ -44,8 +55,18 @@ const found = {
     .map((b) => getComputedStyle(b).overflowX),
   hidden: [...document.querySelectorAll("svg text")].filter((t) => {
     const text = t.getBoundingClientRect(), box = t.closest("svg").getBoundingClientRect();
-    return text.left < box.left - 1 || text.right > box.right + 1;
+    return text.left < box.left - 1 || text.right > box.right + 1 || !text.width
+      || text.top < box.top - 1 || text.bottom > box.bottom + 1;
   }).map((t) => t.textContent),
+  crossed: [...document.querySelectorAll("svg")].flatMap((drawing) => {
+    const texts = [...drawing.querySelectorAll("text")];
+    const boxes = texts.map((text) => text.getBoundingClientRect());
+    return boxes.flatMap((a, i) => boxes.slice(i + 1).flatMap((b, j) => {
+      const over = Math.min(a.right, b.right) - Math.max(a.left, b.left) > 2
+        && Math.min(a.bottom, b.bottom) - Math.max(a.top, b.top) > 0.4 * a.height;
+      return over ? [[texts[i].textContent, texts[i + 1 + j].textContent]] : [];
+    }));
+  }),
   silent: [...document.querySelectorAll("svg")].filter((drawing) => {
     const box = drawing.closest("[role=img]");
     return !box || box.getAttribute("aria-label").length < 60;
@@ -85,6 +106,11 @@ def page() -> str:
     return render([*demo_rows(), failed_cell()], "the demo")
 
 
+@pytest.fixture(scope="module")
+def everything() -> str:
+    return render(every_kind(), "every kind", ["a/result.json is not a list of result rows"])
+
+
 def look(folder: Path, page: str, *flags: str) -> dict:
     """Return what `SCRIPT` found in a copy of the page."""
     before, rest = page.rsplit("</body>", 1)
@@ -121,6 +147,29 @@ def test_the_page_sorts_filters_and_loads_nothing(tmp_path: Path, page: str) -> 
     assert found["requests"] == []
     assert found["silent"] == 0
     assert found["hidden"] == []
+    assert found["crossed"] == []
+
+
+@pytest.mark.parametrize("size", ["1280,900", "390,844"])
+def test_a_page_of_every_kind_of_figure_is_legible_when_all_is_opened(
+    tmp_path: Path, everything: str, size: str
+) -> None:
+    found = look(tmp_path, everything, f"--window-size={size}")
+    assert found["requests"] == []
+    assert found["silent"] == 0
+    assert found["hidden"] == []
+    assert found["wide"] <= 0
+    crossed = [pair for pair in found["crossed"] if not all(one.isdigit() for one in pair)]
+    assert crossed == []  # but for the numbers of points of a front that lie close together
+    assert found["rows"] == 51
+
+
+def test_on_paper_the_groups_are_open_and_the_numbers_are_not(
+    tmp_path: Path, everything: str
+) -> None:
+    groups, shut, printed, again, numbers = look(tmp_path, everything)["groups"]
+    assert groups > 8
+    assert (shut, printed, again, numbers) == (0, groups, 0, 0)
 
 
 def test_a_phone_scrolls_tables_but_not_the_page(tmp_path: Path, page: str) -> None:

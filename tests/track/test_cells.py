@@ -8,7 +8,7 @@ import pytest
 from result_rows import cell, demo_rows, failed_cell
 
 from rerail.track.cells import by_tokens, cells_of, series_over, settings_of
-from rerail.track.comparison import comparison, mean_of, pairs_of
+from rerail.track.comparison import comparison, difference, mean_of, pairs_of
 from rerail.track.labels import label_of, short_label, varying
 from rerail.track.results import Row
 from rerail.track.words import megabytes, plus_minus, share
@@ -169,6 +169,55 @@ def test_the_error_of_a_mean_is_the_largest_that_dependent_errors_allow() -> Non
     held = [settings(cell(recovery=r))[0].estimate("repaired", "recovery") for r in (0.2, 0.6)]
     held[1] = held[1]._replace(error=0.066)
     assert mean_of(held) == pytest.approx((0.4, 0.05, 1))
+
+
+def test_fine_minus_coarse_is_paired_seed_by_seed_with_students_t() -> None:
+    gains = {1: 0.10, 2: 0.14, 3: 0.12}
+    rows = []
+    for seed, gain in gains.items():
+        rows += cell(seed=seed, recovery=0.5 + seed / 10 + gain)  # seeds differ more than models
+        rows += cell("tiny_coarse", seed=seed, recovery=0.5 + seed / 10)
+    rows += [*cell(seed=4, recovery=0.9), *cell("tiny_coarse", seed=5, recovery=0.1)]
+    ((fine, coarse),) = pairs_of(settings(rows))
+    found = difference(fine, coarse)
+    t_975_of_two_degrees = 4.302652729911275
+    assert found == pytest.approx((0.12, t_975_of_two_degrees * 0.02 / math.sqrt(3), 3))
+
+
+def test_with_one_seed_the_interval_is_that_of_two_independent_errors() -> None:
+    ((fine, coarse),) = pairs_of(settings([*cell(), *cell("tiny_coarse")]))
+    found = difference(fine, coarse)
+    assert found == pytest.approx((0.38, 1.96 * 0.034 * math.sqrt(2), 1))
+    ((fine, coarse),) = pairs_of(
+        settings([*cell(method="mobe"), *cell("tiny_coarse", method="mobe")])
+    )
+    assert difference(fine, coarse) is None
+
+
+def test_a_recovery_on_one_text_is_over_the_seeds_that_have_it() -> None:
+    rows = [row for s, r in ((0, 0.4), (1, 0.6)) for row in cell(seed=s, recovery=r)]
+    (setting,) = settings(rows)
+    found = setting.on_text("docs")
+    assert found == pytest.approx((0.5, np.std([0.4, 0.6], ddof=1), 2))
+    assert setting.on_text("nothing of ours") is None
+
+
+def test_bits_and_skipped_shares_are_series_of_their_own() -> None:
+    rows = [row for b in (2.0, 4.0) for row in cell(method="rtn", ratio=1 - b / 16, bits=b)]
+    rows += [row for q in (None, 0.25) for row in cell(method="odp", ratio=q)]
+    rows += [row for q in (0.25, 0.5) for row in cell(ratio=q)]
+    named = {
+        column: [[short_label(s.head, ["ratio"]) for s in one] for one in found]
+        for column in ("ratio", "bits", "skip", "samples", "calibration")
+        if (found := series_over(column, settings(rows)))
+    }
+    assert named == {
+        "ratio": [["reap r0.25", "reap r0.5"]],
+        "bits": [["rtn 2 bits", "rtn 4 bits"]],
+        "skip": [["odp skips 0.25", "odp skips by rule"]],
+    }
+    both = [*cell(calibration="docs"), *cell(calibration="speeches")]
+    assert len(series_over("calibration", settings(both))) == 1
 
 
 def test_a_series_differs_in_one_column_only() -> None:

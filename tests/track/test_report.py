@@ -9,8 +9,9 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from result_rows import MODELS, cell, demo_rows, failed_cell
+from result_rows import MODELS, cell, demo_rows, every_kind, failed_cell
 
+from rerail.errors import InputError
 from rerail.track.cells import cells_of, settings_of
 from rerail.track.diagnostics import heat_maps
 from rerail.track.drawing import style
@@ -71,6 +72,7 @@ SEVERAL = {
     "ratios": [row for q in (0.25, 0.5) for m in MODELS for row in cell(m, ratio=q)],
     "samples": [row for n in (16, 64) for m in MODELS for row in cell(m, samples=n)],
     "two sets of tokens": [*cell(), *cell("tiny_coarse", texts={"wiki": 9000})],
+    "every kind": every_kind(),
     "dollars and braces": cell(calibration="$x_{", allocation="a$b") + cell(calibration="%s"),
 }
 
@@ -235,15 +237,92 @@ def test_a_heat_map_prints_its_numbers_where_there_is_room_and_is_never_an_image
         ("samples", "recovery against removed share", False),
         ("two sets of tokens", "Recovery, fine against coarse", False),
         ("ratios", "Recovery, fine against coarse", True),
-        ("seeds", "Means over seeds", True),
+        ("seeds", "Mean ± standard deviation over seeds", True),
         ("seeds", "50 % ± 10", True),
-        ("ratios", "Means over seeds", False),
+        ("every kind", "rtn: recovery against bits of an expert's number", True),
+        ("every kind", "tiny_fine: NLL against bits of an expert's number", True),
+        ("every kind", "tiny_coarse: NLL against experts computed a token and layer", True),
+        ("every kind", "Recovery by calibration text", True),
+        ("every kind", "tiny_fine: recovery on each held-out text", True),
+        ("every kind", "Fine minus coarse, paired by seed", True),
+        ("every kind", "Recovery by paradigm", True),
+        ("ratios", "Recovery by paradigm", False),
+        ("ratios", "Recovery by calibration text", False),
+        ("ratios", ": NLL against", False),
+        ("ratios", "Fine minus coarse, paired by seed", False),
+        ("ratios", "Mean ± standard deviation over seeds", False),
     ],
 )
 def test_figures_and_tables_are_there_exactly_where_they_mean_something(
     rows: str, sentence: str, there: bool
 ) -> None:
     assert (sentence in Page(several(rows)).text) == there
+
+
+def test_the_budget_of_a_quantiser_is_bits_and_of_a_skipper_a_share_or_a_rule() -> None:
+    text = Page(several("every kind")).text
+    assert "rtn 3 bits" in text
+    assert "odp skips 0.25" in text
+    assert "odp skips by rule" in text
+    assert not re.search(r"(rtn|odp) r0", text)
+    for words in ("4bits", "0.25skipped", "by ruleskipped", "0.75removed"):
+        assert words in text
+
+
+def test_many_settings_are_folded_by_paradigm_and_no_figure_is_overcrowded() -> None:
+    page = Page(several("every kind"))
+    folded = re.findall(r"<summary>(\w+) \((\d+) figures?\)", several("every kind"))
+    assert {"pruning", "merging", "editing", "quantisation", "skipping"} == {n for n, _ in folded}
+    drawn = re.findall(r"<svg.*?</svg>", several("every kind"), flags=re.DOTALL)
+    assert len(drawn) == len(page.all("figcaption"))
+    heights = [float(re.search(r'viewBox="0 0 [\d.]+ ([\d.]+)"', svg)[1]) for svg in drawn]
+    assert max(heights) < 72 * 10
+    assert "<summary>pruning" not in several("ratios")
+
+
+def test_negative_recoveries_are_drawn_and_counted() -> None:
+    page = Page(several("every kind"))
+    labels = [str(a["aria-label"]) for _, a, _ in page.elements if a.get("role") == "img"]
+    assert any("odp skips 0.5 n256 mix on tiny_coarse: -4 % ± 3" in label for label in labels)
+    assert any("skipping (3) on coarse: -4 % ± 0" in label for label in labels)
+
+
+def test_sizes_are_in_the_checkpoint_on_disk_in_memory_and_in_use() -> None:
+    rows = cell()
+    known = {"removed_of_experts": 0.5, "removed_of_model": 0.37, "memory_bytes": 31_000_000}
+    rows[1] |= {**known, "active_experts": 1.75, "active_parameters": 1_234_567}
+    rows[2] |= {**known, "disk_bytes": 9_876_543}
+    text = Page(render(rows)).text
+    assert "tiny_fine, reap, ratio 0.550 %37 %9.805.809.8831.001,234,5671.75" in text
+
+
+def test_files_that_could_not_be_read_are_named_on_the_page() -> None:
+    sentence = "out/a/result.json is not a list of result rows (<b>)"
+    text = Page(render(cell(), problems=[sentence])).text
+    assert sentence in text
+    assert "left untouched" in text
+    assert "left untouched" not in Page(render(cell())).text
+
+
+def test_further_columns_stand_in_the_overview_stage_by_stage() -> None:
+    rows = cell()
+    for row, count in zip(rows, (4.0, 2.5, 2.25), strict=True):
+        row["active_experts"] = count
+    text = Page(render(rows, columns=["active_experts", "host"])).text
+    assert "active experts" in text
+    assert "4 → 2.5 → 2.25" in text
+    assert "node-1" in text
+    with pytest.raises(InputError, match=r"column nil does not exist; allowed: key, status.*nll"):
+        render(rows, columns=["nil"])
+
+
+def test_known_secrets_are_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_API_KEY", "0123456789abcdef-not-a-key")
+    rows = cell(prompt="0123456789abcdef-not-a-key")
+    rows[0]["choices"]["command"] = "rerail logger.key=0123456789abcdef-not-a-key"
+    content = render(rows)
+    assert "not-a-key" not in content
+    assert "rerail logger.key=(hidden)" in content
 
 
 def test_tasks_stand_side_by_side_with_errors_and_counts() -> None:

@@ -35,7 +35,7 @@ def _made(given: argparse.Namespace) -> tuple[Path, list[str]]:
 
     columns = [name.strip() for name in given.columns.split(",") if name.strip()]
     check_columns(columns)
-    folder = given.folder.absolute()
+    folder = given.folder
     rows, said = gather(folder)
     said += unstarted(folder)
     if not rows:
@@ -43,7 +43,7 @@ def _made(given: argparse.Namespace) -> tuple[Path, list[str]]:
     out = given.out or (folder if folder.is_dir() else folder.parent) / "report.html"
     if out.is_dir():
         raise InputError(f"--out {out} is a folder; give the name of a file")
-    return write_report(rows, out, given.title or folder.name, said, columns), said
+    return write_report(rows, out, given.title or folder.absolute().name, said, columns), said
 
 
 def _nothing(folder: Path, said: Sequence[str]) -> str:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from matplotlib.axes import Axes
-from matplotlib.ticker import FuncFormatter
+from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from rerail.track import drawing
 from rerail.track.cells import Setting, by_model, by_paradigm, grouped_by, series_over
@@ -65,7 +65,7 @@ def _lines(lines: Sequence[Sequence[Setting]], column: str) -> list[_Line]:
 def _recovery(
     column: str, lines: Sequence[Sequence[Setting]], part: str, name: str, paradigm: str
 ) -> Picture:
-    figure, axes = drawing.canvas(2.7 + 0.19 * len(lines))
+    figure, axes = drawing.canvas(2.6)
     methods = [*dict.fromkeys(line[0].head["compressor"] or "?" for line in lines)]
     numbers = []
     for line in _lines(lines, column):
@@ -87,6 +87,7 @@ def _recovery(
     _frame(
         axes, [e.value for line in lines for s in line if (e := s.estimate("repaired", "recovery"))]
     )
+    axes.yaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
     axes.yaxis.set_major_formatter(PERCENT)
     axes.axhline(0, color=SOFT, linewidth=0.8)
     axes.set(ylabel="recovery")
@@ -124,7 +125,7 @@ def _at(setting: Setting, column: str) -> float | None:
 
 
 def _loss(column: str, model: str, lines: Sequence[Sequence[Setting]], name: str) -> Picture:
-    figure, axes = drawing.canvas(3.1 + 0.19 * len(lines))
+    figure, axes = drawing.canvas(2.6)
     everything = [s for line in lines for s in line]
     fields = [n for n in varying(everything) if n not in (column, "skip")]
     said = AXES.get(column, "experts computed a token and layer")
@@ -175,7 +176,7 @@ def _frame(axes: Axes, values: Sequence[float]) -> None:
     """Show every value; a whisker that is many times longer than they spread is cut."""
     if values:
         low, high = min(0.0, *values), max(0.0, *values)
-        room = max(0.05, 0.3 * (high - low))
+        room = max(0.15, 0.3 * (high - low))
         bottom, top = axes.get_ylim()
         axes.set_ylim(max(bottom, low - room), min(top, high + room))
 

@@ -64,7 +64,7 @@ def _heat_map(model: str, measure: str, rows: Sequence[_Row], name: str, paradig
     for (row, (_, held)), (part, stage) in itertools.product(enumerate(rows), enumerate(stages)):
         for column, layer in enumerate(layers):
             grid[row, part * (len(layers) + 1) + column] = held.get(stage, {}).get(layer, np.nan)
-    figure, axes = drawing.canvas(1.1 + 0.26 * len(rows), max(4.6, 2.0 + 0.14 * grid.shape[1]))
+    figure, axes = drawing.canvas(0.85 + 0.26 * len(rows), max(4.6, 2.0 + 0.14 * grid.shape[1]))
     _draw_grid(axes, grid, print_numbers=grid.shape[1] <= 13 and len(rows) <= 12)
     _name_axes(axes, layers, stages)
     drawing.name_rows(axes, [i + 0.5 for i in range(len(rows))], [label for label, _ in rows])
@@ -139,7 +139,7 @@ def training_curves(settings: Sequence[Setting], name: str) -> list[Picture]:
 def _curves(
     model: str, settings: Sequence[Setting], fields: Sequence[str], name: str, paradigm: str
 ) -> Picture | None:
-    figure, axes = drawing.canvas(2.9 + 0.1 * len(settings))
+    figure, axes = drawing.canvas(2.6)
     numbers = []
     for i, setting in enumerate(settings):
         for cell in setting.cells:

@@ -116,7 +116,7 @@ def canvas(height: float, width: float = 4.6) -> tuple[Figure, Axes]:
     """Return an empty figure of this size in inches and its axes; call inside `style()`."""
     figure = Figure(figsize=(width, height), dpi=72)
     axes = figure.add_subplot()
-    margins(axes, left=0.72, right=0.12, top=0.12, bottom=0.5)
+    margins(axes, left=0.72, right=0.25, top=0.12, bottom=0.5)
     return figure, axes
 
 
@@ -146,10 +146,14 @@ def bars(axes: Axes, held: Sequence[Bar], width: float, colour: str, label: str)
     if any(errors):
         whisker: dict[str, Any] = {"color": INK, "linewidth": 1.2, "linestyle": "none"}
         axes.errorbar(lengths, places, xerr=errors, **whisker)
-    for one, error in zip(held, errors, strict=True):
-        end = (max(0.0, one.length + error), one.place)
+    for one in held:
         how: dict[str, Any] = {"textcoords": "offset points", "va": "center", "fontsize": 8.5}
-        axes.annotate(one.text, end, (4, 0), **how)
+        axes.annotate(one.text, (end_of(one), one.place), (4, 0), **how)
+
+
+def end_of(one: Bar) -> float:
+    """Return where the words of a bar begin."""
+    return max(0.0, one.length + (one.error or 0.0))
 
 
 def row_labels(axes: Axes, labels: Sequence[str]) -> None:
@@ -161,6 +165,17 @@ def row_labels(axes: Axes, labels: Sequence[str]) -> None:
     axes.tick_params(axis="y", length=0)
 
 
+def room_for_words(axes: Axes, ends: Sequence[float], words: Sequence[str]) -> None:
+    """Widen the x axis so that each word, written to the right of its end, stays inside."""
+    figure: Any = axes.figure
+    low, high = axes.get_xlim()
+    width = figure.get_size_inches()[0] * (figure.subplotpars.right - figure.subplotpars.left)
+    for end, word in zip(ends, words, strict=True):
+        free = 1 - (0.08 + 0.075 * len(word)) / width
+        high = max(high, low + (end - low) / max(free, 0.1))
+    axes.set_xlim(low, high)
+
+
 def name_rows(axes: Axes, places: Sequence[float], labels: Sequence[str]) -> None:
     """Write labels to the left of the axes, with room for them."""
     words = [brief(label) for label in labels]
@@ -169,13 +184,17 @@ def name_rows(axes: Axes, places: Sequence[float], labels: Sequence[str]) -> Non
 
 
 def legend(figure: Figure, axes: Axes) -> None:
-    """Put the legend under the axes, where it covers no data."""
+    """Put the legend under the axes, and make the figure so much taller."""
     handles, labels = axes.get_legend_handles_labels()
     if handles:
         labels = [brief(label) for label in labels]
         wide = max(map(len, labels))
         columns = 3 if wide <= 13 else 2 if wide <= 24 else 1
-        margins(axes, bottom=0.6 + 0.2 * math.ceil(len(labels) / columns))
+        room = 0.1 + 0.2 * math.ceil(len(labels) / columns)
+        width, height = figure.get_size_inches()
+        top = (1 - figure.subplotpars.top) * height
+        figure.set_size_inches(width, height + room)
+        margins(axes, top=top, bottom=0.5 + room)
         figure.legend(handles, labels, loc="lower left", ncols=columns, handlelength=2.4)
 
 

@@ -39,24 +39,26 @@ def _before_after(
     name: str,
     paradigm: str,
 ) -> Picture:
-    figure, axes = drawing.canvas(1.2 + 0.27 * len(settings))
+    figure, axes = drawing.canvas(0.75 + 0.27 * len(settings))
     labels = [short_label(s.head, fields) for s in settings]
     found = [{stage: s.estimate(stage, "nll") for stage in STAGES} for s in settings]
     end = drawing.within([e.value for held in found for e in held.values() if e])
     for stage, shift in SHIFT.items():
         held = [(i + shift, one[stage]) for i, one in enumerate(found) if one[stage]]
         _points(axes, held, end, stage)
-    for i, one in enumerate(found):
-        said = [f"{e.value:.3f}" for stage in SHIFT if (e := one[stage])]
-        reach = max((e.value + (e.error or 0) for e in one.values() if e), default=0.0)
+    words = [" → ".join(f"{e.value:.3f}" for n in SHIFT if (e := one[n])) for one in found]
+    reach = [
+        max((e.value + (e.error or 0) for e in one.values() if e), default=0.0) for one in found
+    ]
+    reach = [min(one, end) for one in reach]
+    for i, (place, said) in enumerate(zip(reach, words, strict=True)):
         how: dict[str, Any] = {"textcoords": "offset points", "va": "center", "fontsize": 8.5}
-        axes.annotate(" → ".join(said), (min(reach, end), i), (7, 0), **how)
+        axes.annotate(said, (place, i), (7, 0), **how)
     if teacher := settings[0].estimate("teacher", "nll"):
         axes.axvline(teacher.value, color=STAGE["teacher"], linestyle=DASHES[1], label="teacher")
     drawing.row_labels(axes, labels)
     axes.margins(x=0.06)
-    low, high = axes.get_xlim()
-    axes.set_xlim(low, high + 0.42 * (high - low))  # room for the words
+    drawing.room_for_words(axes, reach, words)
     axes.set(xlabel="held-out NLL, nats a token")
     drawing.legend(figure, axes)
     numbers = [
@@ -129,7 +131,7 @@ def _of_plane(settings: Sequence[Setting], fields: Sequence[str]) -> list[_Point
 
 
 def _pareto(model: str, settings: Sequence[Setting], fields: Sequence[str], name: str) -> Picture:
-    figure, axes = drawing.canvas(3.8)
+    figure, axes = drawing.canvas(3.2)
     points = _of_plane(settings, fields)
     end = drawing.within([p.nll.value for p in points]) if points else np.inf
     kinds = sorted({p.kind for p in points if p.stage != "teacher"})

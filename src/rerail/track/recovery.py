@@ -162,21 +162,23 @@ def _drawn(
     group: str = "",
 ) -> Picture:
     """Return a bar chart, a bar of every series in every row."""
-    figure, axes = drawing.canvas(1.2 + (0.2 + 0.24 * len(colours)) * len(rows))
+    figure, axes = drawing.canvas(0.75 + (0.2 + 0.24 * len(colours)) * len(rows))
     width = 0.8 / len(colours)
+    drawn: list[Bar] = []
     for i, (series, colour) in enumerate(colours.items()):
         shift = (i - (len(colours) - 1) / 2) * width
         held = [
-            (place + shift, *row.bars[series])
+            _bar(place + shift, *row.bars[series])
             for place, row in enumerate(rows)
             if series in row.bars
         ]
-        if held:
-            drawing.bars(axes, [_bar(*one) for one in held], width * 0.92, colour, series)
+        drawing.bars(axes, held, width * 0.92, colour, series)
+        drawn += held
     drawing.row_labels(axes, [row.label for row in rows])
     axes.xaxis.set_major_formatter(PERCENT)
     axes.axvline(0, color=SOFT, linewidth=0.8)
-    axes.margins(x=0.22)
+    axes.margins(x=0.04)
+    drawing.room_for_words(axes, [drawing.end_of(bar) for bar in drawn], [b.text for b in drawn])
     axes.set(xlabel="recovered share of the lost NLL")
     drawing.legend(figure, axes)
     numbers = [
