@@ -14,8 +14,8 @@ import yaml
 from scipy.stats import t as student_t
 
 from rerail.track.cells import Cell, cells_of
-from rerail.track.words import plus_minus, share
 from rerail.track.results import read_rows
+from rerail.track.words import plus_minus, share
 
 COLUMNS = (
     "method", "budget", "model", "experts MB", "disk MB", "active M", "NLL compressed", "repaired",
