@@ -29,7 +29,7 @@ def main(words: Sequence[str] | None = None) -> None:
 
 
 def _made(given: argparse.Namespace) -> tuple[Path, list[str]]:
-    from rerail.track.folders import unstarted
+    from rerail.track.folders import below, unstarted
     from rerail.track.report import check_columns, write_report
     from rerail.track.results import gather
 
@@ -43,7 +43,8 @@ def _made(given: argparse.Namespace) -> tuple[Path, list[str]]:
     out = given.out or (folder if folder.is_dir() else folder.parent) / "report.html"
     if out.is_dir():
         raise InputError(f"--out {out} is a folder; give the name of a file")
-    return write_report(rows, out, given.title or folder.absolute().name, said, columns), said
+    title = given.title or folder.absolute().name
+    return write_report(rows, out, title, below(folder, said), columns), said
 
 
 def _nothing(folder: Path, said: Sequence[str]) -> str:

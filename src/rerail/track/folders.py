@@ -1,6 +1,7 @@
 """Folders of cells that have no rows yet."""
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 
 from rerail.track.results import RESULT, hidden
@@ -19,3 +20,8 @@ def unstarted(folder: Path) -> list[str]:
             state = f"unreadable ({type(error).__name__})"
         sentences.append(f"{file.parent} has no rows yet; its status is: {state}")
     return sentences
+
+
+def below(folder: Path, sentences: Iterable[str]) -> list[str]:
+    """Return sentences for a page that others will see: files named from `folder` on."""
+    return [sentence.replace(f"{folder}/", "") for sentence in sentences]

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from rerail.track.folders import unstarted
+from rerail.track.folders import below, unstarted
 from rerail.track.report import write_report
 from rerail.track.results import gather, log, write_csv
 from rerail.track.terminal import print_summary
@@ -15,7 +15,7 @@ def finish(out: Path, title: str = "rerail") -> Path:
         log.warning("%s", sentence)
     write_csv(out / "results.csv", rows)
     path = out / "report.html"
-    write_report(rows, path, title, [*problems, *unstarted(out)])
+    write_report(rows, path, title, below(out, [*problems, *unstarted(out)]))
     print_summary(rows)
     print(f"report: {path}")  # noqa: T201
     return path
