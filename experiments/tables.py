@@ -86,6 +86,36 @@ def harmed(cells: Sequence[Cell]) -> str:
     return markdown(("method", "budget", "model", "NLL change"), rows) if rows else "none"
 
 
+def unmoved(cells: Sequence[Cell]) -> str:
+    """Return how many repairs kept step 0, by model: nothing was changed there."""
+    done = [c for c in cells if c.get("repaired", "nll") is not None]
+    still = [c for c in done if c.get("repaired", "nll") == c.get("compressed", "nll")]
+    models = dict.fromkeys(c.head["model"] for c in done)
+    each = ", ".join(f"{sum(c.head['model'] == m for c in still)} {m}" for m in models)
+    return f"{len(still)} of {len(done)} repairs changed nothing ({each})"
+
+
+def fine_against_coarse(cells: Sequence[Cell]) -> str:
+    """Return, budget by budget, mean recovery on both models and the methods against the claim."""
+    found: dict[str, dict[str, dict[str, float]]] = {}
+    for cell in cells:
+        if (value := cell.get("repaired", "recovery")) is not None:
+            of_method = found.setdefault(budget(cell), {}).setdefault(cell.head["compressor"], {})
+            of_method[cell.head["model"]] = value
+    rows = []
+    for asked, methods_of in sorted(found.items()):
+        pairs = {
+            m: (v["tiny_fine"], v["tiny_coarse"]) for m, v in methods_of.items() if len(v) == 2
+        }
+        if not pairs:
+            continue
+        means = [f"{100 * np.mean(side):.0f} %" for side in zip(*pairs.values(), strict=True)]
+        against = [m for m, (fine, coarse) in pairs.items() if fine <= coarse]
+        won = f"{len(pairs) - len(against)} of {len(pairs)}"
+        rows.append([asked, *means, won, ", ".join(against)])
+    return markdown(("budget", "fine", "coarse", "fine above coarse", "not"), rows)
+
+
 def grid_of(claim: str) -> tuple[dict[str, str], dict[str, list[str]]]:
     """Return a claim's fixed choices and the values of its grid, both by group."""
     path = Path(__file__).with_name(f"{claim}.yaml")
@@ -210,7 +240,8 @@ def main() -> None:
             )
             print(f"{model}: teacher NLL {nll}, experts MB / disk MB / active M {sizes}\n")
     print(methods(cells))
-    print(f"### Harmed by the repair\n\n{harmed(cells)}")
+    print(f"### Fine against coarse\n\n{fine_against_coarse(cells)}\n")
+    print(f"### Harmed by the repair\n\n{harmed(cells)}\n\n{unmoved(cells)}")
 
 
 if __name__ == "__main__":

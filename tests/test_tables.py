@@ -90,3 +90,18 @@ def test_seeds_are_paired_and_their_interval_is_student_s():
     assert said == (
         "| hc_smoe | 50.0 % ± 24.8 (n = 3) | 20.0 % ± 24.8 (n = 3) | 30.0 % ± 24.8 (n = 3) |"
     )
+
+
+def test_the_two_models_are_compared_budget_by_budget_on_methods_that_both_have():
+    rows = cell("tiny_fine", "reap", recovery=0.4) + cell("tiny_coarse", "reap", recovery=0.2)
+    rows += cell("tiny_fine", "mobe", recovery=0.2) + cell("tiny_coarse", "mobe", recovery=0.3)
+    rows += cell("tiny_fine", "hc_smoe", recovery=0.9)
+    said = tables.fine_against_coarse(cells_of(rows)).splitlines()[-1]
+    assert said == "| 0.5 | 30 % | 25 % | 1 of 2 | mobe |"
+
+
+def test_a_repair_that_kept_step_0_is_counted():
+    still = cell("tiny_coarse")
+    still[-1]["nll"] = still[-2]["nll"]
+    said = tables.unmoved(cells_of([*cell(), *still]))
+    assert said == "1 of 2 repairs changed nothing (0 tiny_fine, 1 tiny_coarse)"
