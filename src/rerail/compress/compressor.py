@@ -4,11 +4,13 @@ import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from types import MappingProxyType
+from typing import Any, ClassVar, Literal, NamedTuple
 
 from torch import Tensor
 
 from rerail.errors import OutOfReach
+from rerail.moe.bank import BankSpec
 from rerail.moe.layer import MoELayer
 from rerail.plan.allocation import Allocation
 from rerail.plan.plan import LayerPlan, Plan
@@ -80,6 +82,46 @@ class Compressor(ABC):
     def scopes(self, layers: Sequence[MoELayer]) -> Scopes:
         """Return positions of layers that are planned together; by default one by one."""
         return [[i] for i in range(len(layers))]
+
+
+class Decision(NamedTuple):
+    """The decision about one layer, the tensors it solved for by short name, and notes."""
+
+    plan: LayerPlan
+    tensors: Mapping[str, Tensor] = MappingProxyType({})
+    notes: tuple[str, ...] = ()
+
+
+class LayerWise(Compressor):
+    """A compressor that decides about every layer on its own."""
+
+    @abstractmethod
+    def decide(self, layer: MoELayer, statistics: LayerStatistics, share: int) -> Decision | None:
+        """Decide about one layer; None leaves it as it is."""
+
+    def plan_scope(
+        self,
+        layers: Sequence[MoELayer],
+        statistics: Sequence[LayerStatistics],
+        shares: Sequence[int],
+    ) -> ScopePlan:
+        """Decide layer by layer."""
+        made = [
+            one
+            for each in zip(layers, statistics, shares, strict=True)
+            if (one := self.decide(*each)) is not None
+        ]
+        return ScopePlan(
+            tuple(one.plan for one in made),
+            {f"{one.plan.layer}.{n}": t for one in made for n, t in one.tensors.items()},
+            tuple(note for one in made for note in one.notes),
+        )
+
+
+def untouched(layer: MoELayer, spec: BankSpec) -> LayerPlan:
+    """Return the plan that stores experts anew, one for each row, and keeps the router."""
+    everyone = tuple(range(layer.num_experts))
+    return LayerPlan(layer.index, everyone, everyone, "untouched", spec)
 
 
 def check(

@@ -9,13 +9,12 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from rerail.compress.compressor import Compressor, ScopePlan
+from rerail.compress.compressor import Decision, LayerWise, untouched
 from rerail.compress.whitening import Moments
 from rerail.errors import OutOfReach
 from rerail.moe.bank import BankSpec
 from rerail.moe.layer import MoELayer
 from rerail.plan.allocation import Allocation, PerLayer, Uniform, check_kept
-from rerail.plan.plan import LayerPlan
 from rerail.plan.ratio import Ratio
 from rerail.stats.moments import InputMoment, MiddleMoment
 from rerail.stats.routed import Count
@@ -31,7 +30,7 @@ def dense_numbers(layer: MoELayer) -> int:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Factoriser(Compressor):
+class Factoriser(LayerWise):
     """Stores solved tensors for all experts of a layer; a share is how many numbers it may store.
 
     Allocation is uniform (every layer gets the same share of its numbers) or per layer (a count of
@@ -102,26 +101,15 @@ class Factoriser(Compressor):
         """Return the numbers that each layer may store."""
         return self.budgets(layers, ratio, allocation)
 
-    def plan_scope(
-        self,
-        layers: Sequence[MoELayer],
-        statistics: Sequence[LayerStatistics],
-        shares: Sequence[int],
-    ) -> ScopePlan:
-        """Solve each layer."""
-        parts = []
-        tensors: dict[str, Tensor] = {}
-        for layer, held, share in zip(layers, statistics, shares, strict=True):
-            if share == dense_numbers(layer):
-                continue
-            sizes = self.sizes(layer, share, held)
-            solved = self.factor(layer, held, sizes)
-            tensors |= {f"{layer.index}.{name}": t for name, t in solved.items()}
-            everyone, spec = tuple(range(layer.num_experts)), self.spec(layer, sizes)
-            if self.run == "lazy":
-                spec = dataclasses.replace(spec, options={**spec.options, "run": "lazy"})
-            parts.append(LayerPlan(layer.index, everyone, everyone, "untouched", spec))
-        return ScopePlan(tuple(parts), tensors)
+    def decide(self, layer: MoELayer, statistics: LayerStatistics, share: int) -> Decision | None:
+        """Solve the layer, unless it stays dense."""
+        if share == dense_numbers(layer):
+            return None
+        sizes = self.sizes(layer, share, statistics)
+        spec = self.spec(layer, sizes)
+        if self.run == "lazy":
+            spec = dataclasses.replace(spec, options={**spec.options, "run": "lazy"})
+        return Decision(untouched(layer, spec), self.factor(layer, statistics, sizes))
 
 
 class Ranks(NamedTuple):

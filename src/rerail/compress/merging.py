@@ -23,7 +23,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from rerail.compress.compressor import Compressor, ScopePlan
+from rerail.compress.compressor import Decision, LayerWise
 from rerail.compress.pruning import best
 from rerail.errors import OutOfReach
 from rerail.moe.bank import BankSpec, Member
@@ -40,7 +40,7 @@ Change = Callable[[int, Fused], Fused]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Merger(Compressor):
+class Merger(LayerWise):
     """Groups the experts of a layer and stores one merged expert a group; a share counts groups.
 
     Attributes:
@@ -127,32 +127,22 @@ class Merger(Compressor):
         scores = [self.usage(statistics.of(layer, self.requires)).double() for layer in layers]
         return allocation.keep(layers, ratio, scores, [self.least(layer) for layer in layers])
 
-    def plan_scope(
-        self,
-        layers: Sequence[MoELayer],
-        statistics: Sequence[LayerStatistics],
-        shares: Sequence[int],
-    ) -> ScopePlan:
-        """Group each layer, say what each group stores, and which router rows stay."""
-        parts: list[LayerPlan] = []
-        tensors: dict[str, Tensor] = {}
-        notes: list[str] = []
-        for layer, held, share in zip(layers, statistics, shares, strict=True):
-            labels = self.group(layer, held, share)
-            single = share == layer.num_experts
-            solved = None if single else self.solve(layer, held, labels, notes)
-            if solved is None:
-                members = group_members(layer.index, labels, self.weights(held))
-                spec, solved = BankSpec("dense", share, members), {}
-            else:
-                like = expert_parameters(layer.stock())
-                solved = {name: t.to(like[name].dtype) for name, t in solved.items()}
-                shapes = {name: tuple(t.shape[1:]) for name, t in solved.items()}
-                spec = BankSpec("solved", share, (), shapes)
-            part, rows = self.form(layer, held, labels, spec)
-            parts.append(part)
-            tensors |= {f"{layer.index}.{n}": t.cpu() for n, t in {**solved, **rows}.items()}
-        return ScopePlan(tuple(parts), tensors, tuple(notes))
+    def decide(self, layer: MoELayer, statistics: LayerStatistics, share: int) -> Decision:
+        """Group the experts, say what each group stores, and which router rows stay."""
+        labels, notes = self.group(layer, statistics, share), list[str]()
+        single = share == layer.num_experts
+        solved = None if single else self.solve(layer, statistics, labels, notes)
+        if solved is None:
+            members = group_members(layer.index, labels, self.weights(statistics))
+            spec, solved = BankSpec("dense", share, members), {}
+        else:
+            like = expert_parameters(layer.stock())
+            solved = {name: t.to(like[name].dtype) for name, t in solved.items()}
+            shapes = {name: tuple(t.shape[1:]) for name, t in solved.items()}
+            spec = BankSpec("solved", share, (), shapes)
+        part, rows = self.form(layer, statistics, labels, spec)
+        tensors = {name: t.cpu() for name, t in {**solved, **rows}.items()}
+        return Decision(part, tensors, tuple(notes))
 
     def form(
         self, layer: MoELayer, statistics: LayerStatistics, labels: Tensor, spec: BankSpec

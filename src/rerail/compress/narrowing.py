@@ -9,14 +9,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from rerail.compress.compressor import Compressor, ScopePlan
+from rerail.compress.compressor import Decision, LayerWise, untouched
 from rerail.errors import OutOfReach
 from rerail.moe.bank import BankSpec
 from rerail.moe.banks.narrow import Bank
 from rerail.moe.layer import MoELayer
 from rerail.moe.stock import expert_parameters
 from rerail.plan.allocation import Allocation, Uniform, check_kept
-from rerail.plan.plan import LayerPlan
 from rerail.plan.ratio import Ratio
 from rerail.stats.statistic import LayerStatistics, StatisticSet
 
@@ -24,7 +23,7 @@ _BIAS = "gate_up_proj_bias"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Narrower(Compressor):
+class Narrower(LayerWise):
     """Drops the micro-experts of lowest score of a layer; a share is the number that it keeps.
 
     A micro-expert is one channel of one expert: row j of gate and up, column j of down. All E I of
@@ -61,21 +60,10 @@ class Narrower(Compressor):
         """Return how many micro-experts each layer keeps."""
         return self._kept(layers, ratio, allocation)
 
-    def plan_scope(
-        self,
-        layers: Sequence[MoELayer],
-        statistics: Sequence[LayerStatistics],
-        shares: Sequence[int],
-    ) -> ScopePlan:
-        """Keep the highest scores of each layer."""
-        parts = []
-        tensors: dict[str, Tensor] = {}
-        for layer, held, share in zip(layers, statistics, shares, strict=True):
-            spec, solved = narrowed(layer, highest(self.score(layer, held), share))
-            tensors |= {f"{layer.index}.{name}": t for name, t in solved.items()}
-            everyone = tuple(range(layer.num_experts))
-            parts.append(LayerPlan(layer.index, everyone, everyone, "untouched", spec))
-        return ScopePlan(tuple(parts), tensors)
+    def decide(self, layer: MoELayer, statistics: LayerStatistics, share: int) -> Decision:
+        """Keep the highest scores."""
+        spec, solved = narrowed(layer, highest(self.score(layer, statistics), share))
+        return Decision(untouched(layer, spec), solved)
 
     @staticmethod
     def _kept(layers: Sequence[MoELayer], ratio: Ratio, allocation: Allocation) -> list[int]:

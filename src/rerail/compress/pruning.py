@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from rerail.compress.compressor import Compressor, ScopePlan, Scopes
+from rerail.compress.compressor import Decision, LayerWise, ScopePlan, Scopes
 from rerail.errors import OutOfReach
 from rerail.moe.bank import BankSpec
 from rerail.moe.layer import MoELayer
@@ -27,7 +27,7 @@ def dense_spec(kept: Sequence[tuple[int, int]]) -> BankSpec:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Selector(Compressor):
+class Selector(LayerWise):
     """Keeps some experts of each layer; a share is the number of experts kept."""
 
     paradigm: ClassVar[str] = "pruning"
@@ -65,20 +65,9 @@ class Selector(Compressor):
         scores = [self.rank(layer, statistics.of(layer, self.requires)) for layer in layers]
         return allocation.keep(layers, ratio, scores, [self.least(layer) for layer in layers])
 
-    def plan_scope(
-        self,
-        layers: Sequence[MoELayer],
-        statistics: Sequence[LayerStatistics],
-        shares: Sequence[int],
-    ) -> ScopePlan:
-        """Select in each layer, and give what stays its form."""
-        parts = []
-        tensors: dict[str, Tensor] = {}
-        for layer, held, share in zip(layers, statistics, shares, strict=True):
-            part, solved = self.form(layer, held, self.select(layer, held, share))
-            parts.append(part)
-            tensors |= {f"{layer.index}.{name}": t for name, t in solved.items()}
-        return ScopePlan(tuple(parts), tensors)
+    def decide(self, layer: MoELayer, statistics: LayerStatistics, share: int) -> Decision:
+        """Select, and give what stays its form."""
+        return Decision(*self.form(layer, statistics, self.select(layer, statistics, share)))
 
 
 @dataclass(frozen=True, kw_only=True)

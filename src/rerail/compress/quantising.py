@@ -12,13 +12,12 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from rerail.compress.compressor import Compressor, ScopePlan
+from rerail.compress.compressor import Decision, LayerWise, untouched
 from rerail.errors import InputError, OutOfReach
 from rerail.moe.bank import BankSpec, Integer
 from rerail.moe.banks.packed import DENSE, Bank, Coded, buckets, pack
 from rerail.moe.layer import MoELayer
 from rerail.plan.allocation import Allocation, Uniform
-from rerail.plan.plan import LayerPlan
 from rerail.plan.ratio import Bits
 from rerail.stats.statistic import LayerStatistics, Statistic, StatisticSet
 
@@ -27,7 +26,7 @@ _AT_ONCE = 2**26  # numbers of matrices or moments that are encoded together
 
 
 @dataclass(frozen=True, kw_only=True)
-class Packing(Compressor):
+class Packing(LayerWise):
     """Stores every expert of a layer in bits of its own; a share is the sum of the experts' bits.
 
     Attributes:
@@ -72,27 +71,16 @@ class Packing(Compressor):
         """Return the bits that the experts of each layer share, rounded down."""
         return [int(layer.num_experts * ratio.average + 1e-9) for layer in layers]
 
-    def plan_scope(
-        self,
-        layers: Sequence[MoELayer],
-        statistics: Sequence[LayerStatistics],
-        shares: Sequence[int],
-    ) -> ScopePlan:
-        """Choose bits in each layer, and encode its experts."""
-        parts, notes = list[LayerPlan](), list[str]()
-        tensors: dict[str, Tensor] = {}
-        for layer, held, share in zip(layers, statistics, shares, strict=True):
-            bits = self.bits_of(layer, held, share)
-            integers: dict[str, Integer] = {"bits": bits, "group": self.coder.group}
-            spec = BankSpec("packed", len(bits), (), integers, {"run": self.run})
-            solved = self.coder.encode_layer(layer, held, spec)
-            tensors |= {f"{layer.index}.{name}": t for name, t in solved.items()}
-            everyone = tuple(range(layer.num_experts))
-            parts.append(LayerPlan(layer.index, everyone, everyone, "untouched", spec))
-            size = f"{sum(bits) / len(bits):.4g} bits a number, {effective_bits(spec, layer):.6g}"
-            said = (f"{size} with scales and zeros of 16", *self.coder.remarks(layer, held))
-            notes += [f"layer {layer.index}: {words}" for words in said]
-        return ScopePlan(tuple(parts), tensors, tuple(notes))
+    def decide(self, layer: MoELayer, statistics: LayerStatistics, share: int) -> Decision:
+        """Choose bits, and encode the experts."""
+        bits = self.bits_of(layer, statistics, share)
+        integers: dict[str, Integer] = {"bits": bits, "group": self.coder.group}
+        spec = BankSpec("packed", len(bits), (), integers, {"run": self.run})
+        solved = self.coder.encode_layer(layer, statistics, spec)
+        size = f"{sum(bits) / len(bits):.4g} bits a number, {effective_bits(spec, layer):.6g}"
+        said = (f"{size} with scales and zeros of 16", *self.coder.remarks(layer, statistics))
+        notes = tuple(f"layer {layer.index}: {words}" for words in said)
+        return Decision(untouched(layer, spec), solved, notes)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,21 +8,21 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from rerail.compress.compressor import Compressor, ScopePlan, make_plan
+from rerail.compress.compressor import Decision, LayerWise, make_plan, untouched
 from rerail.errors import InputError, OutOfReach
 from rerail.moe.bank import BankSpec
 from rerail.moe.banks.policy import BINS, Bank
 from rerail.moe.fitted import check_router, router_hash
 from rerail.moe.layer import MoELayer, MoEModel
 from rerail.plan.allocation import Allocation, Uniform
-from rerail.plan.plan import LayerPlan, Plan
+from rerail.plan.plan import Plan
 from rerail.plan.ratio import Skip
 from rerail.stats.gate_ratios import GateTails
 from rerail.stats.statistic import LayerStatistics, Statistic, StatisticSet
 
 
 @dataclass(frozen=True, kw_only=True)
-class Skipper(Compressor):
+class Skipper(LayerWise):
     """Fits one threshold a layer; a share counts activations skipped on the calibration text.
 
     A threshold is a statistic of what the router says, so it is worth something on that router
@@ -93,21 +93,12 @@ class Skipper(Compressor):
                 counts.append(round(ratio.share * lower * k / (k - 1)))
         return counts
 
-    def plan_scope(
-        self,
-        layers: Sequence[MoELayer],
-        statistics: Sequence[LayerStatistics],
-        shares: Sequence[int],
-    ) -> ScopePlan:
-        """Return each layer's policy around the experts it has."""
-        parts, tensors = [], {}
-        for layer, held, share in zip(layers, statistics, shares, strict=True):
-            tensors[f"{layer.index}.threshold"] = nearest(held[GateTails()], share)
-            everyone = tuple(range(layer.num_experts))
-            router = {} if self.allow_stale else {"router": router_hash(layer)}
-            spec = BankSpec("policy", layer.num_experts, (), {}, {**router, **self.words()})
-            parts.append(LayerPlan(layer.index, everyone, everyone, "untouched", spec))
-        return ScopePlan(tuple(parts), tensors)
+    def decide(self, layer: MoELayer, statistics: LayerStatistics, share: int) -> Decision:
+        """Return the policy around the experts that the layer has."""
+        router = {} if self.allow_stale else {"router": router_hash(layer)}
+        spec = BankSpec("policy", layer.num_experts, (), {}, {**router, **self.words()})
+        threshold = nearest(statistics[GateTails()], share)
+        return Decision(untouched(layer, spec), {"threshold": threshold})
 
     def refit(
         self, student: MoEModel, measure: Callable[[MoEModel], StatisticSet], ratio: Skip
