@@ -3,7 +3,7 @@ import torch
 
 from families import CONFIGS, tiny
 from rerail.evaluate.perplexity import score_blocks
-from rerail.evaluate.routing import Routing, changed, tracing
+from rerail.evaluate.routing import Routing, changed, load_by_expert, tracing
 from students import blocks, kept_of, masked, merged, sliced
 
 
@@ -99,3 +99,23 @@ def test_load_entropy_is_1_for_an_even_load_and_0_for_one_slot(chosen, expected)
 def test_load_entropy_counts_rows_that_no_token_chose():
     routing = Routing({0: [torch.tensor([[0, 1]], dtype=torch.int16)]}, {0: 16})
     assert routing.load_entropy(0) == pytest.approx(0.25)
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v3"])
+def test_load_by_expert_stands_in_the_teachers_places(family):
+    teacher, text = tiny(family), blocks(6, 11)
+    student, kept = sliced(teacher), kept_of(teacher)
+    routing = score_blocks(student, list(text.batches(2))).routing
+    mapping = {layer.index: kept for layer in student.layers}
+    mine = choices(student, text)
+    for layer in teacher.layers:
+        load = load_by_expert(routing, layer.index, mapping, layer.num_experts)
+        assert [slot for slot, share in enumerate(load) if share is not None] == sorted(kept)
+        chosen = [kept[row] for token in mine[layer.index] for row in token]
+        for slot in kept:
+            assert load[slot] == pytest.approx(chosen.count(slot) / len(chosen), abs=1e-6)
+
+
+def test_a_router_that_keeps_its_rows_has_a_load_for_each():
+    routing = Routing({0: [torch.tensor([[0, 1], [0, 3]], dtype=torch.int16)]}, {0: 4})
+    assert load_by_expert(routing, 0, {0: (1, 2)}, 4) == [0.5, 0.25, 0.0, 0.25]

@@ -38,7 +38,9 @@ def check(folder: Path) -> None:
                 assert merged.get(f"{row['stage']}/{name}") == row[name], name
         for layer in row["layers"] or []:
             held = sent.records[f"{row['stage']}/layers/{layer['layer']}"]
-            assert held == {f"{row['stage']}/layers/{n}": v for n, v in layer.items()}
+            plain = {n: v for n, v in layer.items() if n != "load"}
+            assert held == {f"{row['stage']}/layers/{n}": v for n, v in plain.items()}
+            assert sum(share or 0 for share in layer["load"]) == pytest.approx(1, abs=1e-4)
     points = [r for n, r in sent.records.items() if n.startswith("repair/validation")]
     assert points == [{f"repair/{n}": v for n, v in p.items()} for p in rows[2]["curve"]]
     steps = [r["repair/step"] for n, r in sent.records.items() if n.startswith("repair/batch")]
@@ -57,7 +59,7 @@ def test_a_cell_is_shown_while_it_runs_and_once(cell, tmp_path, monkeypatch):
 
     monkeypatch.setattr(artefacts.Status, "write", watched)
     runner.run_cell(one, tmp_path / "out", WandbMirror())
-    assert seen["evaluate compressed"] == ["teacher"]
+    assert seen["evaluate compressed"] == ["teacher", "teacher/layers/0", "teacher/layers/1"]
     assert seen["repair"][-1] == "compressed/layers/1"
     assert seen["evaluate repaired"][-1].startswith("repair/validation/")
     check(folder)

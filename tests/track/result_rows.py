@@ -97,12 +97,18 @@ def _stage(
         "seconds": {"teacher": 9.4, "compressed": 8.1, "repaired": 41.7}[stage],
         "samples_text": f" met in {stage} session <b>&</b> said that the {model} of 1812 was good.",
     }
-    if stage == "teacher":
-        return row
+    moved = {} if stage == "teacher" else {"routing_changed": 0.3}
     row["layers"] = [
-        {"layer": i, "routing_changed": 0.3 + 0.15 * i, "load_entropy": 0.97 - 0.08 * i - kl / 5}
+        {
+            "layer": i,
+            **{name: share + 0.15 * i for name, share in moved.items()},
+            "load_entropy": 0.97 - 0.08 * i - kl / 5,
+            "load": [0.5, 0.3, 0.2 if moved else 0.15, None if moved else 0.05],
+        }
         for i in range(4)
     ]
+    if stage == "teacher":
+        return row
     if stage == "repaired":
         steps = range(0, 90, 9)
         row["curve"] = [

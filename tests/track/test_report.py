@@ -16,6 +16,7 @@ from rerail.track.cells import cells_of, settings_of
 from rerail.track.diagnostics import heat_maps
 from rerail.track.drawing import style
 from rerail.track.figures import before_after, pareto
+from rerail.track.loads import load_maps
 from rerail.track.recovery import fine_against_coarse
 from rerail.track.report import render, write_report
 from rerail.track.results import Row
@@ -105,11 +106,16 @@ def test_nothing_is_loaded_from_anywhere(demo: str) -> None:
     page = Page(demo)
     for name in ("src", "srcset", "data", "action", "poster"):
         assert not [a for _, a, _ in page.elements if name in a]
-    assert all(a["href"].startswith("#") for _, a, _ in page.elements if "href" in a)
+    assert all(
+        a["href"].startswith("#") for tag, a, _ in page.elements if "href" in a and tag != "image"
+    )
+    images = [a["xlink:href"] or "" for a in page.all("image")]
+    assert images
+    assert all(said.startswith("data:image/png;base64,") for said in images)
     assert "://" not in demo
     assert "@import" not in demo
     assert "default-src 'none'" in str(page.all("meta"))
-    assert not page.all("image")
+    assert "img-src data:;" in str(page.all("meta"))
 
 
 def test_all_numbers_of_all_rows_are_there() -> None:
@@ -130,8 +136,8 @@ def test_all_numbers_of_all_rows_are_there() -> None:
         for held in row["nll_by"].values():
             assert plus_minus(held["nll"], held["se"]) in text
         for layer in row["layers"] or []:
-            assert f"{layer['load_entropy']:.3f}" in text
-            assert f"{layer['routing_changed']:.3f}" in text
+            assert row["stage"] == "teacher" or f"{layer['load_entropy']:.3f}" in text
+            assert row["stage"] == "teacher" or f"{layer['routing_changed']:.3f}" in text
         if row["recovery"] is not None:
             assert f"{100 * row['recovery']:.0f} % ± 3" in text
         if row["curve"]:
@@ -224,6 +230,39 @@ def test_a_heat_map_prints_its_numbers_where_there_is_room_and_is_never_an_image
         assert (f">{number}</text>" in picture.svg) == printed
         assert "<image" not in picture.svg
         assert picture.numbers[0][1:] == [f"{number}0"] * layers
+
+
+def test_load_by_expert_is_over_an_even_share_and_empty_where_an_expert_is_gone() -> None:
+    with style():
+        [picture] = load_maps(settings_of(cells_of(cell())), "x")
+    teacher, compressed, repaired = picture.numbers
+    assert teacher[1:] == ["2.00", "layer 0, expert 0", "0 of 16", "0"]
+    assert compressed[1:] == repaired[1:] == ["2.00", "layer 0, expert 0", "0 of 12", "4"]
+    assert "Heat map of the load of 4 experts in 4 layers" in picture.spoken
+    assert picture.svg.count("<image") == 1
+    assert all(f">{stage}</text>" in picture.svg for stage in ("teacher", "compressed", "repaired"))
+
+
+def test_load_by_expert_is_the_mean_over_seeds_and_absent_where_no_row_has_it() -> None:
+    rows = [*cell(seed=0), *cell(seed=1)]
+    for row in rows[3:]:
+        row["layers"] = [{**layer, "load": [0.1, 0.5, 0.4, None]} for layer in row["layers"]]
+    with style():
+        [picture] = load_maps(settings_of(cells_of(rows)), "x")
+    assert picture.numbers[1][1:3] == ["1.60", "layer 0, expert 1"]
+    for row in rows:
+        row["layers"] = [{n: v for n, v in layer.items() if n != "load"} for layer in row["layers"]]
+    assert load_maps(settings_of(cells_of(rows)), "x") == []
+
+
+def test_rare_experts_are_counted_and_layers_keep_their_indices() -> None:
+    rows = cell()[:1]
+    rows[0]["layers"] = [
+        {"layer": 3 + i, "load": [0.9 * i, 1 - 0.9 * i - 0.02, 0.02]} for i in (0, 1)
+    ]
+    with style():
+        [picture] = load_maps(settings_of(cells_of(rows)), "x")
+    assert picture.numbers[0][1:] == ["2.94", "layer 3, expert 1", "3 of 6", "0"]
 
 
 @pytest.mark.parametrize(

@@ -29,15 +29,18 @@ class Routing:
         """Return (T, K) for a layer."""
         return torch.cat(self.chosen[layer])
 
+    def load(self, layer: int) -> Tensor:
+        """Return the share of all choices that each slot has, float64 (rows,); it sums to 1."""
+        chosen = self.of(layer).flatten().long()
+        return torch.bincount(chosen, minlength=self.rows[layer]).double() / len(chosen)
+
     def load_entropy(self, layer: int) -> float:
         """Return the entropy of the slots' shares of choices over log(rows).
 
         1 is an even load, 0 is one slot for all tokens.
         """
-        chosen, rows = self.of(layer).flatten().long(), self.rows[layer]
-        share = torch.bincount(chosen, minlength=rows).double() / len(chosen)
-        entropy = torch.special.entr(share).sum()
-        return float(entropy / torch.tensor(float(max(rows, 2))).log())
+        entropy = torch.special.entr(self.load(layer)).sum()
+        return float(entropy / torch.tensor(float(max(self.rows[layer], 2))).log())
 
 
 def _recorder(layer: MoELayer, routing: Routing) -> Any:
@@ -81,8 +84,31 @@ def changed(
     """
     shares = {}
     for layer in teacher.chosen:
-        mine = student.of(layer).long()
-        if layer in kept and len(kept[layer]) == student.rows[layer]:
-            mine = torch.tensor(kept[layer])[mine].sort(dim=1).values
+        mine = _slots(student, layer, kept)[student.of(layer).long()].sort(dim=1).values
         shares[layer] = float((mine != teacher.of(layer).long()).any(dim=1).double().mean())
     return shares
+
+
+def load_by_expert(
+    student: Routing, layer: int, kept: Mapping[int, tuple[int, ...]], experts: int
+) -> list[float | None]:
+    """Return each of the teacher's slots' share of a student's choices; None where it is gone.
+
+    Args:
+        student: its choices.
+        layer: one of its layers.
+        kept: for sliced routers, the teacher's slot behind each of the student's rows.
+        experts: number of the teacher's slots.
+    """
+    load: list[float | None] = [None] * experts
+    for slot, share in zip(_slots(student, layer, kept), student.load(layer), strict=True):
+        load[int(slot)] = round(float(share), 6)
+    return load
+
+
+def _slots(student: Routing, layer: int, kept: Mapping[int, tuple[int, ...]]) -> Tensor:
+    """Return the teacher's slot behind each of a student's rows, int64 (rows,)."""
+    rows = student.rows[layer]
+    if layer in kept and len(kept[layer]) == rows:
+        return torch.tensor(kept[layer])
+    return torch.arange(rows)

@@ -4,7 +4,7 @@ import importlib.metadata
 import math
 import platform
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -106,7 +106,7 @@ def stage_row(
     agreement, agreement_se = mean_and_se(pooled(scores, "agree"), tokens)
     sizes, before = (Sizes.of(m, cell.model.itemsize()) for m in (model, teacher))
     layers = layer_means(scores)
-    moved = [entry["routing_changed"] for entry in layers]
+    moved = [entry["routing_changed"] for entry in layers if "routing_changed" in entry]
     return new_row(
         **identity(cell),
         stage=stage,
@@ -169,18 +169,28 @@ def by_text(scores: Scores) -> dict[str, dict[str, Any]]:
 
 def layer_means(scores: Scores) -> list[dict[str, Any]]:
     """Return per-layer routing numbers, weighted over the texts by their tokens."""
-    texts = [s for s in scores.values() if isinstance(s, dict) and "layers" in s]
-    if not texts:
-        return []
-    weights = np.array([sum(s["tokens"]) for s in texts])
-    names = ("routing_changed", "load_entropy")
+    texts = [s for s in scores.values() if isinstance(s, dict)]
+    weights = [sum(s["tokens"]) for s in texts]
     return [
         {
             "layer": parts[0]["layer"],
-            **{n: float(np.average([p[n] for p in parts], weights=weights)) for n in names},
+            **{
+                name: float(np.average([part[name] for part in parts], weights=weights))
+                for name in ("routing_changed", "load_entropy")
+                if name in parts[0]
+            },
+            "load": _mean_load([part["load"] for part in parts], weights),
         }
         for parts in zip(*(s["layers"] for s in texts), strict=True)
     ]
+
+
+def _mean_load(
+    loads: Sequence[Sequence[float | None]], weights: Sequence[int]
+) -> list[float | None]:
+    """Return the mean of each expert's shares; None for one that is gone."""
+    found = np.average(np.array(loads, float), axis=0, weights=weights)
+    return [None if np.isnan(share) else round(float(share), 6) for share in found]
 
 
 def recovery_columns(teacher: Scores, compressed: Scores, repaired: Scores) -> dict[str, Any]:

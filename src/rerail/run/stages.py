@@ -16,7 +16,7 @@ from rerail.data.calibration import TokenBlocks
 from rerail.distill.points import Points
 from rerail.distill.repair import put_rows, repair
 from rerail.evaluate.perplexity import BlockScores, score_blocks
-from rerail.evaluate.routing import Routing, changed
+from rerail.evaluate.routing import Routing, changed, load_by_expert
 from rerail.files import cache_dir, digest, read_sealed, write_sealed
 from rerail.moe.layer import MoEModel
 from rerail.parallel import alone, first, is_first, kept
@@ -33,7 +33,7 @@ from rerail.teacher.teacher import CachedTeacher, LiveTeacher, Teacher, cached_s
 
 log = logging.getLogger(__name__)
 
-SCORES = 2  # version of what a cached scoring holds
+SCORES = 3  # version of what a cached scoring holds
 
 
 def statistics(
@@ -123,7 +123,10 @@ def score_teacher(cell: Cell, model: MoEModel, texts: dict[str, TokenBlocks]) ->
         for name, text in texts.items():
             scores = _score(cell, model, text, None, f"teacher on {name}")
             assert scores.hidden is not None
-            data[name] = _sums(scores)
+            layers = [
+                _load(scores.routing, i, {}, scores.routing.rows[i]) for i in scores.routing.rows
+            ]
+            data[name] = {**_sums(scores), "layers": layers}
             tensors[f"{name}.hidden"] = scores.hidden
             tensors |= {f"{name}.chosen.{i}": scores.routing.of(i) for i in scores.routing.chosen}
         return data, tensors
@@ -153,18 +156,23 @@ def score_student(
                 dict(scores.routing.rows),
             )
             moved = changed(before, scores.routing, kept)
+            experts = {one["layer"]: len(one["load"]) for one in teacher[0][name]["layers"]}
             layers = [
-                {
-                    "layer": i,
-                    "routing_changed": moved[i],
-                    "load_entropy": scores.routing.load_entropy(i),
-                }
+                {"routing_changed": moved[i], **_load(scores.routing, i, kept, experts[i])}
                 for i in moved
             ]
             data[name] = {**_sums(scores), "layers": layers}
         return data, {}
 
     return saved(path, make)
+
+
+def _load(
+    routing: Routing, layer: int, kept: Mapping[int, tuple[int, ...]], experts: int
+) -> dict[str, Any]:
+    """Return how evenly a layer's experts are loaded, and each one's share."""
+    load = load_by_expert(routing, layer, kept, experts)
+    return {"layer": layer, "load_entropy": routing.load_entropy(layer), "load": load}
 
 
 def _score(

@@ -14,6 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
+from numpy.typing import NDArray
 
 # Each stands for a colour of the page; no figure uses these colours for themselves.
 INK, SOFT, GRID, PAPER = "#010101", "#020202", "#030303", "#040404"
@@ -154,6 +155,21 @@ def bars(axes: Axes, held: Sequence[Bar], width: float, colour: str, label: str)
 def end_of(one: Bar) -> float:
     """Return where the words of a bar begin."""
     return max(0.0, one.length + (one.error or 0.0))
+
+
+def pixels(axes: Axes, grid: NDArray[np.float64], most: float) -> None:
+    """Draw a grid (rows, columns) of 0 to `most` as an image inside the drawing.
+
+    For grids of thousands; what is missing is left empty.
+    """
+    rows, columns = grid.shape
+    held = np.ma.masked_invalid(grid)
+    place: Any = (0, columns, rows, 0)
+    axes.imshow(
+        held, cmap="viridis", vmin=0, vmax=most, interpolation="none", aspect="auto", extent=place
+    )
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
 
 
 def row_labels(axes: Axes, labels: Sequence[str]) -> None:

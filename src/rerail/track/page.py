@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from rerail.track.drawing import Picture
 
 _HERE = Path(__file__).parent
-_POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
+_POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
 
 
 class Shown(NamedTuple):

@@ -33,7 +33,8 @@ def records(row: Row) -> Iterator[tuple[str, dict[str, Any]]]:
         yield point_record(point)
     yield stage, scalars(row)
     for layer in row["layers"] or []:
-        values = {f"{stage}/layers/{name}": value for name, value in layer.items()}
+        plain = {name: value for name, value in layer.items() if not isinstance(value, list)}
+        values = {f"{stage}/layers/{name}": value for name, value in plain.items()}
         yield f"{stage}/layers/{layer['layer']}", values
     for one in row["tasks"] or []:
         name = f"{stage}/tasks/{one['task']}/{one['metric']}"

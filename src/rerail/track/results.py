@@ -96,7 +96,7 @@ COLUMNS: dict[str, Column] = {
     "choices": Column(dict, "every resolved choice of the cell"),
     "nll_by": Column(dict, "text -> {nll, se, tokens}, if repaired {recovery, recovery_se}, too"),
     "curve": Column(list, "points {step, train_kl, val_kl} of the repair"),
-    "layers": Column(list, "per MoE layer {layer, routing_changed, load_entropy}"),
+    "layers": Column(list, "per MoE layer {layer, routing_changed, load_entropy, load by expert}"),
     "tasks": Column(list, "lm-eval results {task, metric, value, se, n}"),
     "samples_text": Column(str, "continuation of the fixed prompt"),
     "prompt": Column(str, "the fixed prompt"),

@@ -9,6 +9,7 @@ from rerail.track.curves import loss_over, recovery_over
 from rerail.track.diagnostics import heat_maps, training_curves
 from rerail.track.figures import before_after, pareto
 from rerail.track.labels import varying
+from rerail.track.loads import load_maps
 from rerail.track.page import figures, folded, section, tag, text
 from rerail.track.recovery import by_calibration, by_heldout_text, fine_against_coarse
 from rerail.track.tables import fold_many, name_of, prompt_of
@@ -60,7 +61,8 @@ def over_seeds(settings: Sequence[Setting]) -> str:
 
 def routing(settings: Sequence[Setting]) -> str:
     """Return the heat maps of routing."""
-    return section("Routers, layer by layer", figures(heat_maps(settings, "hm")), key="routers")
+    pictures = [*heat_maps(settings, "hm"), *load_maps(settings, "lo")]
+    return section("Routers, layer by layer", figures(pictures), key="routers")
 
 
 def training(settings: Sequence[Setting]) -> str:

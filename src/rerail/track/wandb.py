@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
 
+from rerail.track.cells import STAGES
 from rerail.track.journal import Journal
 from rerail.track.mirror import Live
 from rerail.track.records import SCALARS, flat, point_record, records, scalars
@@ -224,7 +225,7 @@ def has_key(base_url: str) -> bool:
 def _define(run: Any) -> None:
     """Say what the columns are plotted over."""
     run.define_metric("repair/*", step_metric="repair/step")
-    for stage in ("compressed", "repaired"):
+    for stage in STAGES:
         layers = f"{stage}/layers"
         run.define_metric(f"{layers}/*", step_metric=f"{layers}/layer", summary="none")
 
@@ -238,7 +239,7 @@ def artifact(key: str, rows: Sequence[Row], folder: Path) -> Any:
         if (folder / name).exists():
             made.add_file(str(folder / name))
     layers = [(row["stage"], layer) for row in rows for layer in row["layers"] or []]
-    names = sorted({name for _, layer in layers for name in layer})
+    names = sorted({name for _, layer in layers for name in layer if name != "load"})
     said = [[r["stage"], r["prompt"], r["samples_text"]] for r in rows if r["samples_text"]]
     tables = {
         "rows": (SCALARS, [[row[name] for name in SCALARS] for row in rows]),
