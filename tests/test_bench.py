@@ -1,17 +1,21 @@
 """Every measurement of the bench runs and has its shape; no time that it measures is judged."""
 
+import contextlib
 import itertools
 import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
+from rerail.track.results import new_row, write_rows
+
 FOLDER = Path(__file__).parents[1] / "experiments" / "bench"
-MODULES = ("bench", "memory", "models", "overhead", "planning", "speed", "timing")
+MODULES = ("bench", "memory", "models", "overhead", "planning", "speed", "sweep", "timing")
 
 
 @pytest.fixture(scope="module")
@@ -130,3 +134,61 @@ def test_a_step_trains_the_students_router_rows(bench: SimpleNamespace, toy: obj
 def test_a_fresh_process_measures_what_a_tensor_takes(bench: SimpleNamespace) -> None:
     size = bench.models.Size(16, kl_vocabulary=4_000, kl_tokens=2_000)
     assert 2 < bench.memory.fresh_peak("plain KL", size) / (4_000 * 2_000 * 4) < 12
+
+
+def write_cell(out: Path, model: str, compressor: str, seconds: dict[str, float]) -> None:
+    """Write the rows of a cell that spent 2 s on each scoring."""
+    stages = {"teacher": 0.0, **seconds}
+    shared: dict[str, Any] = {"model": model, "compressor": compressor, "ratio": 0.5, "seed": 0}
+    rows = [
+        new_row(key=f"{model}-{compressor}", stage=stage, seconds=spent, nll=3.0 + spent / 100)
+        | {**shared, "evaluation_seconds": 2.0, "choices": {"names": {}}}
+        for stage, spent in stages.items()
+    ]
+    write_rows(out / f"{model}-{compressor}", rows)
+
+
+def test_a_sweep_is_compared_with_its_cells_alone_and_every_second_has_its_place(
+    bench: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[tuple[list[str], dict[str, str]]] = []
+
+    def seconds(words: list[str], env: dict[str, str]) -> float:
+        said.append((words, env))
+        given = dict(word.split("=", 1) for word in words if "=" in word)
+        cost = {"compressed": 1.0, "repaired": 4.0 if words[0] == "-m" else 6.0}
+        for model in given["model"].split(","):
+            for compressor in given["compressor"].split(","):
+                write_cell(Path(given["out"]), model, compressor, cost)
+        if words[0] == "-m":
+            return 60.0 / int(given["hydra.launcher.array_parallelism"])
+        return 25.0
+
+    monkeypatch.setattr(bench.sweep, "seconds", seconds)
+    monkeypatch.setattr(bench.sweep, "cluster", lambda _: contextlib.nullcontext())
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    grid = {"model": ("a", "b"), "compressor": ("reap", "svd"), "ratio": ("half",)}
+    rows = {r["name"]: r for r in bench.sweep.sweep_rows(tmp_path, "n64", grid, 1)}
+    value = {name: r["value"] for name, r in rows.items()}
+    assert rows["sweep: one worker / the cells alone (n64)"]["limit"] == 0.85
+    assert value["sweep: one worker / the cells alone (n64)"] == 0.6
+    assert value["sweep: one worker / two workers"] == 2
+    assert value["sweep: cells alone, one thread / default threads"] == 1
+    assert value["sweep: largest difference of an NLL, sweep to alone"] == pytest.approx(0.02)
+    assert value["sweep: largest difference of an NLL, two workers to one"] == 0
+    # two teachers in the sweep, four in the cells alone
+    assert value["one worker: teacher scored"] == 4
+    assert value["cells alone: teacher scored"] == 8
+    assert value["cells alone: repaired"] == 24
+    assert value["cells alone: rest"] == 100 - (8 + 4 + 8 + 24 + 8)
+    assert value["one worker: rest"] == 60 - (4 + 4 + 8 + 16 + 8)
+    single = [env for words, env in said if words[0] != "-m"]
+    assert [env.get("OMP_NUM_THREADS") for env in single] == [None] * 4 + ["1"] * 2
+    caches = [env["RERAIL_CACHE"] for _, env in said[:6]]
+    assert len(set(caches)) == 6
+
+
+def test_a_run_that_fails_ends_the_comparison(bench: SimpleNamespace, tmp_path: Path) -> None:
+    env = bench.sweep.environment(tmp_path)
+    with pytest.raises(RuntimeError, match="nowhere"):
+        bench.sweep.seconds(["model=nowhere", f"out={tmp_path}"], env)
