@@ -14,7 +14,7 @@ from rerail.track.labels import short_label, varying
 
 Loads = NDArray[np.float64]
 MOST = 4.0  # times an even share; what is more has the same colour
-LAYER, BAND = 0.11, 1.4  # inches of a layer, and at most of a setting
+LAYER, BAND = 0.15, 1.4  # inches of a layer, and at most of a setting
 
 
 class _Band(NamedTuple):
@@ -69,7 +69,7 @@ def _over_even(shares: Loads) -> Loads:
 
 def _picture(title: str, bands: Sequence[_Band], name: str, paradigm: str) -> Picture:
     layers, experts = next(iter(bands[0].stages.values())).shape
-    figure, axes = drawing.canvas(0.85 + len(bands) * min(LAYER * (layers + 1), BAND), 6.0)
+    figure, axes = drawing.canvas(0.85 + len(bands) * min(LAYER * (layers + 1), BAND))
     _draw(axes, bands, layers, experts)
     drawing.name_rows(
         axes,
@@ -110,9 +110,8 @@ def _draw(axes: Axes, bands: Sequence[_Band], layers: int, experts: int) -> None
     for i, stage in enumerate(stages):
         how: dict[str, Any] = {"ha": "center", "va": "bottom", "fontsize": 9}
         axes.text(i * step + experts / 2, -0.3, stage, **how)
-    ends = [(i * step + expert, expert) for i in range(len(stages)) for expert in (0, experts - 1)]
-    axes.set_xticks([place + 0.5 for place, _ in ends], [str(expert) for _, expert in ends])
-    axes.set_xlabel("expert")
+    axes.set_xticks([])
+    axes.set_xlabel(f"experts 0 to {experts - 1}")
 
 
 def _numbers(loads: Loads, layers: Sequence[int]) -> list[str]:
