@@ -167,6 +167,8 @@ def test_a_sweep_is_compared_with_its_cells_alone_and_every_second_has_its_place
     monkeypatch.setattr(bench.sweep, "seconds", seconds)
     monkeypatch.setattr(bench.sweep, "cluster", lambda _: contextlib.nullcontext())
     monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    (tmp_path / "corpora").mkdir()
+    (tmp_path / "corpora" / "docs.json").touch()
     grid = {"model": ("a", "b"), "compressor": ("reap", "svd"), "ratio": ("half",)}
     rows = {r["name"]: r for r in bench.sweep.sweep_rows(tmp_path, "n64", grid, 1)}
     value = {name: r["value"] for name, r in rows.items()}
@@ -186,9 +188,11 @@ def test_a_sweep_is_compared_with_its_cells_alone_and_every_second_has_its_place
     assert [env.get("OMP_NUM_THREADS") for env in single] == [None] * 4 + ["1"] * 2
     caches = [env["RERAIL_CACHE"] for _, env in said[:6]]
     assert len(set(caches)) == 6
+    assert all([p.name for p in Path(cache).iterdir()] == ["docs.json"] for cache in caches)
 
 
 def test_a_run_that_fails_ends_the_comparison(bench: SimpleNamespace, tmp_path: Path) -> None:
-    env = bench.sweep.environment(tmp_path)
+    (tmp_path / "corpora").mkdir()
+    env = bench.sweep.environment(tmp_path / "alone" / "cache")
     with pytest.raises(RuntimeError, match="nowhere"):
         bench.sweep.seconds(["model=nowhere", f"out={tmp_path}"], env)
