@@ -200,16 +200,21 @@ def over_seeds(cells: Sequence[Cell]) -> str:
 
 
 def in_domains(cells: Sequence[Cell]) -> str:
-    """Return NLL before and after the repair for each held-out text on its own."""
+    """Return recovery and NLL before and after the repair on each held-out text by itself."""
     texts = list(dict.fromkeys(t for c in cells for t in c.get("repaired", "nll_by") or {}))
     rows = []
     for cell in (c for c in cells if c.done):
         before, after = (cell.get(stage, "nll_by") or {} for stage in ("compressed", "repaired"))
-        changes = [f"{before[t]['nll']:.3f} → {after[t]['nll']:.3f}" for t in texts]
+        changes = [_on_text(before[text], after[text]) for text in texts]
         head = cell.head
         first = [head["compressor"], head["model"].removeprefix("tiny_"), head["calibration"]]
         rows.append([*first, *changes])
     return markdown(("method", "model", "repaired on", *texts), rows)
+
+
+def _on_text(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
+    recovery = share(after.get("recovery"), after.get("recovery_se")) or "blank"
+    return f"{recovery}; {before['nll']:.3f} → {after['nll']:.3f}"
 
 
 def of_claim(claim: str, cells: Sequence[Cell]) -> str:
