@@ -1,5 +1,7 @@
 """Processes that run one cell: what they say to each other, and how they measure together."""
 
+import os
+
 import pytest
 import torch
 
@@ -81,6 +83,34 @@ def test_processes_that_do_not_fit_the_trainer_are_refused(environment, size, tr
 def test_processes_that_fit_are_welcome(environment, size, trainer):
     environment(RANK=0, WORLD_SIZE=size)
     parallel.check_processes(trainer)
+
+
+@pytest.mark.parametrize(
+    ("given", "address", "port"),
+    [
+        ({}, "n7", "16234"),
+        ({"MASTER_ADDR": "127.0.0.1"}, "127.0.0.1", "16234"),
+        ({"MASTER_PORT": "4711"}, "n7", "4711"),
+        ({"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "4711"}, "127.0.0.1", "4711"),
+    ],
+)
+def test_tasks_of_a_slurm_job_meet_where_they_are_told_and_else_at_its_first_node(
+    environment, monkeypatch, given, address, port
+):
+    environment(SLURM_NTASKS=2, SLURM_PROCID=0, SLURM_LOCALID=0, SLURM_NTASKS_PER_NODE=2)
+    environment(SLURM_JOB_ID=91234, SLURM_NODELIST="n[7-8]", MASTER_ADDR="", MASTER_PORT="")
+    for name in {"MASTER_ADDR", "MASTER_PORT"} - given.keys():
+        monkeypatch.delenv(name)
+    environment(**given)
+    joining = []
+
+    def join_group(backend, **who):
+        joining.append((os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"], who["world_size"]))
+
+    monkeypatch.setattr(torch.distributed, "init_process_group", join_group)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    parallel.join()
+    assert joining == [(address, port, 2)]
 
 
 @pytest.mark.slow

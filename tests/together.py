@@ -1,5 +1,6 @@
 """Two processes that run one program of `rank_programs` together, as torchrun would start them."""
 
+import math
 import os
 import socket
 import subprocess
@@ -7,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 TESTS = Path(__file__).parent
@@ -52,3 +54,19 @@ def together(program: str, folder: Path, size: int = 2, seconds: float = 180) ->
     said = [(folder / f"{program}-{rank}.log").read_text()[-4000:] for rank in range(size)]
     assert all(process.returncode == 0 for process in running), "\n".join(said)
     return [torch.load(folder / f"{program}-{rank}.pt", weights_only=True) for rank in range(size)]
+
+
+def close(ours, theirs, where="row") -> None:
+    """The repaired stage comes from other sums; all before it is equal to the bit."""
+    if isinstance(theirs, dict):
+        assert ours.keys() == theirs.keys()
+        for name in theirs:
+            close(ours[name], theirs[name], f"{where}.{name}")
+    elif isinstance(theirs, list):
+        assert len(ours) == len(theirs), where
+        for a, b in zip(ours, theirs, strict=True):
+            close(a, b, where)
+    elif isinstance(theirs, float) and not math.isnan(theirs):
+        assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-6), where
+    else:
+        assert ours == theirs, where

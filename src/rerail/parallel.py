@@ -107,10 +107,10 @@ def join() -> None:
     import torch
     from torch import distributed
 
-    if in_slurm() and "MASTER_ADDR" not in os.environ:
+    if in_slurm() and not {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
         from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 
-        # they put the name of the first node and a port of the job's own into the environment
+        # where one is not set, they put the first node's name or a port of the job's own there
         slurm = SLURMEnvironment(auto_requeue=False)
         _ = slurm.main_address, slurm.main_port
     backend = "gloo"

@@ -1,7 +1,6 @@
 """A whole cell by two processes: one set of files, and the rows of one process."""
 
 import json
-import math
 import re
 import shutil
 from pathlib import Path
@@ -11,7 +10,7 @@ import pytest
 import rank_programs
 from families import tiny
 from rerail.errors import InputError
-from together import together
+from together import close, together
 
 ZOO = Path(__file__).parents[2] / "src/rerail/zoo/tiny_fine"
 SAME = ("host", "time", "seconds", "evaluation_seconds", "peak_memory", "revision")
@@ -40,22 +39,6 @@ def words(model_folder, *more):
         *("++evaluation.batch_size=2", "++distill.batch_size=4", "++distill.epochs=2"),
         *("++distill.evaluations=2", *more),
     ]
-
-
-def close(ours, theirs, where="row") -> None:
-    """The repaired stage comes from other sums; all before it is equal to the bit."""
-    if isinstance(theirs, dict):
-        assert ours.keys() == theirs.keys()
-        for name in theirs:
-            close(ours[name], theirs[name], f"{where}.{name}")
-    elif isinstance(theirs, list):
-        assert len(ours) == len(theirs), where
-        for a, b in zip(ours, theirs, strict=True):
-            close(a, b, where)
-    elif isinstance(theirs, float) and not math.isnan(theirs):
-        assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-6), where
-    else:
-        assert ours == theirs, where
 
 
 def comparable(row):
