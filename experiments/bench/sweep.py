@@ -71,11 +71,11 @@ def swept(folder: Path, workers: int, samples: str, grid: Mapping[str, Sequence[
 def alone(
     folder: Path, samples: str, grid: Mapping[str, Sequence[str]], **known: str
 ) -> list[float]:
-    """Run each cell of the grid by itself, each with an empty cache."""
+    """Run each cell of the grid by itself, each with an empty cache and a report of its own."""
     found = []
     for number, values in enumerate(itertools.product(*grid.values())):
         words = [f"{name}={value}" for name, value in zip(grid, values, strict=True)]
-        words += [f"samples={samples}", f"out={folder / 'out'}"]
+        words += [f"samples={samples}", f"out={folder / 'out' / str(number)}"]
         found.append(seconds(words, environment(folder / f"cache{number}", **known)))
     return found
 
