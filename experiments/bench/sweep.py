@@ -159,7 +159,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
-        rows = sweep_rows(Path(name), given.samples, GRID, 2)
+        rows = sweep_rows(Path(name), given.samples, GRID, 1)
     for r in rows:
         limit = "" if r["limit"] is None else f"at most {r['limit']:g}"
         print(f"{r['name']:<70} {r['value']:>10.4g} {r['unit']:<6} {limit}")
