@@ -153,8 +153,8 @@ def test_a_sweep_is_compared_with_its_cells_alone_and_every_second_has_its_place
 ) -> None:
     said: list[tuple[list[str], dict[str, str]]] = []
 
-    def seconds(words: list[str], env: dict[str, str]) -> float:
-        said.append((words, env))
+    def seconds(words: list[str], env: dict[str, str], core: str = "") -> float:
+        said.append((words, {**env, "core": core}))
         given = dict(word.split("=", 1) for word in words if "=" in word)
         cost = {"compressed": 1.0, "repaired": 4.0 if words[0] == "-m" else 6.0}
         for model in given["model"].split(","):
@@ -165,7 +165,7 @@ def test_a_sweep_is_compared_with_its_cells_alone_and_every_second_has_its_place
         return 25.0
 
     monkeypatch.setattr(bench.sweep, "seconds", seconds)
-    monkeypatch.setattr(bench.sweep, "cluster", lambda _: contextlib.nullcontext())
+    monkeypatch.setattr(bench.sweep, "cluster", lambda *_: contextlib.nullcontext())
     monkeypatch.setenv("OMP_NUM_THREADS", "7")
     (tmp_path / "corpora").mkdir()
     (tmp_path / "corpora" / "docs.json").touch()
@@ -175,7 +175,7 @@ def test_a_sweep_is_compared_with_its_cells_alone_and_every_second_has_its_place
     assert rows["sweep: one worker / the cells alone (n64)"]["limit"] == 0.85
     assert value["sweep: one worker / the cells alone (n64)"] == 0.6
     assert value["sweep: one worker / two workers"] == 2
-    assert value["sweep: cells alone, one thread / default threads"] == 1
+    assert value["sweep: cells alone, all cores / one core"] == 1
     assert value["sweep: largest difference of an NLL, sweep to alone"] == pytest.approx(0.02)
     assert value["sweep: largest difference of an NLL, two workers to one"] == 0
     # two teachers in the sweep, four in the cells alone
@@ -185,9 +185,10 @@ def test_a_sweep_is_compared_with_its_cells_alone_and_every_second_has_its_place
     assert value["cells alone: rest"] == 100 - (8 + 4 + 8 + 24 + 8)
     assert value["one worker: rest"] == 60 - (4 + 4 + 8 + 16 + 8)
     single = [env for words, env in said if words[0] != "-m"]
-    assert [env.get("OMP_NUM_THREADS") for env in single] == [None] * 4 + ["1"] * 2
-    caches = [env["RERAIL_CACHE"] for _, env in said[:6]]
-    assert len(set(caches)) == 6
+    assert [env["core"] for env in single] == ["1"] * 4 + [""] * 2
+    assert not any("OMP_NUM_THREADS" in env for _, env in said)
+    caches = [env["RERAIL_CACHE"] for _, env in said]
+    assert len(set(caches)) == len(said) == 8
     assert all([p.name for p in Path(cache).iterdir()] == ["docs.json"] for cache in caches)
 
 

@@ -1,8 +1,12 @@
 """A sweep of 24 cells through the local Slurm, against the same 24 cells run one by one.
 
-`python experiments/bench/sweep.py --out sweep.json`: an hour of an otherwise idle machine at 256
-samples, since this one is about the clock. Needs what `make slurm-up` needs. Every cache begins
-with the corpora and nothing else, so that reading the installed documentation is no one's saving.
+`python experiments/bench/sweep.py --out sweep.json`, on two cores of an otherwise idle machine,
+since this one is about the clock. Needs what `make slurm-up` needs.
+
+The sweep has one worker and the first core, the cells alone have the second one, at the same time,
+so that whatever else the machine does falls on both; one core means one thread. A single run that
+may take all cores is measured after that, on some cells. Every cache begins with the corpora and
+nothing else, so that reading the installed documentation is no one's saving.
 """
 
 import argparse
@@ -15,6 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -33,7 +38,7 @@ LIMIT = 0.85
 PARTS = ("teacher scored", "planned", "compressed scored", "repaired", "repaired scored", "rest")
 
 
-def environment(cache: Path, **known: str) -> dict[str, str]:
+def environment(cache: Path) -> dict[str, str]:
     """Return the environment of a person who has set nothing, with a cache of their own."""
     corpora = cache.parent.parent / "corpora"
     if not corpora.exists():
@@ -42,41 +47,48 @@ def environment(cache: Path, **known: str) -> dict[str, str]:
         subprocess.run([sys.executable, "-c", program], env=held, check=True, capture_output=True)
     shutil.copytree(corpora, cache)
     left = {n: v for n, v in os.environ.items() if n not in ("OMP_NUM_THREADS", "RERAIL_CACHE")}
-    return {**left, "RERAIL_CACHE": str(cache), **known}
+    return {**left, "RERAIL_CACHE": str(cache)}
 
 
-def seconds(words: Sequence[str], env: Mapping[str, str]) -> float:
-    """Return how long a command of rerail takes on the clock.
+def on(core: str, *command: str | Path) -> list[str]:
+    """Return the command that may use this core, or all of them where none is named."""
+    pinned = ["taskset", "--cpu-list", core] if core else []
+    return [*pinned, sys.executable, *map(str, command)]
+
+
+def seconds(words: Sequence[str], env: Mapping[str, str], core: str = "") -> float:
+    """Return how long a command of rerail takes on the clock, on one core or on all.
 
     Raises:
         RuntimeError: it failed.
     """
     began = time.monotonic()
-    done = subprocess.run(
-        [sys.executable, "-m", "rerail", *words], env=env, capture_output=True, text=True
-    )
+    command = on(core, "-m", "rerail", *words)
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"rerail {' '.join(words)}: {done.stdout}{done.stderr}")
     return time.monotonic() - began
 
 
-def swept(folder: Path, workers: int, samples: str, grid: Mapping[str, Sequence[str]]) -> float:
+def swept(
+    folder: Path, workers: int, samples: str, grid: Mapping[str, Sequence[str]], core: str = ""
+) -> float:
     """Sweep the grid with so many workers of one thread, from an empty cache."""
     asked = [f"{name}={','.join(values)}" for name, values in grid.items()]
     words = ["-m", "+slurm=local", f"hydra.launcher.array_parallelism={workers}", *asked]
     words += [f"samples={samples}", f"out={folder / 'out'}"]
-    return seconds(words, environment(folder / "cache"))
+    return seconds(words, environment(folder / "cache"), core)
 
 
 def alone(
-    folder: Path, samples: str, grid: Mapping[str, Sequence[str]], **known: str
+    folder: Path, samples: str, grid: Mapping[str, Sequence[str]], core: str = ""
 ) -> list[float]:
     """Run each cell of the grid by itself, each with an empty cache and a report of its own."""
     found = []
     for number, values in enumerate(itertools.product(*grid.values())):
         words = [f"{name}={value}" for name, value in zip(grid, values, strict=True)]
         words += [f"samples={samples}", f"out={folder / 'out' / str(number)}"]
-        found.append(seconds(words, environment(folder / f"cache{number}", **known)))
+        found.append(seconds(words, environment(folder / f"cache{number}"), core))
     return found
 
 
@@ -101,10 +113,10 @@ def difference(one: Sequence[Cell], other: Sequence[Cell]) -> float:
 
 
 @contextmanager
-def cluster(home: Path) -> Iterator[None]:
-    """Run a Slurm of its own for the time of the block."""
+def cluster(home: Path, core: str = "") -> Iterator[None]:
+    """Run a Slurm of its own for the time of the block; its jobs may use what it may."""
     os.environ["RERAIL_SLURM"] = str(home)
-    subprocess.run([sys.executable, LOCAL / "up"], check=True, stdout=subprocess.DEVNULL)
+    subprocess.run(on(core, LOCAL / "up"), check=True, stdout=subprocess.DEVNULL)
     try:
         yield
     finally:
@@ -114,20 +126,23 @@ def cluster(home: Path) -> Iterator[None]:
 def sweep_rows(
     folder: Path, samples: str, grid: Mapping[str, Sequence[str]], threaded: int
 ) -> list[Row]:
-    """Measure one worker, the cells alone, two workers, and some cells alone on one thread.
+    """Measure one worker beside the cells alone, then two workers, then some cells on all cores.
 
     Args:
         folder: an empty one, for results and caches.
         samples: preset of the calibration size.
         grid: group -> presets.
-        threaded: how many methods are also run alone on one thread.
+        threaded: how many methods are also run alone on all cores.
     """
+    environment(folder / "first" / "cache")
+    with cluster(folder / "slurm", "0"), ThreadPoolExecutor() as beside:
+        single = beside.submit(alone, folder / "alone", samples, grid, "1")
+        one = swept(folder / "one", 1, samples, grid, "0")
+        each = single.result()
     with cluster(folder / "slurm"):
-        one = swept(folder / "one", 1, samples, grid)
-        each = alone(folder / "alone", samples, grid)
         two = swept(folder / "two", 2, samples, grid)
     some = {**grid, "compressor": grid["compressor"][:threaded]}
-    single = sum(alone(folder / "thread", samples, some, OMP_NUM_THREADS="1"))
+    threads = sum(alone(folder / "threads", samples, some))
     order = list(itertools.product(*grid.values()))
     same = sum(t for t, values in zip(each, order, strict=True) if values[1] in some["compressor"])
     held = {name: cells_of(read_rows(folder / name / "out")) for name in ("one", "alone", "two")}
@@ -135,7 +150,7 @@ def sweep_rows(
         row("sweep: cells", len(order), None, "count"),
         row(f"sweep: one worker / the cells alone ({samples})", one / sum(each), LIMIT),
         row("sweep: one worker / two workers", one / two),
-        row("sweep: cells alone, one thread / default threads", single / same),
+        row("sweep: cells alone, all cores / one core", threads / same),
         row(
             "sweep: largest difference of an NLL, sweep to alone",
             difference(held["one"], held["alone"]),
