@@ -163,7 +163,8 @@ def sweep_rows(
     for name, total in (("one", one), ("alone", sum(each)), ("two", two)):
         said = {"one": "one worker", "alone": "cells alone", "two": "two workers"}[name]
         rows.append(row(f"{said}: on the clock", total, None, "s"))
-        parts = spent(held[name], total, shared=name != "alone")
+        worked = 2 * total if name == "two" else total
+        parts = spent(held[name], worked, shared=name != "alone")
         rows += [row(f"{said}: {part}", value, None, "s") for part, value in parts.items()]
     return rows
 
