@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help env demo test check format bench torture zoo slurm-up slurm-down clean
+.PHONY: help env demo test check format bench bench-sweep torture zoo slurm-up slurm-down clean
 
 help: ## show the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
@@ -35,6 +35,9 @@ format: ## rewrite files in the house format
 
 bench: env ## speed and memory as ratios of one run, to bench.json
 	$(BIN)/python experiments/bench/bench.py --out bench.json
+
+bench-sweep: env ## 24 cells through the local Slurm against the same cells alone; an hour and a half
+	$(BIN)/python experiments/bench/sweep.py --out sweep.json
 
 torture: env ## kill a small sweep 100 times at random moments; it must end as if nothing had been
 	OMP_NUM_THREADS=1 $(BIN)/python experiments/torture.py --kills 100

@@ -170,7 +170,8 @@ def test_a_sweep_is_compared_with_its_cells_alone_and_every_second_has_its_place
     (tmp_path / "corpora").mkdir()
     (tmp_path / "corpora" / "docs.json").touch()
     grid = {"model": ("a", "b"), "compressor": ("reap", "svd"), "ratio": ("half",)}
-    rows = {r["name"]: r for r in bench.sweep.sweep_rows(tmp_path, "n64", grid, 1)}
+    asked = bench.sweep.Bench(tmp_path, "n64", grid)
+    rows = {r["name"]: r for r in bench.sweep.sweep_rows(asked, 1)}
     value = {name: r["value"] for name, r in rows.items()}
     assert rows["sweep: one worker / the cells alone (n64)"]["limit"] == 0.85
     assert value["sweep: one worker / the cells alone (n64)"] == 0.6
@@ -184,6 +185,7 @@ def test_a_sweep_is_compared_with_its_cells_alone_and_every_second_has_its_place
     assert value["cells alone: repaired"] == 24
     assert value["cells alone: rest"] == 100 - (8 + 4 + 8 + 24 + 8)
     assert value["one worker: rest"] == 60 - (4 + 4 + 8 + 16 + 8)
+    assert value["two workers: rest"] == 2 * 30 - (4 + 4 + 8 + 16 + 8)
     single = [env for words, env in said if words[0] != "-m"]
     assert [env["core"] for env in single] == ["1"] * 4 + [""] * 2
     assert not any("OMP_NUM_THREADS" in env for _, env in said)
@@ -194,6 +196,6 @@ def test_a_sweep_is_compared_with_its_cells_alone_and_every_second_has_its_place
 
 def test_a_run_that_fails_ends_the_comparison(bench: SimpleNamespace, tmp_path: Path) -> None:
     (tmp_path / "corpora").mkdir()
-    env = bench.sweep.environment(tmp_path / "alone" / "cache")
+    env = bench.sweep.environment(tmp_path / "corpora", tmp_path / "cache")
     with pytest.raises(RuntimeError, match="nowhere"):
         bench.sweep.seconds(["model=nowhere", f"out={tmp_path}"], env)

@@ -1,7 +1,7 @@
 """A sweep of 24 cells through the local Slurm, against the same 24 cells run one by one.
 
-`python experiments/bench/sweep.py --out sweep.json`, on two cores of an otherwise idle machine,
-since this one is about the clock. Needs what `make slurm-up` needs.
+`make bench-sweep`, on two cores of an otherwise idle machine, since this one is about the clock.
+Needs what `make slurm-up` needs, and taskset.
 
 The sweep has one worker and the first core, the cells alone have the second one, at the same time,
 so that whatever else the machine does falls on both; one core means one thread. A single run that
@@ -21,6 +21,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 from timing import Row, row
@@ -35,18 +36,21 @@ GRID = {
     "ratio": ("half", "quarter"),
 }
 LIMIT = 0.85
+Choice = tuple[str, ...]
 PARTS = ("teacher scored", "planned", "compressed scored", "repaired", "repaired scored", "rest")
 
 
-def environment(cache: Path) -> dict[str, str]:
-    """Return the environment of a person who has set nothing, with a cache of their own."""
-    corpora = cache.parent.parent / "corpora"
-    if not corpora.exists():
-        program = "from rerail.data.text import Docs; Docs().documents('heldout')"
-        held = {**os.environ, "RERAIL_CACHE": str(corpora)}
-        subprocess.run([sys.executable, "-c", program], env=held, check=True, capture_output=True)
+def extract_corpora(cache: Path) -> None:
+    """Read the installed documentation into an empty cache."""
+    program = "from rerail.data.text import Docs; Docs().documents('heldout')"
+    env = {**os.environ, "RERAIL_CACHE": str(cache)}
+    subprocess.run([sys.executable, "-c", program], env=env, check=True, capture_output=True)
+
+
+def environment(corpora: Path, cache: Path) -> dict[str, str]:
+    """Return the environment of a person who has set nothing, with a new cache of their own."""
     shutil.copytree(corpora, cache)
-    left = {n: v for n, v in os.environ.items() if n not in ("OMP_NUM_THREADS", "RERAIL_CACHE")}
+    left = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
     return {**left, "RERAIL_CACHE": str(cache)}
 
 
@@ -70,26 +74,44 @@ def seconds(words: Sequence[str], env: Mapping[str, str], core: str = "") -> flo
     return time.monotonic() - began
 
 
-def swept(
-    folder: Path, workers: int, samples: str, grid: Mapping[str, Sequence[str]], core: str = ""
-) -> float:
-    """Sweep the grid with so many workers of one thread, from an empty cache."""
-    asked = [f"{name}={','.join(values)}" for name, values in grid.items()]
-    words = ["-m", "+slurm=local", f"hydra.launcher.array_parallelism={workers}", *asked]
-    words += [f"samples={samples}", f"out={folder / 'out'}"]
-    return seconds(words, environment(folder / "cache"), core)
+@dataclass(frozen=True)
+class Bench:
+    """The cells, each way to run them in a folder of its own.
 
+    Attributes:
+        root: an empty folder but for `corpora`, the cache that every other one begins as.
+        samples: preset of the calibration size.
+        grid: group -> presets.
+    """
 
-def alone(
-    folder: Path, samples: str, grid: Mapping[str, Sequence[str]], core: str = ""
-) -> list[float]:
-    """Run each cell of the grid by itself, each with an empty cache and a report of its own."""
-    found = []
-    for number, values in enumerate(itertools.product(*grid.values())):
-        words = [f"{name}={value}" for name, value in zip(grid, values, strict=True)]
-        words += [f"samples={samples}", f"out={folder / 'out' / str(number)}"]
-        found.append(seconds(words, environment(folder / f"cache{number}"), core))
-    return found
+    root: Path
+    samples: str
+    grid: Mapping[str, Sequence[str]]
+
+    def swept(self, name: str, workers: int, core: str = "") -> float:
+        """Return the seconds of a sweep with so many workers of one thread."""
+        asked = [f"{group}={','.join(values)}" for group, values in self.grid.items()]
+        words = ["-m", "+slurm=local", f"hydra.launcher.array_parallelism={workers}", *asked]
+        return self._seconds(words, name, "out", "cache", core)
+
+    def alone(self, name: str, methods: Sequence[str], core: str = "") -> dict[Choice, float]:
+        """Return the seconds of each cell of these methods, with a cache and report of its own."""
+        found = {}
+        for number, values in enumerate(itertools.product(*self.grid.values())):
+            if values[list(self.grid).index("compressor")] in methods:
+                words = [f"{group}={v}" for group, v in zip(self.grid, values, strict=True)]
+                apart = f"out/{number}", f"cache{number}"
+                found[values] = self._seconds(words, name, *apart, core)
+        return found
+
+    def _seconds(self, words: Sequence[str], name: str, out: str, cache: str, core: str) -> float:
+        folder = self.root / name
+        given = [*words, f"samples={self.samples}", f"out={folder / out}"]
+        return seconds(given, environment(self.root / "corpora", folder / cache), core)
+
+    def cells(self, name: str) -> list[Cell]:
+        """Return what came out."""
+        return cells_of(read_rows(self.root / name / "out"))
 
 
 def spent(cells: Sequence[Cell], total: float, shared: bool) -> dict[str, float]:
@@ -123,50 +145,43 @@ def cluster(home: Path, core: str = "") -> Iterator[None]:
         subprocess.run([sys.executable, LOCAL / "down"], check=True)
 
 
-def sweep_rows(
-    folder: Path, samples: str, grid: Mapping[str, Sequence[str]], threaded: int
-) -> list[Row]:
+def sweep_rows(bench: Bench, threaded: int) -> list[Row]:
     """Measure one worker beside the cells alone, then two workers, then some cells on all cores.
 
     Args:
-        folder: an empty one, for results and caches.
-        samples: preset of the calibration size.
-        grid: group -> presets.
+        bench: the cells.
         threaded: how many methods are also run alone on all cores.
     """
-    environment(folder / "first" / "cache")
-    with cluster(folder / "slurm", "0"), ThreadPoolExecutor() as beside:
-        single = beside.submit(alone, folder / "alone", samples, grid, "1")
-        one = swept(folder / "one", 1, samples, grid, "0")
+    methods, slurm = bench.grid["compressor"], bench.root / "slurm"
+    with cluster(slurm, "0"), ThreadPoolExecutor() as beside:
+        single = beside.submit(bench.alone, "alone", methods, "1")
+        one = bench.swept("one", 1, "0")
         each = single.result()
-    with cluster(folder / "slurm"):
-        two = swept(folder / "two", 2, samples, grid)
-    some = {**grid, "compressor": grid["compressor"][:threaded]}
-    threads = sum(alone(folder / "threads", samples, some))
-    order = list(itertools.product(*grid.values()))
-    same = sum(t for t, values in zip(each, order, strict=True) if values[1] in some["compressor"])
-    held = {name: cells_of(read_rows(folder / name / "out")) for name in ("one", "alone", "two")}
-    rows = [
-        row("sweep: cells", len(order), None, "count"),
-        row(f"sweep: one worker / the cells alone ({samples})", one / sum(each), LIMIT),
+    with cluster(slurm):
+        two = bench.swept("two", 2)
+    threads = bench.alone("threads", methods[:threaded])
+    alone, same = sum(each.values()), sum(each[values] for values in threads)
+    cells = {name: bench.cells(name) for name in ("one", "alone", "two")}
+    apart = {
+        "sweep to alone": difference(cells["one"], cells["alone"]),
+        "two workers to one": difference(cells["two"], cells["one"]),
+    }
+    return [
+        row("sweep: cells", len(each), None, "count"),
+        row(f"sweep: one worker / the cells alone ({bench.samples})", one / alone, LIMIT),
         row("sweep: one worker / two workers", one / two),
-        row("sweep: cells alone, all cores / one core", threads / same),
-        row(
-            "sweep: largest difference of an NLL, sweep to alone",
-            difference(held["one"], held["alone"]),
-        ),
-        row(
-            "sweep: largest difference of an NLL, two workers to one",
-            difference(held["two"], held["one"]),
-        ),
+        row("sweep: cells alone, all cores / one core", sum(threads.values()) / same),
+        *(row(f"sweep: largest difference of an NLL, {n}", v) for n, v in apart.items()),
+        *clock_rows("one worker", one, spent(cells["one"], one, shared=True)),
+        *clock_rows("cells alone", alone, spent(cells["alone"], alone, shared=False)),
+        *clock_rows("two workers", two, spent(cells["two"], 2 * two, shared=True)),
     ]
-    for name, total in (("one", one), ("alone", sum(each)), ("two", two)):
-        said = {"one": "one worker", "alone": "cells alone", "two": "two workers"}[name]
-        rows.append(row(f"{said}: on the clock", total, None, "s"))
-        worked = 2 * total if name == "two" else total
-        parts = spent(held[name], worked, shared=name != "alone")
-        rows += [row(f"{said}: {part}", value, None, "s") for part, value in parts.items()]
-    return rows
+
+
+def clock_rows(name: str, total: float, parts: Mapping[str, float]) -> list[Row]:
+    """Return the seconds on the clock, and of the workers together what they spent them on."""
+    found = {"on the clock": total, **parts}
+    return [row(f"{name}: {part}", value, None, "s") for part, value in found.items()]
 
 
 def main() -> None:
@@ -175,7 +190,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
-        rows = sweep_rows(Path(name), given.samples, GRID, 1)
+        extract_corpora(Path(name) / "corpora")
+        rows = sweep_rows(Bench(Path(name), given.samples, GRID), 1)
     for r in rows:
         limit = "" if r["limit"] is None else f"at most {r['limit']:g}"
         print(f"{r['name']:<70} {r['value']:>10.4g} {r['unit']:<6} {limit}")

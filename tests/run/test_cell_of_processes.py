@@ -2,31 +2,22 @@
 
 import json
 import re
-import shutil
 from pathlib import Path
 
 import pytest
 
 import rank_programs
-from families import tiny
+from checkpoints import checkpoint
 from rerail.errors import InputError
 from together import close, together
 
-ZOO = Path(__file__).parents[2] / "src/rerail/zoo/tiny_fine"
 SAME = ("host", "time", "seconds", "evaluation_seconds", "peak_memory", "revision")
 NAMED = ("key", "choices", "trainer")  # the strategy is a choice
 
 
 @pytest.fixture(scope="module")
 def model_folder(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("model")
-    tiny("qwen3_moe", vocab_size=4096).model.save_pretrained(folder)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(ZOO / name, folder / name)
-    text = "It was a bright cold day, and the clocks were striking thirteen. "
-    lines = [json.dumps({"text": f"{i}: {text * (3 + i % 4)}"}) for i in range(60)]
-    (folder / "text.jsonl").write_text("\n".join(lines), encoding="utf-8")
-    return folder
+    return checkpoint(tmp_path_factory.mktemp("model"))
 
 
 def words(model_folder, *more):

@@ -9,27 +9,19 @@ import torch
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 
+from checkpoints import checkpoint
 from families import tiny
 from rerail.errors import InputError, OutOfReach
 from rerail.run import artefacts, runner, stages
 from rerail.run.compose import to_cell
 from rerail.run.presets import config_root
 
-ZOO = Path(__file__).parents[2] / "src/rerail/zoo/tiny_fine"
 SAME = ("host", "time", "seconds", "evaluation_seconds", "peak_memory", "revision")
 
 
 @pytest.fixture(scope="session")
 def model_folder(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("model")
-    model = tiny("qwen3_moe", vocab_size=4096).model
-    model.save_pretrained(folder)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(ZOO / name, folder / name)
-    text = "It was a bright cold day, and the clocks were striking thirteen. "
-    lines = [json.dumps({"text": f"{i}: {text * (3 + i % 4)}"}) for i in range(60)]
-    (folder / "text.jsonl").write_text("\n".join(lines), encoding="utf-8")
-    return folder
+    return checkpoint(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture

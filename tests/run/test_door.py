@@ -2,12 +2,12 @@
 
 import json
 import re
-import shutil
 from pathlib import Path
 
 import pytest
 from transformers import AutoModelForCausalLM
 
+from checkpoints import add_tokenizer
 from families import tiny
 from rerail import door
 from rerail.errors import InputError
@@ -20,8 +20,7 @@ ZOO = ROOT / "src/rerail/zoo/tiny_fine"
 def teacher(tmp_path_factory):
     folder = tmp_path_factory.mktemp("door")
     tiny("qwen3_moe", vocab_size=4096).model.save_pretrained(folder)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(ZOO / name, folder / name)
+    add_tokenizer(folder)
     lines = [
         json.dumps({"text": f"{i} green bottles hanging on the wall. " * 6}) for i in range(60)
     ]

@@ -3,7 +3,7 @@
 import numpy as np
 
 from rerail.run.artefacts import saved
-from rerail.run.rows import pooled, recovery_columns
+from rerail.run.rows import layer_means, pooled, recovery_columns
 
 
 def scores(shift: float, names: tuple[str, ...]) -> dict:
@@ -49,3 +49,20 @@ def test_a_fresh_stage_is_what_is_read_back_in_the_same_order(tmp_path):
     assert list(fresh) == list(again)
     assert fresh == again
     assert list(fresh["speeches"]) == ["a", "b"]
+
+
+def routed(tokens: int, **layer) -> dict:
+    return {"tokens": [tokens], "layers": [{"layer": 3, "load_entropy": 0.5, **layer}]}
+
+
+def test_loads_are_weighted_by_tokens_and_none_where_an_expert_is_gone():
+    texts = {"a": routed(10, load=[0.8, 0.2, None]), "b": routed(30, load=[0.4, 0.6, None])}
+    expected = {"layer": 3, "load_entropy": 0.5, "load": [0.5, 0.5, None]}
+    assert layer_means({**texts, "seconds": 1.0}) == [expected]
+
+
+def test_what_an_earlier_version_scored_without_loads_is_still_a_row():
+    old = routed(10, routing_changed=0.25)
+    expected = {"layer": 3, "routing_changed": 0.25, "load_entropy": 0.5}
+    assert layer_means({"a": old}) == [expected]
+    assert layer_means({"a": old, "b": routed(10, routing_changed=0.25, load=[1.0])}) == [expected]

@@ -255,6 +255,17 @@ def test_load_by_expert_is_the_mean_over_seeds_and_absent_where_no_row_has_it() 
     assert load_maps(settings_of(cells_of(rows)), "x") == []
 
 
+def test_layers_and_models_with_different_numbers_of_experts_share_a_picture() -> None:
+    wide, narrow = cell("tiny_fine", "reap")[:1], cell("tiny_fine", "mobe")[:1]
+    wide[0]["layers"] = [{"layer": 1, "load": [0.25] * 4}, {"layer": 2, "load": [0.5, 0.5, None]}]
+    narrow[0]["layers"] = [{"layer": 0, "load": [0.9, 0.1]}]
+    with style():
+        [picture] = load_maps(settings_of(cells_of([*wide, *narrow])), "x")
+    said = {numbers[0].split(",")[0]: numbers[1:] for numbers in picture.numbers}
+    assert said["reap"] == ["1.50", "layer 2, expert 0", "0 of 6", "1"]
+    assert said["mobe"] == ["1.80", "layer 0, expert 0", "0 of 2", "0"]
+
+
 def test_rare_experts_are_counted_and_layers_keep_their_indices() -> None:
     rows = cell()[:1]
     rows[0]["layers"] = [

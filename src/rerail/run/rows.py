@@ -179,18 +179,21 @@ def layer_means(scores: Scores) -> list[dict[str, Any]]:
                 for name in ("routing_changed", "load_entropy")
                 if name in parts[0]
             },
-            "load": _mean_load([part["load"] for part in parts], weights),
+            **_mean_load(parts, weights),
         }
         for parts in zip(*(s["layers"] for s in texts), strict=True)
     ]
 
 
-def _mean_load(
-    loads: Sequence[Sequence[float | None]], weights: Sequence[int]
-) -> list[float | None]:
-    """Return the mean of each expert's shares; None for one that is gone."""
-    found = np.average(np.array(loads, float), axis=0, weights=weights)
-    return [None if np.isnan(share) else round(float(share), 6) for share in found]
+def _mean_load(parts: Sequence[Mapping[str, Any]], weights: Sequence[int]) -> dict[str, Any]:
+    """Return the mean of each expert's shares, None for one that is gone.
+
+    Nothing where a part has none: a cell goes on with what an earlier version scored.
+    """
+    if not all("load" in part for part in parts):
+        return {}
+    found = np.average(np.array([part["load"] for part in parts], float), axis=0, weights=weights)
+    return {"load": [None if np.isnan(share) else round(float(share), 6) for share in found]}
 
 
 def recovery_columns(teacher: Scores, compressed: Scores, repaired: Scores) -> dict[str, Any]:

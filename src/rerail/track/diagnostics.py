@@ -9,9 +9,10 @@ from matplotlib.axes import Axes
 from numpy.typing import NDArray
 
 from rerail.track import drawing
-from rerail.track.cells import STAGES, Setting, by_model, by_paradigm
-from rerail.track.drawing import DASHES, LINES, MARKERS, Picture, panels
+from rerail.track.cells import STAGES, Setting
+from rerail.track.drawing import DASHES, LINES, MARKERS, Picture
 from rerail.track.labels import short_label, varying
+from rerail.track.panels import panels_of
 
 _Row = tuple[str, dict[str, dict[int, float]]]
 Grid = NDArray[np.float64]
@@ -25,15 +26,10 @@ MEASURES = {
 def heat_maps(settings: Sequence[Setting], name: str) -> list[Picture]:
     """Return heat maps (setting against stage and layer) of load entropy and changed routing."""
     pictures: list[Picture] = []
-    for model, whole in by_model(settings).items():
-        fields = varying(whole)
-        for paradigm, group in by_paradigm(whole).items():
-            for (part, some), measure in itertools.product(panels(group, 18), MEASURES):
-                held = _rows(some, fields, measure)
-                if held:
-                    title = f"{model}{paradigm and f', {paradigm}'}{part}"
-                    key = f"{name}-{len(pictures)}"
-                    pictures.append(_heat_map(title, measure, held, key, paradigm))
+    for panel, measure in itertools.product(panels_of(settings, 18), MEASURES):
+        if held := _rows(panel.settings, panel.fields, measure):
+            key = f"{name}-{len(pictures)}"
+            pictures.append(_heat_map(panel.title, measure, held, key, panel.paradigm))
     return pictures
 
 
@@ -119,21 +115,12 @@ def _name_axes(axes: Axes, layers: Sequence[int], stages: Sequence[str]) -> None
 
 def training_curves(settings: Sequence[Setting], name: str) -> list[Picture]:
     """Return a panel a model: validation KL by step, a line a cell."""
-    return [
-        picture
-        for i, (model, whole) in enumerate(by_model(settings).items())
-        for paradigm, some in by_paradigm(whole).items()
-        for j, (part, group) in enumerate(panels(some, 7))
-        if (
-            picture := _curves(
-                f"{model}{paradigm and f', {paradigm}'}{part}",
-                group,
-                varying(settings),
-                f"{name}-{i}-{paradigm}-{j}",
-                paradigm,
-            )
-        )
+    fields = varying(settings)
+    found = [
+        _curves(panel.title, panel.settings, fields, f"{name}-{i}", panel.paradigm)
+        for i, panel in enumerate(panels_of(settings, 7))
     ]
+    return [picture for picture in found if picture]
 
 
 def _curves(

@@ -11,9 +11,10 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from rerail.track import drawing
-from rerail.track.cells import MANY, STAGES, Estimate, Setting, by_model, by_paradigm
-from rerail.track.drawing import DASHES, INK, MARKERS, PAPER, SOFT, STAGE, Picture, panels
+from rerail.track.cells import MANY, STAGES, Estimate, Setting, by_model
+from rerail.track.drawing import DASHES, INK, MARKERS, PAPER, SOFT, STAGE, Picture
 from rerail.track.labels import short_label, varying
+from rerail.track.panels import Panel, panels_of
 from rerail.track.words import plus_minus
 
 ERRORS = "Whiskers: one standard error, or one standard deviation over seeds where n > 1."
@@ -23,22 +24,15 @@ SHIFT = {"compressed": -0.14, "repaired": 0.14}
 
 def before_after(settings: Sequence[Setting], name: str) -> list[Picture]:
     """Return a panel a model: NLL before and after as points, of the teacher as a line."""
+    fields = varying(settings)
     return [
-        _before_after(model, part, group, varying(settings), f"{name}-{i}-{paradigm}-{j}", paradigm)
-        for i, (model, whole) in enumerate(by_model(settings).items())
-        for paradigm, some in by_paradigm(whole).items()
-        for j, (part, group) in enumerate(panels(some, 20))
+        _before_after(panel, fields, f"{name}-{i}")
+        for i, panel in enumerate(panels_of(settings, 20))
     ]
 
 
-def _before_after(
-    model: str,
-    part: str,
-    settings: Sequence[Setting],
-    fields: Sequence[str],
-    name: str,
-    paradigm: str,
-) -> Picture:
+def _before_after(panel: Panel, fields: Sequence[str], name: str) -> Picture:
+    settings = panel.settings
     figure, axes = drawing.canvas(0.75 + 0.27 * len(settings))
     labels = [short_label(s.head, fields) for s in settings]
     found = [{stage: s.estimate(stage, "nll") for stage in STAGES} for s in settings]
@@ -66,16 +60,16 @@ def _before_after(
         for label, one in zip(labels, found, strict=True)
     ]
     return Picture(
-        title=f"{model}{paradigm and f', {paradigm}'}{part}: before and after the repair",
+        title=f"{panel.title}: before and after the repair",
         caption="Held-out NLL; lower is better, the dashed line is the teacher. "
         + ("" if end == np.inf else f"{FAR} ")
         + ERRORS,
-        spoken=f"Chart of held-out NLL for {model}. "
+        spoken=f"Chart of held-out NLL for {panel.title}. "
         + " ".join(f"{n[0]}: teacher {n[1]}, compressed {n[2]}, repaired {n[3]}." for n in numbers),
         svg=drawing.to_svg(figure, name),
         columns=["setting", *STAGES, "seeds"],
         numbers=numbers,
-        group=paradigm,
+        group=panel.paradigm,
     )
 
 

@@ -1,6 +1,6 @@
 """The figure of which experts are used: load by expert, layer by layer."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -8,9 +8,10 @@ from matplotlib.axes import Axes
 from numpy.typing import NDArray
 
 from rerail.track import drawing
-from rerail.track.cells import STAGES, Setting, by_model, by_paradigm
-from rerail.track.drawing import Picture, panels
-from rerail.track.labels import short_label, varying
+from rerail.track.cells import STAGES, Setting
+from rerail.track.drawing import Picture
+from rerail.track.labels import short_label
+from rerail.track.panels import Panel, panels_of
 
 Loads = NDArray[np.float64]
 MOST = 4.0  # times an even share; what is more has the same colour
@@ -22,90 +23,82 @@ class _Band(NamedTuple):
 
     Attributes:
         label: its name.
-        layers: their indices.
-        stages: stage -> loads (layers, experts) over an even share; NaN where an expert is gone.
+        stages: stage -> layer -> loads (experts,) over an even share; NaN where an expert is gone.
     """
 
     label: str
-    layers: Sequence[int]
-    stages: dict[str, Loads]
+    stages: dict[str, dict[int, Loads]]
 
 
 def load_maps(settings: Sequence[Setting], name: str) -> list[Picture]:
     """Return heat maps of how often each expert is chosen, stage by stage."""
     pictures: list[Picture] = []
-    for model, whole in by_model(settings).items():
-        fields = varying(whole)
-        for paradigm, group in by_paradigm(whole).items():
-            bands = [band for s in group if (band := _band(s, short_label(s.head, fields)))]
-            for part, some in panels(bands, 8):
-                title = f"{model}{paradigm and f', {paradigm}'}{part}"
-                pictures.append(_picture(title, some, f"{name}-{len(pictures)}", paradigm))
+    for panel in panels_of(settings, 8):
+        bands = [_band(setting, panel.fields) for setting in panel.settings]
+        if bands := [band for band in bands if band.stages]:
+            pictures.append(_picture(panel, bands, f"{name}-{len(pictures)}"))
     return pictures
 
 
-def _band(setting: Setting, label: str) -> _Band | None:
-    layers: Sequence[int] = ()
-    stages = {}
+def _band(setting: Setting, fields: Sequence[str]) -> _Band:
+    stages: dict[str, dict[int, Loads]] = {}
     for stage in STAGES:
-        held = [
-            known
-            for cell in setting.cells
-            if (known := [one for one in cell.get(stage, "layers") or [] if one.get("load")])
-        ]
-        if held:
-            layers = [one["layer"] for one in held[0]]
-            shares = [[one["load"] for one in known] for known in held]
-            stages[stage] = _over_even(np.array(shares, float))
-    return _Band(label, layers, stages) if stages else None
+        shares: dict[int, list[Sequence[float | None]]] = {}
+        for layer in (one for cell in setting.cells for one in cell.get(stage, "layers") or []):
+            if layer.get("load"):
+                shares.setdefault(int(layer["layer"]), []).append(layer["load"])
+        if shares:
+            stages[stage] = {i: _over_even(held) for i, held in sorted(shares.items())}
+    return _Band(short_label(setting.head, fields), stages)
 
 
-def _over_even(shares: Loads) -> Loads:
-    """Return the mean over seeds of shares (seeds, layers, experts), 1 where the load is even."""
+def _over_even(seeds: Sequence[Sequence[float | None]]) -> Loads:
+    """Return the mean over seeds of a layer's shares (experts,), 1 where the load is even."""
+    shares = np.array(seeds, float)
     there = ~np.isnan(shares)
     mean = np.nansum(shares, axis=0) / np.maximum(there.sum(axis=0), 1)
-    return np.where(there.any(axis=0), mean * shares.shape[-1], np.nan)
+    return np.where(there.any(axis=0), mean * shares.shape[1], np.nan)
 
 
-def _picture(title: str, bands: Sequence[_Band], name: str, paradigm: str) -> Picture:
-    layers, experts = next(iter(bands[0].stages.values())).shape
-    figure, axes = drawing.canvas(0.85 + len(bands) * min(LAYER * (layers + 1), BAND))
-    _draw(axes, bands, layers, experts)
-    drawing.name_rows(
-        axes,
-        [i * (layers + 1) + layers / 2 for i in range(len(bands))],
-        [band.label for band in bands],
-    )
+def _picture(panel: Panel, bands: Sequence[_Band], name: str) -> Picture:
+    known = [layers for band in bands for layers in band.stages.values()]
+    rows = max(map(len, known))
+    experts = max(len(loads) for layers in known for loads in layers.values())
+    figure, axes = drawing.canvas(0.85 + len(bands) * min(LAYER * (rows + 1), BAND))
+    _draw(axes, bands, rows, experts)
+    middles = [i * (rows + 1) + rows / 2 for i in range(len(bands))]
+    drawing.name_rows(axes, middles, [band.label for band in bands])
     drawing.margins(axes, top=0.35)
     numbers = [
-        [f"{band.label}, {stage}", *_numbers(loads, band.layers)]
+        [f"{band.label}, {stage}", *_numbers(layers)]
         for band in bands
-        for stage, loads in band.stages.items()
+        for stage, layers in band.stages.items()
     ]
     heard = [f"{n[0]}: busiest {n[1]} times an even share, hardly used {n[3]}." for n in numbers]
     return Picture(
-        title=f"{title}: load by expert",
+        title=f"{panel.title}: load by expert",
         caption="How often each expert is chosen, over an even share: from dark blue (never) over "
         f"green ({MOST / 2:g} times) to yellow ({MOST:g} times or more); empty where it is gone. "
-        f"For each setting its {layers} layers from top to bottom.",
-        spoken=f"Heat map of the load of {experts} experts in {layers} layers for {title}. "
+        f"For each setting its {rows} layers from top to bottom.",
+        spoken=f"Heat map of the load of {experts} experts in {rows} layers for {panel.title}. "
         + " ".join(heard),
         svg=drawing.to_svg(figure, name),
         columns=["setting", "busiest", "where", "under a tenth of even", "gone"],
         numbers=numbers,
-        group=paradigm,
+        group=panel.paradigm,
     )
 
 
-def _draw(axes: Axes, bands: Sequence[_Band], layers: int, experts: int) -> None:
+def _draw(axes: Axes, bands: Sequence[_Band], rows: int, experts: int) -> None:
     """Draw settings below each other, their stages side by side."""
     stages = [stage for stage in STAGES if any(stage in band.stages for band in bands)]
     step = experts + max(1, experts // 16)
-    grid = np.full((len(bands) * (layers + 1) - 1, len(stages) * step), np.nan)
+    grid = np.full((len(bands) * (rows + 1) - 1, len(stages) * step), np.nan)
     for i, band in enumerate(bands):
-        for stage, loads in band.stages.items():
-            row, column = i * (layers + 1), stages.index(stage) * step
-            grid[row : row + layers, column : column + experts] = loads
+        for stage, layers in band.stages.items():
+            column = stages.index(stage) * step
+            for row, loads in enumerate(layers.values(), i * (rows + 1)):
+                grid[row, column : column + len(loads)] = loads
     drawing.pixels(axes, grid, MOST)
     for i, stage in enumerate(stages):
         how: dict[str, Any] = {"ha": "center", "va": "bottom", "fontsize": 9}
@@ -114,13 +107,15 @@ def _draw(axes: Axes, bands: Sequence[_Band], layers: int, experts: int) -> None
     axes.set_xlabel(f"experts 0 to {experts - 1}")
 
 
-def _numbers(loads: Loads, layers: Sequence[int]) -> list[str]:
-    there = ~np.isnan(loads)
-    row, expert = divmod(int(np.nanargmax(loads)), loads.shape[1])
-    rare = int((loads[there] < 0.1).sum())
+def _numbers(layers: Mapping[int, Loads]) -> list[str]:
+    most, layer, expert = max(
+        (float(np.nanmax(loads)), -i, -int(np.nanargmax(loads))) for i, loads in layers.items()
+    )
+    whole = np.concatenate(list(layers.values()))
+    there = whole[~np.isnan(whole)]
     return [
-        f"{loads[row, expert]:.2f}",
-        f"layer {layers[row]}, expert {expert}",
-        f"{rare} of {there.sum()}",
-        str(int((~there).sum())),
+        f"{most:.2f}",
+        f"layer {-layer}, expert {-expert}",
+        f"{(there < 0.1).sum()} of {len(there)}",
+        str(len(whole) - len(there)),
     ]

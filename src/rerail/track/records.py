@@ -33,12 +33,16 @@ def records(row: Row) -> Iterator[tuple[str, dict[str, Any]]]:
         yield point_record(point)
     yield stage, scalars(row)
     for layer in row["layers"] or []:
-        plain = {name: value for name, value in layer.items() if not isinstance(value, list)}
-        values = {f"{stage}/layers/{name}": value for name, value in plain.items()}
+        values = {f"{stage}/layers/{name}": value for name, value in of_layer(layer).items()}
         yield f"{stage}/layers/{layer['layer']}", values
     for one in row["tasks"] or []:
         name = f"{stage}/tasks/{one['task']}/{one['metric']}"
         yield name, {name: one["value"], f"{name}_se": one["se"], f"{name}_n": one["n"]}
+
+
+def of_layer(layer: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the plain numbers of a layer; result.json alone has its lists."""
+    return {name: value for name, value in layer.items() if not isinstance(value, list)}
 
 
 def scalars(row: Row) -> dict[str, Any]:

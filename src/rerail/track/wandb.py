@@ -22,7 +22,7 @@ from urllib.parse import urlparse
 from rerail.track.cells import STAGES
 from rerail.track.journal import Journal
 from rerail.track.mirror import Live
-from rerail.track.records import SCALARS, flat, point_record, records, scalars
+from rerail.track.records import SCALARS, flat, of_layer, point_record, records, scalars
 from rerail.track.redaction import without_secrets
 from rerail.track.results import Row
 
@@ -238,10 +238,10 @@ def artifact(key: str, rows: Sequence[Row], folder: Path) -> Any:
     for name in ("result.json", "plan.json"):
         if (folder / name).exists():
             made.add_file(str(folder / name))
-    layers = [(row["stage"], layer) for row in rows for layer in row["layers"] or []]
-    names = sorted({name for _, layer in layers for name in layer if name != "load"})
+    layers = [(row["stage"], of_layer(layer)) for row in rows for layer in row["layers"] or []]
+    names = sorted({name for _, layer in layers for name in layer})
     said = [[r["stage"], r["prompt"], r["samples_text"]] for r in rows if r["samples_text"]]
-    tables = {
+    tables: dict[str, tuple[list[Any], list[list[Any]]]] = {
         "rows": (SCALARS, [[row[name] for name in SCALARS] for row in rows]),
         "layers": (["stage", *names], [[s, *(one.get(n) for n in names)] for s, one in layers]),
         "continuations": (["stage", "prompt", "continuation"], said),
