@@ -41,8 +41,11 @@ PARTS = ("teacher scored", "planned", "compressed scored", "repaired", "repaired
 
 
 def extract_corpora(cache: Path) -> None:
-    """Read the installed documentation into an empty cache."""
-    program = "from rerail.data.text import Docs; Docs().documents('heldout')"
+    """Read the texts that come with packages into an empty cache."""
+    program = (
+        "from rerail.data.text import Docs, Speeches\n"
+        "for corpus in (Docs(), Speeches()): corpus.documents('heldout')"
+    )
     env = {**os.environ, "RERAIL_CACHE": str(cache)}
     subprocess.run([sys.executable, "-c", program], env=env, check=True, capture_output=True)
 

@@ -79,7 +79,13 @@ def test_docs_name_a_package_that_is_not_installed():
             ask()
 
 
-def test_speeches_are_split_by_name_and_share_no_text():
+def test_speeches_are_read_once(packages, monkeypatch):
+    before = by_split(Speeches())
+    monkeypatch.setattr(text_module, "_speeches", lambda: pytest.fail("they are in the cache"))
+    assert by_split(Speeches()) == before
+
+
+def test_speeches_are_split_by_name_and_share_no_text(packages):
     corpus = Speeches()
     parts = {split: corpus.documents(split) for split in SPLITS}
     assert sum(map(len, parts.values())) == 249

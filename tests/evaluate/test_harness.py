@@ -13,7 +13,8 @@ import rerail.zoo
 from families import tiny
 from rerail.errors import InputError
 from rerail.evaluate import harness
-from rerail.evaluate.harness import Harness, evenly, local_names, number, rows_of
+from rerail.evaluate.harness import Harness, evenly, number, rows_of
+from rerail.evaluate.local_tasks import local_names
 
 LOCAL = [
     *("local_arc_easy", "local_blimp", "local_blimp_full", "local_hellaswag"),
@@ -103,6 +104,19 @@ def test_local_tasks_give_value_error_and_count_as_computed_by_hand(data, model,
     assert perplexity["value"] == pytest.approx(float(expected), rel=1e-4)
     assert perplexity["se"] > 0
     assert {r["n"] for r in rows} == {5}
+
+
+def test_a_fingerprint_changes_with_settings_and_files_and_with_nothing_else(data):
+    before = Harness(("local_blimp",)).fingerprint()
+    assert Harness(("local_blimp",), include_defaults=True).fingerprint() == before
+    assert Harness(("local_blimp",), limit=3).fingerprint() != before
+    assert Harness(("local_blimp", "local_lambada")).fingerprint() != before
+    path = data / "lambada_openai.test.jsonl.xz"
+    path.write_bytes(lzma.compress(b'{"text": "I saw a cat"}'))
+    assert Harness(("local_blimp",)).fingerprint() == before
+    path = data / "blimp_mini20.validation.jsonl.xz"
+    path.write_bytes(lzma.compress(json.dumps(PAIRS[0]).encode()))
+    assert Harness(("local_blimp",)).fingerprint() != before
 
 
 def test_model_tokenizer_and_screen_are_left_as_they_were(data, model, tokenizer, capsys):

@@ -131,6 +131,31 @@ def test_other_weights_in_the_same_folder_are_another_input(cell, tmp_path, mode
     assert first[0]["nll"] != second[0]["nll"]
 
 
+def test_the_teacher_is_asked_once_for_all_cells_of_a_model(cell, tmp_path, monkeypatch):
+    asked, ask = [], stages.continuation
+
+    def counted(cell, model, tokenizer):
+        asked.append(model)
+        return ask(cell, model, tokenizer)
+
+    monkeypatch.setattr(stages, "continuation", counted)
+    first = runner.run_cell(cell("distill=none"), tmp_path / "out")
+    assert len(asked) == 2
+    second = runner.run_cell(cell("distill=none", "ratio=quarter"), tmp_path / "out")
+    assert len(asked) == 3
+    assert first[0]["samples_text"] == second[0]["samples_text"] != ""
+    runner.run_cell(cell("distill=none", "prompt=Another"), tmp_path / "out")
+    assert len(asked) == 5
+
+
+def test_a_teacher_in_another_dtype_is_another_teacher(cell, tmp_path):
+    rows = [
+        runner.run_cell(cell("distill=none", f"+model.dtype={dtype}"), tmp_path / "out")
+        for dtype in ("float32", "bfloat16")
+    ]
+    assert rows[0][0]["nll"] != rows[1][0]["nll"]
+
+
 def test_ratio_zero_changes_nothing(cell, tmp_path):
     rows = runner.run_cell(cell("ratio=none", "distill=none"), tmp_path / "out")
     assert [r["stage"] for r in rows] == ["teacher", "compressed"]

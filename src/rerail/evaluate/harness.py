@@ -2,29 +2,31 @@
 
 import contextlib
 import copy
-import difflib
 import functools
+import importlib.metadata
 import io
 import json
 import logging
-import lzma
 import math
 import os
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rerail.errors import InputError
-from rerail.files import cache_dir
+from rerail.evaluate.local_tasks import (
+    check_known,
+    check_local,
+    local_config,
+    local_fingerprint,
+)
 
 log = logging.getLogger(__name__)
 
-FOLDER = Path(__file__).parent / "tasks"
 BOOTSTRAPS = 200  # only metrics without a closed form (perplexity) are resampled
 
 
@@ -65,6 +67,15 @@ class Harness:
         self._check_here()
         if any(not name.startswith("local_") for name in self.tasks):
             self._load()
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Return all that decides the scores of a model: settings, version of lm-eval, local files.
+
+        What the hub holds is taken to stay as it is.
+        """
+        settings = {n: v for n, v in asdict(self).items() if n != "include_defaults"}
+        local = {n: local_fingerprint(n) for n in self.tasks if n.startswith("local_")}
+        return {**settings, "lm_eval": importlib.metadata.version("lm_eval"), "local": local}
 
     def evaluate(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
@@ -111,7 +122,7 @@ class Harness:
                 raise InputError(f"{name}={value} is too small for the harness; give {low} or more")
         for name in self.tasks:
             if name.startswith("local_"):
-                _check_local(name)
+                check_local(name)
 
     def _load(self) -> Any:
         """Build lm-eval's task objects; local tasks never touch the network."""
@@ -121,7 +132,7 @@ class Harness:
         stock = [name for name in names if not name.startswith("local_")]
         manager: Any = _stock_manager() if stock or self.include_defaults else None
         for name in stock:
-            _check_known(name, manager.all_tasks)
+            check_known(name, manager.all_tasks)
         try:
             with tempfile.TemporaryDirectory() as folder:
                 for name in set(names) - set(stock):
@@ -153,33 +164,10 @@ class Harness:
         return {name: evenly(len(task.eval_docs), self.limit) for name, task in tasks.items()}
 
 
-def local_names() -> list[str]:
-    """Return the names of the tasks that read local files."""
-    return sorted(path.stem for path in FOLDER.glob("*.yaml"))
-
-
 def evenly(total: int, limit: int) -> list[int]:
     """Return min(total, limit) distinct positions, evenly spaced over range(total)."""
     count = min(total, limit)
     return [i * total // count for i in range(count)]
-
-
-def local_config(name: str) -> dict[str, Any]:
-    """Return the task yaml of a local task with absolute paths filled in.
-
-    Raises:
-        InputError: `RERAIL_DATA` is unset or no folder.
-    """
-    from lm_eval import tasks
-
-    config: dict[str, Any] = yaml.safe_load((FOLDER / f"{name}.yaml").read_text(encoding="utf-8"))
-    config["include"] = str(Path(str(tasks.__file__)).parent / config["include"])
-    files = config["dataset_kwargs"]["data_files"]
-    config["dataset_kwargs"] = {
-        "data_files": {split: str(_folder() / file) for split, file in files.items()},
-        "cache_dir": str(cache_dir() / "datasets"),
-    }
-    return config
 
 
 def rows_of(results: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -204,49 +192,6 @@ def number(value: Any) -> float | None:
     if isinstance(value, str) or value is None or not math.isfinite(value):
         return None
     return float(value)
-
-
-def _folder() -> Path:
-    given = os.environ.get("RERAIL_DATA")
-    if not given:
-        raise InputError(
-            "RERAIL_DATA is not set, but local tasks read $RERAIL_DATA/eval; "
-            "set it to the data folder"
-        )
-    folder = Path(given).expanduser().resolve() / "eval"
-    if not folder.is_dir():
-        raise InputError(f"RERAIL_DATA={given} has no folder eval; set it to the data folder")
-    return folder
-
-
-def _check_local(name: str) -> None:
-    _check_known(name, local_names())
-    config = yaml.safe_load((FOLDER / f"{name}.yaml").read_text(encoding="utf-8"))
-    for file in config["dataset_kwargs"]["data_files"].values():
-        path = _folder() / file
-        if not path.is_file():
-            raise InputError(
-                f"task {name} needs {path}, which does not exist; add it to RERAIL_DATA"
-            )
-        try:
-            with lzma.open(path, "rt", encoding="utf-8") as handle:
-                json.loads(handle.readline())
-        except (OSError, ValueError, EOFError, lzma.LZMAError) as error:
-            raise InputError(
-                f"task {name} cannot read {path} ({error}); "
-                "it must be xz-compressed JSON lines in UTF-8"
-            ) from error
-
-
-def _check_known(name: str, known: list[str]) -> None:
-    if name in known:
-        return
-    near = difflib.get_close_matches(name, known, n=5)
-    hint = f"the nearest are {', '.join(near)}; " if near else ""
-    raise InputError(
-        f"task {name} is unknown; {hint}local tasks are {', '.join(local_names())}, "
-        "and any task of lm-eval can be named (list: lm-eval ls tasks)"
-    )
 
 
 @functools.cache

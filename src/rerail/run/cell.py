@@ -107,9 +107,15 @@ class Cell:
             "rerail": importlib.metadata.version("rerail"),
         }
 
-    def implementation(self, model: MoEModel) -> str:
-        """Return which experts implementation the model runs: results differ in the last bits."""
-        return str(getattr(model.config, "_experts_implementation", "eager"))
+    def key_of(self, model: MoEModel, *what: Any) -> str:
+        """Return a hash of the teacher as it runs here, and of what is measured on it.
+
+        Dtype, kind of device and experts implementation all decide what comes out.
+        """
+        weight = next(model.model.parameters())
+        experts = getattr(model.config, "_experts_implementation", "eager")
+        runs = [experts, str(weight.dtype), weight.device.type]
+        return digest([self.model.fingerprint(), runs, *what])
 
     def check(self) -> None:
         """Check everything against the model's config, before weights load (run step 2).

@@ -16,7 +16,7 @@ from rerail.moe.layer import MoEModel
 from rerail.parallel import alone, check_processes, first, is_first, join, world
 from rerail.plan.apply import apply_plan
 from rerail.run import stages
-from rerail.run.artefacts import Stage, Status, saved
+from rerail.run.artefacts import Status
 from rerail.run.cell import Cell
 from rerail.run.progress import told_to
 from rerail.run.rows import failed_row, provenance, recovery_columns, stage_row
@@ -196,15 +196,8 @@ def _row(  # noqa: PLR0913
     folder: Path,
     **extra: Any,
 ) -> Row:
-    """Add what is looked at rather than counted (the continuation, lm-eval if asked); show it."""
-
-    def make() -> Stage:
-        tasks = None
-        if cell.evaluation.tasks is not None:
-            tasks = cell.evaluation.tasks.evaluate(model.model, tokenizer)
-        return {"text": stages.continuation(cell, model, tokenizer), "tasks": tasks}, {}
-
-    seen = saved(folder / f"{stage}.seen.json", lambda: alone(make))[0]
+    """Add what is looked at rather than counted, and show the row."""
+    seen = stages.seen(cell, stage, model, tokenizer, folder)
     extra |= {"samples_text": seen["text"], "tasks": seen["tasks"]}
     found = stage_row(cell, stage, scores, model, teacher, **extra)
     live.row(found)

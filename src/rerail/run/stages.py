@@ -43,7 +43,7 @@ def statistics(
 
     In a group of processes all collect, and the first one has them all.
     """
-    key = digest([cell.model.fingerprint(), blocks.fingerprint, cell.implementation(model)])
+    key = cell.key_of(model, blocks.fingerprint)
     store = StatisticStore(cache_dir() / "statistics", key)
     held, missing = store.load(wanted) if is_first() else (StatisticSet(), [])
     missing = first(lambda: missing)
@@ -106,7 +106,7 @@ def teacher_states(cell: Cell, model: MoEModel, blocks: TokenBlocks) -> Teacher:
     """Return the teacher of a text: cached final hidden states, or the live model."""
     if cell.distill.teacher == "live":
         return LiveTeacher(model)
-    key = digest([cell.model.fingerprint(), blocks.fingerprint, cell.implementation(model)])
+    key = cell.key_of(model, blocks.fingerprint)
     path = cache_dir() / "teacher" / f"{key}.safetensors"
     batches = list(blocks.batches(cell.evaluation.batch_size))
     return CachedTeacher(cached_states(path, lambda: speak(model, batches, bar("teacher"))))
@@ -115,7 +115,7 @@ def teacher_states(cell: Cell, model: MoEModel, blocks: TokenBlocks) -> Teacher:
 def score_teacher(cell: Cell, model: MoEModel, texts: dict[str, TokenBlocks]) -> Stage:
     """Score the teacher on all held-out texts, once for every cell of the same model and texts."""
     prints = {name: t.fingerprint for name, t in texts.items()}
-    key = digest([cell.model.fingerprint(), prints, cell.implementation(model), SCORES])
+    key = cell.key_of(model, prints, SCORES)
 
     def make() -> Stage:
         data: dict[str, Any] = {}
@@ -239,6 +239,25 @@ def refit(cell: Cell, student: MoEModel, blocks: TokenBlocks, folder: Path) -> M
     fitted = apply_plan(without_policies(student), plan)
     check_fitted(fitted)
     return fitted
+
+
+def seen(cell: Cell, stage: str, model: MoEModel, tokenizer: Any, folder: Path) -> dict[str, Any]:
+    """Return what is looked at rather than counted: `text` (the continuation) and lm-eval `tasks`.
+
+    The teacher is asked once for every cell of the same model.
+    """
+    tasks, new_tokens = cell.evaluation.tasks, cell.evaluation.new_tokens
+    path = folder / f"{stage}.seen.json"
+    if stage == "teacher":
+        asked = [cell.prompt, cell.seed, new_tokens, tasks and tasks.fingerprint()]
+        key = cell.key_of(model, digest(tokenizer.get_vocab()), asked)
+        path = cache_dir() / "scores" / f"{key}.seen.json"
+
+    def make() -> Stage:
+        scored = None if tasks is None else tasks.evaluate(model.model, tokenizer)
+        return {"text": continuation(cell, model, tokenizer), "tasks": scored}, {}
+
+    return saved(path, lambda: alone(make))[0]
 
 
 @torch.no_grad()
