@@ -119,10 +119,11 @@ def test_two_processes_on_the_same_cell_both_end_well_with_the_same_rows(compose
     described = task.describe(composed(*words, "samples.count=16"))
     (tmp_path / "held.yaml").write_text(yaml.safe_dump(described.held))
     command = [sys.executable, "-c", RUN, str(tmp_path / "held.yaml")]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}  # as many as in this process
     children = []
     for name in "ab":
         with (tmp_path / name).open("w") as file:
-            children.append(subprocess.Popen(command, stdout=file, stderr=file))
+            children.append(subprocess.Popen(command, stdout=file, stderr=file, env=env))
     codes = [child.wait(timeout=200) for child in children]
     said = [(tmp_path / name).read_text() for name in "ab"]
     assert codes == [0, 0], said

@@ -4,7 +4,7 @@ import contextlib
 import os
 import re
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -66,12 +66,18 @@ def bring_about(bench: Bench) -> dict:
     end_in(cluster, late, 3)
     end_in(cluster, first["job"], 45)
 
-    def is_over() -> bool:
-        stop(hung)  # again, since Slurm wakes what it ends
-        return cluster.state(late) == "TIMEOUT" and is_restarted(cluster, first["job"])
+    def when(condition: Callable[[], bool]) -> Callable[[], bool]:
+        def looked() -> bool:
+            stop(hung)  # again, since Slurm wakes what it ends
+            return condition()
 
-    cluster.wait_for(is_over, 120, "the end of the time of both")
+        return looked
+
+    saved = when(lambda: is_restarted(cluster, first["job"]))
+    cluster.wait_for(saved, 120, "the end of the time of the one that saves")
     cluster.run("scontrol", "update", f"JobId={first['job']}", "TimeLimit=60")
+    is_over = when(lambda: cluster.state(late) == "TIMEOUT")
+    cluster.wait_for(is_over, 120, "the end of the time of the one that hangs")
     return first
 
 
