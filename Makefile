@@ -36,7 +36,7 @@ format: ## rewrite files in the house format
 bench: env ## speed and memory as ratios of one run, to bench.json
 	$(BIN)/python experiments/bench/bench.py --out bench.json
 
-bench-sweep: env ## 24 cells through the local Slurm against the same cells alone; an hour and a half
+bench-sweep: env ## 24 cells through the local Slurm against the same cells alone; an hour
 	$(BIN)/python experiments/bench/sweep.py --out sweep.json
 
 torture: env ## kill a small sweep 100 times at random moments; it must end as if nothing had been
