@@ -40,7 +40,9 @@ class Bench:
         ]
 
     def start(self, *words: str, out: str = "out") -> "subprocess.Popen[str]":
-        command = [sys.executable, "-m", "rerail", "-m", "+slurm=local", f"out={out}", *words]
+        # a person's terminal ignores no interrupt, whatever started the tests (nohup and `&` do)
+        command = ["env", "--default-signal=INT", sys.executable]
+        command += ["-m", "rerail", "-m", "+slurm=local", f"out={out}", *words]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
         return subprocess.Popen(command, cwd=self.home, env=self.env, **pipes)
 
