@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -146,6 +147,34 @@ def test_the_teacher_is_asked_once_for_all_cells_of_a_model(cell, tmp_path, monk
     assert first[0]["samples_text"] == second[0]["samples_text"] != ""
     runner.run_cell(cell("distill=none", "prompt=Another"), tmp_path / "out")
     assert len(asked) == 5
+
+
+@dataclass(frozen=True)
+class Tasks:
+    """Stands for lm-eval, and notes whenever it is asked."""
+
+    name: str
+    asked: list[str]
+
+    def check(self) -> None:
+        pass
+
+    def fingerprint(self) -> dict[str, str]:
+        return {"name": self.name}
+
+    def evaluate(self, *_: object) -> list[dict]:
+        self.asked.append(self.name)
+        return [{"task": self.name, "metric": "acc", "value": 0.5, "se": None, "n": 1}]
+
+
+def test_the_teachers_tasks_are_scored_once_for_the_same_settings(cell, tmp_path):
+    asked: list[str] = []
+    for number, (ratio, name) in enumerate([("half", "x"), ("quarter", "x"), ("half", "y")]):
+        made = cell("distill=none", f"ratio={ratio}")
+        evaluation = replace(made.evaluation, tasks=Tasks(name, asked))
+        rows = runner.run_cell(replace(made, evaluation=evaluation), tmp_path / str(number))
+        assert [row["tasks"][0]["task"] for row in rows] == [name, name]
+    assert asked == ["x", "x", "x", "y", "y"]
 
 
 def test_a_teacher_in_another_dtype_is_another_teacher(cell, tmp_path):

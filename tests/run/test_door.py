@@ -13,7 +13,6 @@ from rerail import door
 from rerail.errors import InputError
 
 ROOT = Path(__file__).parents[2]
-ZOO = ROOT / "src/rerail/zoo/tiny_fine"
 
 
 @pytest.fixture(scope="module")

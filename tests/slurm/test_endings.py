@@ -66,18 +66,16 @@ def bring_about(bench: Bench) -> dict:
     end_in(cluster, late, 3)
     end_in(cluster, first["job"], 45)
 
-    def when(condition: Callable[[], bool]) -> Callable[[], bool]:
+    def wait_for(condition: Callable[[], bool], what: str) -> None:
         def looked() -> bool:
             stop(hung)  # again, since Slurm wakes what it ends
             return condition()
 
-        return looked
+        cluster.wait_for(looked, 120, f"the end of the time of the one that {what}")
 
-    saved = when(lambda: is_restarted(cluster, first["job"]))
-    cluster.wait_for(saved, 120, "the end of the time of the one that saves")
+    wait_for(lambda: is_restarted(cluster, first["job"]), "saves")
     cluster.run("scontrol", "update", f"JobId={first['job']}", "TimeLimit=60")
-    is_over = when(lambda: cluster.state(late) == "TIMEOUT")
-    cluster.wait_for(is_over, 120, "the end of the time of the one that hangs")
+    wait_for(lambda: cluster.state(late) == "TIMEOUT", "hangs")
     return first
 
 

@@ -17,7 +17,7 @@ from rerail.distill.points import Points
 from rerail.distill.repair import put_rows, repair
 from rerail.evaluate.perplexity import BlockScores, score_blocks
 from rerail.evaluate.routing import Routing, changed, load_by_expert
-from rerail.files import cache_dir, digest, read_sealed, write_sealed
+from rerail.files import cache_dir, read_sealed, write_sealed
 from rerail.moe.layer import MoEModel
 from rerail.parallel import alone, first, is_first, kept
 from rerail.plan.apply import apply_plan
@@ -249,8 +249,7 @@ def seen(cell: Cell, stage: str, model: MoEModel, tokenizer: Any, folder: Path) 
     tasks, new_tokens = cell.evaluation.tasks, cell.evaluation.new_tokens
     path = folder / f"{stage}.seen.json"
     if stage == "teacher":
-        asked = [cell.prompt, cell.seed, new_tokens, tasks and tasks.fingerprint()]
-        key = cell.key_of(model, digest(tokenizer.get_vocab()), asked)
+        key = cell.key_of(model, cell.prompt, cell.seed, new_tokens, tasks and tasks.fingerprint())
         path = cache_dir() / "scores" / f"{key}.seen.json"
 
     def make() -> Stage:
