@@ -16,7 +16,13 @@ setup(
     packages=[*find_packages("src"), *(f"rerail.{folder}" for folder in DATA)],
     package_dir={"": "src", **{f"rerail.{folder}": folder for folder in DATA}},
     package_data={
-        "rerail": ["py.typed", "evaluate/tasks/*.yaml", "track/page.*", "track/*.json", "zoo/**/*"],
+        "rerail": [
+            "py.typed",
+            "evaluate/tasks/*.yaml",
+            "report/page.*",
+            "report/*.json",
+            "zoo/**/*",
+        ],
         **{f"rerail.{folder}": yamls(folder) for folder in DATA},
     },
 )

@@ -13,9 +13,9 @@ import numpy as np
 import yaml
 from scipy.stats import t as student_t
 
-from rerail.track.cells import Cell, cells_of
-from rerail.track.results import read_rows
-from rerail.track.words import plus_minus, share
+from rerail.report.cells import Cell, cells_of
+from rerail.report.words import plus_minus, share
+from rerail.run.results import read_rows
 
 COLUMNS = (
     "method", "budget", "model", "experts MB", "disk MB", "active M", "NLL compressed", "repaired",

@@ -26,10 +26,10 @@ from safetensors import safe_open
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 import rerail.run.exporting  # noqa: F401  (what every fork would import anew)
+from rerail.config.presets import config_root
 from rerail.run.cell import Cell
-from rerail.run.presets import config_root
-from rerail.run.runner import run_or_record
-from rerail.track.results import read_rows
+from rerail.run.pipeline import run_or_record
+from rerail.run.results import read_rows
 
 MAY_DIFFER = ("host", "time", "seconds", "evaluation_seconds", "peak_memory", "revision")
 GRID = (

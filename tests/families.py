@@ -3,7 +3,7 @@
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from rerail.moe.layer import MoEModel
+from rerail.moe.model import MoEModel
 
 _COMMON = {
     "vocab_size": 64,

@@ -3,17 +3,17 @@
 import torch
 
 from families import tokens
-from rerail.moe.layer import MoEModel
-from rerail.stats.collect import Batch
-from rerail.stats.dense import OutputSum, TokenCount
-from rerail.stats.moments import (
+from rerail.moe.model import MoEModel
+from rerail.statistics.collect import Batch
+from rerail.statistics.dense import OutputSum, TokenCount
+from rerail.statistics.moments import (
     InputMoment,
     LayerMoment,
     MiddleEnergy,
     MiddleMoment,
     MiddlePeak,
 )
-from rerail.stats.routed import (
+from rerail.statistics.routed import (
     Count,
     Deviation,
     GatedOutput,
@@ -22,9 +22,9 @@ from rerail.stats.routed import (
     OutputSquares,
     OutputSumRouted,
 )
-from rerail.stats.rows import Rows
-from rerail.stats.similarity import LogitGram
-from rerail.stats.statistic import Statistic
+from rerail.statistics.rows import Rows
+from rerail.statistics.similarity import LogitGram
+from rerail.statistics.statistic import Statistic
 
 DENSE = (OutputSum(), TokenCount())
 ROUTED = (

@@ -16,14 +16,14 @@ from measuring import batches, everything
 from rerail.distill.repair import Repair, repair
 from rerail.distill.settings import RouterKD
 from rerail.evaluate.perplexity import score_blocks
-from rerail.moe.layer import MoEModel
+from rerail.moe.model import MoEModel
 from rerail.parallel import first, is_first, join, joined
 from rerail.plan.apply import apply_plan
-from rerail.stats.ablation import LossIncrease
-from rerail.stats.collect import collect
-from rerail.stats.gate_ratios import GateTails
-from rerail.stats.gradients import Fisher
-from rerail.stats.segments import Segments
+from rerail.statistics.ablation import LossIncrease
+from rerail.statistics.collect import collect
+from rerail.statistics.gate_ratios import GateTails
+from rerail.statistics.gradients import Fisher
+from rerail.statistics.segments import Segments
 from rerail.teacher.teacher import CachedTeacher, speak
 from students import blocks, merged
 
@@ -79,7 +79,7 @@ def form(name: str) -> Callable[[MoEModel], MoEModel]:
     return lambda teacher: apply_plan(teacher, getattr(stored_forms, name)())
 
 
-FORMS = ("lent", "masked", "skipping", "basis", "low_rank", "packed", "novice")
+FORMS = ("lent", "masked", "skipping", "basis", "low_rank", "quantized", "novice")
 
 
 class Preempted(BaseException):
@@ -214,9 +214,9 @@ def cell(folder: Path) -> list[dict[str, Any]]:
 
     from hydra import compose, initialize_config_dir
 
-    from rerail.run import runner
+    from rerail.config.presets import config_root
+    from rerail.run import pipeline as runner
     from rerail.run.compose import to_cell
-    from rerail.run.presets import config_root
 
     words = json.loads((folder / "words.json").read_text(encoding="utf-8"))
     with initialize_config_dir(str(config_root() / "conf"), version_base="1.3"):

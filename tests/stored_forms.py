@@ -2,7 +2,7 @@
 
 import torch
 
-from rerail.moe.bank import BankSpec, bank_class
+from rerail.experts.base import BankSpec, bank_class
 from rerail.plan.plan import LayerPlan, Plan
 
 UNEVEN = ((0, 1, 2), (0, 1, 2, 3))
@@ -72,7 +72,7 @@ KINDS = {
     "low_rank": ({"gate": BITS, "up": (2,) * 8, "down": WIDTHS}, {"rows": "own"}),
     "delta": ({"gate": 3, "up": 2, "down": 4}, {"rows": "shared"}),
     "narrow": ({"widths": WIDTHS}, {}),
-    "packed": ({"bits": BITS, "group": 5}, {}),
+    "quantized": ({"bits": BITS, "group": 5}, {}),
     "novice": ({"kept": (1, 4, 6)}, {}),
 }
 
@@ -103,7 +103,7 @@ def fused(teacher):
     parts, tensors = [], {}
     for layer in teacher.layers:
         held = {n: p for n, p in layer.experts.named_parameters() if p.shape[0] == 8}
-        spec = BankSpec("solved", 3, (), {n: tuple(p.shape[1:]) for n, p in held.items()})
+        spec = BankSpec("merged", 3, (), {n: tuple(p.shape[1:]) for n, p in held.items()})
         for name, parameter in held.items():
             numbers = torch.randn((3, *parameter.shape[1:]), generator=generator) * 0.3
             tensors[f"layers.{layer.index}.{name}"] = numbers
@@ -114,7 +114,7 @@ def fused(teacher):
 
 def skipping(protect="0"):
     """Slots below a third of what they and their betters hold are not computed."""
-    spec = BankSpec("policy", 8, (), {}, {"protect": protect} if float(protect) else {})
+    spec = BankSpec("skip_policy", 8, (), {}, {"protect": protect} if float(protect) else {})
     parts = [LayerPlan(i, ALL, ALL, "untouched", spec) for i in range(2)]
     tensors = {f"layers.{i}.threshold": torch.tensor([6000]) for i in range(2)}
     return Plan(tuple(parts), {}, tensors)

@@ -3,11 +3,11 @@
 import torch
 
 from families import tokens
-from rerail.data.calibration import TokenBlocks
-from rerail.moe.bank import BankSpec
-from rerail.moe.layer import MoEModel
+from rerail.experts.base import BankSpec
+from rerail.moe.model import MoEModel
 from rerail.plan.apply import apply_plan
 from rerail.plan.plan import LayerPlan, Plan
+from rerail.text.calibration import TokenBlocks
 
 KEPT = (0, 2, 3, 5, 6)
 GROUPED = (0, 2, 3, 5, 6, 7)  # three in each of two groups

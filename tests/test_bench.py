@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from rerail.track.results import new_row, write_rows
+from rerail.run.results import new_row, write_rows
 
 FOLDER = Path(__file__).parents[1] / "experiments" / "bench"
 MODULES = ("bench", "memory", "models", "overhead", "planning", "speed", "sweep", "timing")

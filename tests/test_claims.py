@@ -7,8 +7,8 @@ import pytest
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 
-from rerail.run.presets import config_root
-from rerail.run.searching import register
+from rerail.config.presets import config_root
+from rerail.config.search_path import register
 
 FOLDER = Path(__file__).parents[1] / "experiments"
 CLAIMS = sorted(path.stem for path in FOLDER.glob("*.yaml"))

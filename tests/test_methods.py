@@ -15,43 +15,43 @@ import pytest
 import torch
 
 from families import CONFIGS, tiny, tokens
-from rerail.compress.compressor import Compressor, make_plan
-from rerail.compress.methods.aimer import AIMER
-from rerail.compress.methods.camera import Camera
-from rerail.compress.methods.cfes import CFES
-from rerail.compress.methods.conmoe import ConMoE
-from rerail.compress.methods.d2_moe import D2MoE
-from rerail.compress.methods.easy_ep import EasyEP
-from rerail.compress.methods.gptq import GPTQ
-from rerail.compress.methods.hc_smoe import HCSMoE
-from rerail.compress.methods.hqq import HQQ
-from rerail.compress.methods.m_smoe import MSMoE
-from rerail.compress.methods.merge_moe import MergeMoE
-from rerail.compress.methods.mobe import MoBE, start
-from rerail.compress.methods.moe_i2 import InterExpert, IntraExpert, MoEI2
-from rerail.compress.methods.moe_svd import MoESVD
-from rerail.compress.methods.mone import MoNE
-from rerail.compress.methods.naee import NAEE, ProgressiveNAEE
-from rerail.compress.methods.naee_skip import NAEESkip
-from rerail.compress.methods.odp import ODP
-from rerail.compress.methods.pmq import PMQ
-from rerail.compress.methods.reap import MomentScore
-from rerail.compress.methods.rtn import RTN
-from rerail.compress.methods.svd import WhitenedSVD
-from rerail.compress.narrowing import micro_size
+from rerail.compress.base import Compressor, make_plan
+from rerail.compress.templates.narrowing import micro_size
 from rerail.distill.masters import masters
 from rerail.distill.router_distillation import RouterDistillation
 from rerail.distill.settings import RouterKD
 from rerail.errors import OutOfReach
+from rerail.experts.base import BankSpec, SolvedBank, bank_class
 from rerail.export.package import packaged_model
-from rerail.moe.bank import BankSpec, SolvedBank, bank_class
-from rerail.moe.layer import MoELayer, MoEModel
+from rerail.methods.aimer import AIMER
+from rerail.methods.camera import Camera
+from rerail.methods.cfes import CFES
+from rerail.methods.conmoe import ConMoE
+from rerail.methods.d2_moe import D2MoE
+from rerail.methods.easy_ep import EasyEP
+from rerail.methods.gptq import GPTQ
+from rerail.methods.hc_smoe import HCSMoE
+from rerail.methods.hqq import HQQ
+from rerail.methods.m_smoe import MSMoE
+from rerail.methods.merge_moe import MergeMoE
+from rerail.methods.mobe import MoBE, start
+from rerail.methods.moe_i2 import InterExpert, IntraExpert, MoEI2
+from rerail.methods.moe_svd import MoESVD
+from rerail.methods.mone import MoNE
+from rerail.methods.naee import NAEE, ProgressiveNAEE
+from rerail.methods.naee_skip import NAEESkip
+from rerail.methods.odp import ODP
+from rerail.methods.pmq import PMQ
+from rerail.methods.reap import MomentScore
+from rerail.methods.rtn import RTN
+from rerail.methods.svd import WhitenedSVD
+from rerail.moe.model import MoELayer, MoEModel
 from rerail.plan.allocation import Uniform
 from rerail.plan.apply import apply_plan
+from rerail.plan.budget import Bits, Budget, Ratio, Sizes, Skip
 from rerail.plan.plan import Plan
-from rerail.plan.ratio import Bits, Budget, Ratio, Sizes, Skip
-from rerail.stats.collect import collect
-from rerail.stats.statistic import LayerStatistics, StatisticSet
+from rerail.statistics.collect import collect
+from rerail.statistics.statistic import LayerStatistics, StatisticSet
 from rerail.teacher.teacher import LiveTeacher
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -330,7 +330,7 @@ def test_a_token_reads_no_more_than_the_teacher_and_edits_count_what_they_store(
     rows = Sizes.of(teacher, 2).active - plan.rows_removed(teacher.layers)
     for layer in student.layers:
         bank = layer.experts
-        if isinstance(bank, SolvedBank) and bank.spec.kind != "packed":
+        if isinstance(bank, SolvedBank) and bank.spec.kind != "quantized":
             assert layer.used(bank.spec.stored) == pytest.approx(sum(layer.stored().values()))
         else:
             assert layer.used(1) == layer.expert_size

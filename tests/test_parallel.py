@@ -11,7 +11,7 @@ from rank_programs import STATISTICS
 from rerail import parallel
 from rerail.errors import InputError
 from rerail.evaluate.perplexity import score_blocks
-from rerail.stats.collect import collect
+from rerail.statistics.collect import collect
 from rerail.teacher.teacher import speak
 from students import merged
 from together import together

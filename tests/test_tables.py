@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from rerail.track.cells import cells_of
-from track.result_rows import cell
+from rerail.report.cells import cells_of
+from result_rows import cell
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "experiments"))
 tables = pytest.importorskip("tables")

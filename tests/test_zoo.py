@@ -12,10 +12,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from rerail.data.text import Speeches
 from rerail.evaluate.perplexity import score_blocks
-from rerail.moe.layer import MoEModel
+from rerail.moe.model import MoEModel
 from rerail.moe.source import ModelSource
+from rerail.text.corpora import Speeches
 
 RECIPE = Path(__file__).parents[1] / "experiments" / "zoo"
 NAMES = ("tiny_fine", "tiny_coarse")

@@ -24,7 +24,7 @@ from timing import Row, row
 from rerail.distill.masters import masters
 from rerail.distill.router_distillation import RouterDistillation
 from rerail.distill.settings import RouterKD
-from rerail.moe.layer import MoEModel
+from rerail.moe.model import MoEModel
 from rerail.teacher.teacher import LiveTeacher
 
 

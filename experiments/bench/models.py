@@ -6,13 +6,13 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 
-from rerail.compress.compressor import make_plan
-from rerail.compress.methods.reap import MomentScore
-from rerail.moe.layer import MoEModel
+from rerail.compress.base import make_plan
+from rerail.methods.reap import MomentScore
+from rerail.moe.model import MoEModel
 from rerail.plan.allocation import Uniform
 from rerail.plan.apply import apply_plan
-from rerail.plan.ratio import Ratio
-from rerail.stats.collect import collect
+from rerail.plan.budget import Ratio
+from rerail.statistics.collect import collect
 
 Batch = tuple[Tensor, Tensor]
 

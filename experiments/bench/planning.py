@@ -7,14 +7,14 @@ import torch
 from models import Batch, Size, text
 from timing import Row, row
 
-from rerail.compress.compressor import Compressor, make_plan
-from rerail.moe.layer import MoEModel
+from rerail.compress.base import Compressor, make_plan
+from rerail.config.presets import config_root, preset
+from rerail.moe.model import MoEModel
 from rerail.plan.allocation import Uniform
-from rerail.plan.ratio import Bits, Budget, Ratio, Skip
-from rerail.run.presets import config_root, preset
-from rerail.stats.collect import collect
-from rerail.stats.statistic import Statistic, StatisticSet
-from rerail.stats.store import merge_sets
+from rerail.plan.budget import Bits, Budget, Ratio, Skip
+from rerail.statistics.collect import collect
+from rerail.statistics.statistic import Statistic, StatisticSet
+from rerail.statistics.store import merge_sets
 
 SHORT = (1, 32)  # sequences and tokens of the text for the passes that cost many forwards
 BUDGETS: dict[type, Budget] = {Ratio: Ratio(0.5), Bits: Bits(3), Skip: Skip(0.25)}

@@ -10,21 +10,27 @@ from timing import Row, interleaved, ratio, row
 from torch import Tensor
 from torch.nn import functional as F
 
-from rerail.compress.methods.reap import MomentScore
+from rerail.config.presets import preset
 from rerail.distill.masters import masters
 from rerail.distill.router_distillation import RouterDistillation
 from rerail.distill.settings import RouterKD
-from rerail.moe.layer import MoEModel
-from rerail.run.presets import preset
-from rerail.stats.ablation import LossIncrease
-from rerail.stats.collect import collect
-from rerail.stats.dense import OutputSum, TokenCount
-from rerail.stats.gate_ratios import GateTails
-from rerail.stats.gradients import Fisher
-from rerail.stats.mass import RouterMass
-from rerail.stats.moments import InputMoment, LayerMoment, MiddleEnergy, MiddleMoment, MiddlePeak
-from rerail.stats.outliers import OutlierShare
-from rerail.stats.routed import (
+from rerail.methods.reap import MomentScore
+from rerail.moe.model import MoEModel
+from rerail.statistics.ablation import LossIncrease
+from rerail.statistics.collect import collect
+from rerail.statistics.dense import OutputSum, TokenCount
+from rerail.statistics.gate_ratios import GateTails
+from rerail.statistics.gradients import Fisher
+from rerail.statistics.mass import RouterMass
+from rerail.statistics.moments import (
+    InputMoment,
+    LayerMoment,
+    MiddleEnergy,
+    MiddleMoment,
+    MiddlePeak,
+)
+from rerail.statistics.outliers import OutlierShare
+from rerail.statistics.routed import (
     Count,
     Deviation,
     GatedOutput,
@@ -33,8 +39,8 @@ from rerail.stats.routed import (
     OutputSquares,
     OutputSumRouted,
 )
-from rerail.stats.similarity import LogitGram
-from rerail.stats.statistic import Statistic
+from rerail.statistics.similarity import LogitGram
+from rerail.statistics.statistic import Statistic
 from rerail.teacher.kl import Head, chunked_kl
 from rerail.teacher.teacher import CachedTeacher, LiveTeacher, speak
 

@@ -26,8 +26,8 @@ from pathlib import Path
 
 from timing import Row, row
 
-from rerail.track.cells import Cell, cells_of
-from rerail.track.results import read_rows
+from rerail.report.cells import Cell, cells_of
+from rerail.run.results import read_rows
 
 LOCAL = Path(__file__).parents[2] / "slurm" / "local"
 GRID = {
@@ -43,7 +43,7 @@ PARTS = ("teacher scored", "planned", "compressed scored", "repaired", "repaired
 def extract_corpora(cache: Path) -> None:
     """Read the texts that come with packages into an empty cache."""
     program = (
-        "from rerail.data.text import Docs, Speeches\n"
+        "from rerail.text.corpora import Docs, Speeches\n"
         "for corpus in (Docs(), Speeches()): corpus.documents('heldout')"
     )
     env = {**os.environ, "RERAIL_CACHE": str(cache)}

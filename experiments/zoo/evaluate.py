@@ -19,11 +19,11 @@ from ngrams import ADDED, DISCOUNTS, Bigram, Unigram, tuned
 from torch.utils.flop_counter import FlopCounterMode
 from train import BLOCK, SEED
 
+from rerail.evaluate.estimates import mean_and_se, paired_difference
 from rerail.evaluate.harness import Harness
 from rerail.evaluate.perplexity import score_blocks
-from rerail.moe.layer import MoEModel
+from rerail.moe.model import MoEModel
 from rerail.moe.source import ModelSource
-from rerail.track.estimates import mean_and_se, paired_difference
 
 HERE = Path(__file__).parent
 KINDS = ("fine", "coarse")

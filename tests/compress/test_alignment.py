@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from families import tiny
-from rerail.compress.alignment import channel_features, permuted, weight_matching
-from rerail.moe.layer import MoELayer
-from rerail.moe.stock import expert_parameters
+from rerail.compress.solvers.alignment import channel_features, permuted, weight_matching
+from rerail.moe.fused_experts import expert_parameters
+from rerail.moe.model import MoELayer
 
 FAMILIES = ["qwen3_moe", "mixtral", "gpt_oss"]
 

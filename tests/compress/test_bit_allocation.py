@@ -6,12 +6,12 @@ import torch
 from scipy.optimize import Bounds, LinearConstraint, milp
 
 from families import tiny
-from rerail.compress.bit_allocation import allocate_bits, block_errors, least_sum
-from rerail.compress.quantising import round_to_nearest
+from rerail.compress.solvers.bit_allocation import allocate_bits, block_errors, least_sum
+from rerail.compress.templates.quantising import round_to_nearest
 from rerail.errors import OutOfReach
-from rerail.moe.banks.packed import dequantised
-from rerail.moe.layer import MoELayer
-from rerail.moe.stock import ExpertWeights, expert_parameters
+from rerail.experts.quantized import dequantised
+from rerail.moe.fused_experts import ExpertWeights, expert_parameters
+from rerail.moe.model import MoELayer
 
 BITS = (1, 2, 3)
 

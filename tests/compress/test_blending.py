@@ -2,8 +2,8 @@ import pytest
 import torch
 
 from families import tiny
-from rerail.compress.blending import blended, by_matrix, narrowed, used
-from rerail.moe.stock import ExpertWeights, expert_parameters
+from rerail.compress.solvers.blending import blended, by_matrix, narrowed, used
+from rerail.moe.fused_experts import ExpertWeights, expert_parameters
 
 
 def draw(*shape: int, seed: int = 0) -> torch.Tensor:

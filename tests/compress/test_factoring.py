@@ -4,18 +4,18 @@ import pytest
 import torch
 
 from families import CONFIGS, tiny
-from rerail.compress.compressor import make_plan
-from rerail.compress.factoring import dense_numbers, filled, spare
-from rerail.compress.methods.d2_moe import D2MoE
-from rerail.compress.methods.mobe import MoBE
-from rerail.compress.methods.moe_svd import MoESVD
-from rerail.compress.methods.svd import WhitenedSVD
+from rerail.compress.base import make_plan
+from rerail.compress.templates.factoring import dense_numbers, filled, spare
 from rerail.errors import InputError, OutOfReach
-from rerail.moe.bank import bank_class
-from rerail.moe.layer import MoELayer
+from rerail.experts.base import bank_class
+from rerail.methods.d2_moe import D2MoE
+from rerail.methods.mobe import MoBE
+from rerail.methods.moe_svd import MoESVD
+from rerail.methods.svd import WhitenedSVD
+from rerail.moe.model import MoELayer
 from rerail.plan.allocation import GlobalScore, PerLayer, Uniform
-from rerail.plan.ratio import Ratio
-from rerail.stats.statistic import StatisticSet
+from rerail.plan.budget import Ratio
+from rerail.statistics.statistic import StatisticSet
 
 PLAIN = WhitenedSVD(whiten=False)
 METHODS = [

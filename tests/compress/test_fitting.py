@@ -1,6 +1,6 @@
 import torch
 
-from rerail.compress.fitting import best_by_adam
+from rerail.compress.solvers.fitting import best_by_adam
 
 
 def test_the_best_values_are_kept_and_the_start_is_left_alone() -> None:

@@ -7,13 +7,13 @@ import pytest
 import torch
 
 from families import tiny, tokens
-from rerail.compress.genetic import GeneticPruner, Removals, dealt, evolve
-from rerail.compress.reconstructing import Sample
+from rerail.compress.templates.genetic import GeneticPruner, Removals, dealt, evolve
+from rerail.compress.templates.reconstructing import Sample
 from rerail.errors import OutOfReach
 from rerail.plan.allocation import PerLayer, Uniform
-from rerail.plan.ratio import Ratio
-from rerail.stats.collect import collect
-from rerail.stats.rows import Rows
+from rerail.plan.budget import Ratio
+from rerail.statistics.collect import collect
+from rerail.statistics.rows import Rows
 
 
 class Pruner(GeneticPruner):

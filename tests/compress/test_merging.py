@@ -4,22 +4,22 @@ import pytest
 import torch
 
 from families import tiny, tokens
-from rerail.compress.compressor import make_plan
-from rerail.compress.merging import Merger, cosine, group_members, shares_in_group
-from rerail.compress.methods.hc_smoe import HCSMoE
-from rerail.compress.methods.m_smoe import MSMoE
-from rerail.compress.methods.merge_moe import MergeMoE
+from rerail.compress.base import make_plan
+from rerail.compress.templates.merging import Merger, cosine, group_members, shares_in_group
 from rerail.errors import OutOfReach
-from rerail.moe.layer import MoEModel
-from rerail.moe.stock import expert_parameters
+from rerail.methods.hc_smoe import HCSMoE
+from rerail.methods.m_smoe import MSMoE
+from rerail.methods.merge_moe import MergeMoE
+from rerail.moe.fused_experts import expert_parameters
+from rerail.moe.model import MoEModel
 from rerail.plan.allocation import GlobalScore, PerLayer, Uniform
 from rerail.plan.apply import apply_plan
+from rerail.plan.budget import Ratio
 from rerail.plan.plan import Plan
-from rerail.plan.ratio import Ratio
-from rerail.stats.collect import collect
-from rerail.stats.dense import OutputSum, TokenCount
-from rerail.stats.routed import Count
-from rerail.stats.statistic import StatisticSet
+from rerail.statistics.collect import collect
+from rerail.statistics.dense import OutputSum, TokenCount
+from rerail.statistics.routed import Count
+from rerail.statistics.statistic import StatisticSet
 
 
 def test_members_are_weighted_by_their_share_of_the_group() -> None:
@@ -211,7 +211,7 @@ def test_every_group_of_one_keeps_the_router_to_the_bit(router: str) -> None:
     plan = make_plan(MSMoE(router=router), teacher.layers, held, Ratio(0.5), PerLayer((8, 4)))
     student = apply_plan(teacher, plan)
     assert torch.equal(student.layers[0].router_rows, teacher.layers[0].router_rows)
-    assert [part.bank.kind for part in plan.layers] == ["dense", "solved"]
+    assert [part.bank.kind for part in plan.layers] == ["dense", "merged"]
 
 
 @pytest.mark.parametrize("router", ["centroid", "pooled"])

@@ -2,15 +2,15 @@ import pytest
 import torch
 
 from families import tiny, tokens
-from rerail.compress.compressor import make_plan
-from rerail.compress.methods.reap import MomentScore
-from rerail.compress.pruning import best, guarded_slots
+from rerail.compress.base import make_plan
+from rerail.compress.templates.pruning import best, guarded_slots
 from rerail.errors import OutOfReach
+from rerail.methods.reap import MomentScore
 from rerail.plan.allocation import GlobalScore, PerLayer, Uniform
-from rerail.plan.ratio import Ratio
-from rerail.stats.collect import collect
-from rerail.stats.routed import Count, MaxOutput, Moment
-from rerail.stats.statistic import StatisticSet
+from rerail.plan.budget import Ratio
+from rerail.statistics.collect import collect
+from rerail.statistics.routed import Count, MaxOutput, Moment
+from rerail.statistics.statistic import StatisticSet
 
 SCORES = torch.tensor([5.0, 4.0, 3.0, 9.0, 2.0, 1.0, 0.5, 0.2])
 

@@ -2,19 +2,19 @@ import pytest
 import torch
 
 from families import CONFIGS, tiny, tokens
-from rerail.compress.compressor import check, make_plan
-from rerail.compress.methods.hqq import HQQ
-from rerail.compress.methods.rtn import RTN
-from rerail.compress.quantising import Quantiser, round_to_nearest
+from rerail.compress.base import check, make_plan
+from rerail.compress.templates.quantising import Quantiser, round_to_nearest
 from rerail.errors import InputError, OutOfReach
-from rerail.moe.banks.packed import dequantised
-from rerail.moe.layer import MoEModel
-from rerail.moe.stock import expert_parameters
+from rerail.experts.quantized import dequantised
+from rerail.methods.hqq import HQQ
+from rerail.methods.rtn import RTN
+from rerail.moe.fused_experts import expert_parameters
+from rerail.moe.model import MoEModel
 from rerail.plan.allocation import GlobalScore, Uniform
 from rerail.plan.apply import apply_plan
+from rerail.plan.budget import Bits, Ratio, Sizes
 from rerail.plan.plan import Plan
-from rerail.plan.ratio import Bits, Ratio, Sizes
-from rerail.stats.statistic import StatisticSet
+from rerail.statistics.statistic import StatisticSet
 
 
 def stack(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -122,7 +122,7 @@ def test_notes_say_what_a_number_takes_and_sizes_agree() -> None:
 def test_matrices_encoded_in_parts_are_those_encoded_at_once(monkeypatch) -> None:
     teacher = tiny("qwen3_moe")
     whole = plan_of(HQQ(group=8), teacher, 3).tensors
-    monkeypatch.setattr("rerail.compress.quantising._AT_ONCE", 300)
+    monkeypatch.setattr("rerail.compress.templates.quantising._AT_ONCE", 300)
     parts = plan_of(HQQ(group=8), teacher, 3).tensors
     assert whole.keys() == parts.keys()
     assert all(torch.equal(t, parts[n]) for n, t in whole.items())

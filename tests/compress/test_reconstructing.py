@@ -4,8 +4,13 @@ import pytest
 import torch
 
 from families import tiny
-from rerail.compress.reconstructing import Sample, coarse_to_fine, exhaustive, without_each
-from rerail.moe.layer import MoELayer
+from rerail.compress.templates.reconstructing import (
+    Sample,
+    coarse_to_fine,
+    exhaustive,
+    without_each,
+)
+from rerail.moe.model import MoELayer
 
 FAMILIES = ["qwen3_moe", "olmoe", "deepseek_v3", "gpt_oss", "lfm2_moe"]
 
@@ -41,7 +46,7 @@ def test_rerouted_answers_are_those_of_the_layer(family: str) -> None:
 def test_subsets_are_judged_the_same_in_any_number_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     sample, subsets = Sample(layer_of(), rows()), list(itertools.combinations(range(8), 5))
     at_once = sample.errors(subsets, squares)
-    monkeypatch.setattr("rerail.compress.reconstructing._NUMBERS", 20 * 16 * 3)
+    monkeypatch.setattr("rerail.compress.templates.reconstructing._NUMBERS", 20 * 16 * 3)
     torch.testing.assert_close(sample.errors(subsets, squares), at_once, rtol=1e-6, atol=0)
 
 

@@ -2,11 +2,8 @@ import pytest
 import torch
 
 from families import tiny, tokens
-from rerail.compress.compressor import check, make_plan
-from rerail.compress.methods.naee_skip import NAEESkip
-from rerail.compress.methods.odp import ODP
-from rerail.compress.methods.reap import MomentScore
-from rerail.compress.skipping import (
+from rerail.compress.base import check, make_plan
+from rerail.compress.templates.skipping import (
     Skipper,
     below,
     check_fitted,
@@ -15,14 +12,17 @@ from rerail.compress.skipping import (
 )
 from rerail.errors import InputError, OutOfReach
 from rerail.evaluate.active import counting
-from rerail.moe.banks.policy import BINS, Bank
-from rerail.moe.layer import MoEModel
+from rerail.experts.skip_policy import BINS, Bank
+from rerail.methods.naee_skip import NAEESkip
+from rerail.methods.odp import ODP
+from rerail.methods.reap import MomentScore
+from rerail.moe.model import MoEModel
 from rerail.plan.allocation import GlobalScore, Uniform
 from rerail.plan.apply import apply_plan
+from rerail.plan.budget import Ratio, Skip
 from rerail.plan.plan import Plan
-from rerail.plan.ratio import Ratio, Skip
-from rerail.stats.collect import Batch, collect
-from rerail.stats.statistic import Statistic, StatisticSet
+from rerail.statistics.collect import Batch, collect
+from rerail.statistics.statistic import Statistic, StatisticSet
 
 K = {"num_experts_per_tok": 4}
 

@@ -4,7 +4,7 @@ import logging
 import pytest
 import torch
 
-from rerail.compress.whitening import (
+from rerail.compress.solvers.whitening import (
     Moments,
     effective_ranks,
     low_rank,

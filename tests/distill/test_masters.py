@@ -5,8 +5,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from families import CONFIGS, tiny, tokens
 from rerail.distill.masters import masters
 from rerail.errors import InputError
-from rerail.moe.layer import MoEModel
-from rerail.plan.ratio import Sizes
+from rerail.moe.model import MoEModel
+from rerail.plan.budget import Sizes
 from students import masked, merged, sliced
 
 QWEN3_30B_A3B = {

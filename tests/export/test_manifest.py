@@ -7,9 +7,9 @@ from safetensors.torch import load_file
 
 from families import tiny
 from rerail.errors import InputError
+from rerail.experts.base import BankSpec
 from rerail.export.manifest import NAME, is_whole, read_manifest
 from rerail.export.native import export_native
-from rerail.moe.bank import BankSpec
 from rerail.plan.apply import apply_plan
 from rerail.plan.plan import LayerPlan, Plan
 

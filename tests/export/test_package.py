@@ -12,12 +12,12 @@ import rerail.auto  # noqa: F401
 import stored_forms as forms
 from families import tiny, tokens
 from rerail.errors import InputError
+from rerail.experts.base import SolvedBank
 from rerail.export.manifest import read_manifest
 from rerail.export.package import check_packaged
 from rerail.export.reload import check_reload, judge, write_task
 from rerail.export.reload_script import compare
 from rerail.export.targets import FORMS, as_written, check_student, export_student
-from rerail.moe.bank import SolvedBank
 from rerail.moe.source import ModelSource
 from rerail.plan.apply import apply_plan
 from rerail.plan.plan import Plan
@@ -41,7 +41,7 @@ PLANS = {
         forms.sliced(), then=forms.solved(apply_plan(t, forms.sliced()), "delta")
     ),
     "packed, then skip": lambda t: dataclasses.replace(
-        forms.solved(t, "packed"), then=forms.skipping()
+        forms.solved(t, "quantized"), then=forms.skipping()
     ),
     "novice, then skip": lambda t: dataclasses.replace(
         forms.solved(t, "novice"), then=forms.skipping()
@@ -50,7 +50,7 @@ PLANS = {
 ODD = ("mixtral", "gpt_oss", "deepseek_v3", "granitemoe")
 CASES = [
     *[("qwen3_moe", plan) for plan in PLANS],
-    *[("gpt_oss", plan) for plan in ("narrow", "packed", "novice", "fused")],
+    *[("gpt_oss", plan) for plan in ("narrow", "quantized", "novice", "fused")],
     *[(family, plan) for family in ODD for plan in ("mask", "packed, then skip")],
     ("ernie4_5_moe", "mask"),
 ]
@@ -106,7 +106,8 @@ HEAVY = {"hidden_size": 64, "moe_intermediate_size": 64, "head_dim": 32, "num_ex
 
 
 @pytest.mark.parametrize(
-    "plan", ["counts by layer", "alias", "lent", "basis", "low_rank", "narrow", "packed", "novice"]
+    "plan",
+    ["counts by layer", "alias", "lent", "basis", "low_rank", "narrow", "quantized", "novice"],
 )
 def test_bytes_on_disk_are_the_sizes_that_were_counted(plan, tmp_path):
     teacher = tiny("qwen3_moe", **HEAVY)
@@ -145,7 +146,7 @@ def test_experts_that_two_layers_share_lie_on_disk_once(plan, tmp_path):
 
 
 def test_codes_stay_integers_and_numbers_take_the_written_dtype(tmp_path):
-    student, made = student_of("qwen3_moe", "packed")
+    student, made = student_of("qwen3_moe", "quantized")
     path = export_student(student, made, tmp_path / "model", form="package", dtype=torch.bfloat16)
     tensors = load_file(path / "model.safetensors")
     codes = [t for n, t in tensors.items() if n.endswith("_codes")]
@@ -165,7 +166,7 @@ def test_a_tensor_with_a_dtype_of_its_own_keeps_it(tmp_path, monkeypatch):
 
     monkeypatch.setattr(SolvedBank, "cast", staticmethod(keep))
     teacher = tiny("qwen3_moe")
-    made = PLANS["packed"](teacher)
+    made = PLANS["quantized"](teacher)
     halved = {n: t.half() if n.endswith("b2.zero") else t for n, t in made.tensors.items()}
     student = apply_plan(teacher, dataclasses.replace(made, tensors=halved))
     path = export_student(student, made, tmp_path / "model", form="package", dtype=torch.bfloat16)
@@ -227,7 +228,7 @@ def test_the_body_alone_loads_and_rerail_can_read_what_it_wrote(tmp_path):
     source = ModelSource(str(path))
     read = source.load()
     assert [type(layer.experts).__module__ for layer in read.layers] == [
-        "rerail.moe.banks.low_rank"
+        "rerail.experts.low_rank"
     ] * 2
     torch.testing.assert_close(logits(read.model), logits(student.model), atol=1e-6, rtol=1e-6)
     assert source.meta().parameters_total() == read.parameters_total()
@@ -238,7 +239,7 @@ def test_the_body_alone_loads_and_rerail_can_read_what_it_wrote(tmp_path):
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("plan", ["merge", "lent", "packed", "basis of all"])
+@pytest.mark.parametrize("plan", ["merge", "lent", "quantized", "basis of all"])
 def test_densify_turns_any_form_into_plain_experts_for_every_target(form, plan, tmp_path):
     student, made = student_of("qwen3_moe", plan)
     path = export_student(student, made, tmp_path / "model", form=form, densify=True)

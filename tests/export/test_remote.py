@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import rerail.moe.banks
+import rerail.experts
 import stored_forms as forms
 from families import tiny, tokens
 from rerail.export import remote
@@ -18,7 +18,7 @@ from rerail.export.remote import modelling_file, module_name
 from rerail.export.targets import as_written, export_student
 from rerail.plan.apply import apply_plan
 
-KINDS = sorted(m.name for m in pkgutil.iter_modules(rerail.moe.banks.__path__))
+KINDS = sorted({m.name for m in pkgutil.iter_modules(rerail.experts.__path__)} - {"base"})
 ALLOWED = {"torch", "transformers"}
 
 
@@ -75,7 +75,7 @@ PLANS = {
     "counts": lambda t: forms.sliced(forms.UNEVEN),
     "mask": lambda t: forms.masked(),
     "lent": lambda t: forms.lent(),
-    "packed": lambda t: forms.solved(t, "packed"),
+    "quantized": lambda t: forms.solved(t, "quantized"),
     "skip by attention": lambda t: forms.skipping("0.3"),
 }
 

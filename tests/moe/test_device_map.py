@@ -8,7 +8,7 @@ from families import CONFIGS, tiny
 from measuring import batches, everything
 from rerail.evaluate.perplexity import score_blocks
 from rerail.plan.apply import apply_plan
-from rerail.stats.collect import collect
+from rerail.statistics.collect import collect
 from stored_forms import solved
 from students import masked, merged, sliced
 

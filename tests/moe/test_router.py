@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from families import CONFIGS, tiny, tokens
-from rerail.moe.layer import MoELayer, MoEModel
+from rerail.moe.model import MoELayer, MoEModel
 from rerail.moe.router import rows_of
 
 KEPT = (0, 2, 3, 4, 5, 7)

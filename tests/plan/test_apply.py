@@ -2,17 +2,17 @@ import pytest
 import torch
 
 from families import CONFIGS, tiny, tokens
-from rerail.compress.compressor import make_plan
-from rerail.compress.methods.hc_smoe import HCSMoE
-from rerail.compress.methods.reap import MomentScore
+from rerail.compress.base import make_plan
 from rerail.errors import InputError
-from rerail.moe.bank import BankSpec
-from rerail.moe.layer import MoEModel
+from rerail.experts.base import BankSpec
+from rerail.methods.hc_smoe import HCSMoE
+from rerail.methods.reap import MomentScore
+from rerail.moe.model import MoEModel
 from rerail.plan.allocation import PerLayer, Uniform
 from rerail.plan.apply import apply_plan
+from rerail.plan.budget import Ratio, Sizes
 from rerail.plan.plan import LayerPlan, Plan
-from rerail.plan.ratio import Ratio, Sizes
-from rerail.stats.collect import collect
+from rerail.statistics.collect import collect
 
 
 def part(layer: int, kept: tuple[int, ...]) -> LayerPlan:

@@ -8,8 +8,8 @@ import torch
 
 from families import tiny
 from rerail.errors import InputError
+from rerail.experts.base import BankSpec
 from rerail.files import write_sealed
-from rerail.moe.bank import BankSpec
 from rerail.plan.plan import LayerPlan, Plan
 
 EVERYONE = tuple(range(8))

@@ -12,10 +12,11 @@ from hydra.core.global_hydra import GlobalHydra
 
 from checkpoints import checkpoint
 from families import tiny
+from rerail.config.presets import config_root
 from rerail.errors import InputError, OutOfReach
-from rerail.run import artefacts, runner, stages
+from rerail.run import artefacts, stages
+from rerail.run import pipeline as runner
 from rerail.run.compose import to_cell
-from rerail.run.presets import config_root
 
 SAME = ("host", "time", "seconds", "evaluation_seconds", "peak_memory", "revision")
 

@@ -10,10 +10,10 @@ from safetensors.torch import load_file
 
 from families import tiny, tokens
 from rerail.errors import InputError
+from rerail.experts.base import BankSpec
 from rerail.export.manifest import read_manifest
 from rerail.export.native import export_native
 from rerail.files import read_sealed
-from rerail.moe.bank import BankSpec
 from rerail.moe.source import ModelSource
 from rerail.plan.apply import apply_plan
 from rerail.plan.plan import LayerPlan, Plan
@@ -88,7 +88,7 @@ def test_a_package_is_opened_again_as_a_model_like_any_other_by_command_line_and
     script = "import sys, importlib; importlib.import_module(sys.argv[1]); "
     script += "from rerail.moe.source import ModelSource; "
     script += "print(len(ModelSource(sys.argv[2]).meta().layers[0].router_rows))"
-    for module in ("rerail.run.cell", "rerail.run.door"):
+    for module in ("rerail.run.cell", "rerail.api"):
         command = [sys.executable, "-c", script, module, str(path)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         assert done.stdout.strip() == "3", done.stderr

@@ -7,10 +7,11 @@ import pytest
 import test_cell_runs
 from test_cell_runs import Killed
 
-from rerail.run import artefacts, runner
-from rerail.track.journal import Journal
-from rerail.track.results import COLUMNS
-from rerail.track.wandb import WandbMirror
+from rerail.run import artefacts
+from rerail.run import pipeline as runner
+from rerail.run.results import COLUMNS
+from rerail.tracking.journal import Journal
+from rerail.tracking.wandb import WandbMirror
 
 cell, model_folder = test_cell_runs.cell, test_cell_runs.model_folder
 

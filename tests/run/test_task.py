@@ -10,9 +10,10 @@ import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 
+from rerail.config import secrets as holding
+from rerail.config.presets import config_root
 from rerail.errors import InputError
-from rerail.run import holding, task
-from rerail.run.presets import config_root
+from rerail.run import task
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import rerail
-from rerail.run.presets import config_root
+from rerail.config.presets import config_root
 from slurm_bench import rows
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow]

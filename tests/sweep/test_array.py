@@ -12,9 +12,9 @@ import yaml
 from sweep_folders import asked
 
 import rerail
+from rerail.config.presets import config_root
 from rerail.errors import InputError
 from rerail.run import task
-from rerail.run.presets import config_root
 from rerail.sweep import array, submit
 from rerail.sweep.folder import sweeps_of
 from rerail.sweep.job import CellFailed, Job

@@ -9,9 +9,9 @@ from hydra.core.plugins import Plugins
 from omegaconf import OmegaConf
 from submitit import AutoExecutor, SlurmExecutor
 
+from rerail.config.presets import config_root
 from rerail.parallel import check_processes
 from rerail.run import task
-from rerail.run.presets import config_root
 from rerail.sweep import launcher, submit
 from rerail.sweep.cluster import check_walltime
 

@@ -4,7 +4,7 @@ from torch.nn import functional as F
 from transformers import Qwen3MoeForCausalLM
 
 from families import CONFIGS, tiny, tokens
-from rerail.moe.layer import MoEModel
+from rerail.moe.model import MoEModel
 from rerail.teacher.kl import chunked_kl, target_weights, token_kl
 from students import sliced
 from watching import RowsOfWidth

@@ -1,1 +1,1 @@
-"""Who decides: compressors, the templates that leave one function open, and one file per method."""
+"""Who decides: the compressor, the templates that leave one function open, and solvers."""

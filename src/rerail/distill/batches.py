@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from rerail.data.calibration import CalibrationData, TokenBlocks
 from rerail.distill.schedule import Schedule
 from rerail.teacher.kl import target_weights
+from rerail.text.calibration import CalibrationData, TokenBlocks
 
 Batch = dict[str, Tensor]
 

@@ -8,7 +8,7 @@ from torch.distributed.tensor import DTensor, Partial
 from torch.nn.utils import parametrize
 
 from rerail.errors import InputError
-from rerail.moe.layer import MoELayer, MoEModel
+from rerail.moe.model import MoELayer, MoEModel
 
 
 class _Cast(nn.Module):

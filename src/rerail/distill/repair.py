@@ -14,7 +14,6 @@ import lightning
 import torch
 from torch import Tensor
 
-from rerail.data.calibration import TokenBlocks
 from rerail.distill.batches import Rounds
 from rerail.distill.masters import masters, selected
 from rerail.distill.preemption import Checkpoints
@@ -25,9 +24,10 @@ from rerail.distill.sharding import private_copy
 from rerail.distill.strategies import check_strategy, strategy_of
 from rerail.errors import InputError
 from rerail.files import digest
-from rerail.moe.layer import MoEModel
+from rerail.moe.model import MoEModel
 from rerail.parallel import barrier, first, is_first, join, joined
 from rerail.teacher.teacher import Teacher
+from rerail.text.calibration import TokenBlocks
 
 log = logging.getLogger(__name__)
 

@@ -19,7 +19,7 @@ from rerail.distill.batches import Batch
 from rerail.distill.settings import RouterKD
 from rerail.distill.sharding import put, shard, whole
 from rerail.errors import InputError
-from rerail.moe.layer import MoEModel
+from rerail.moe.model import MoEModel
 from rerail.parallel import gathered, joined
 from rerail.teacher.kl import chunked_kl, target_weights, token_kl
 from rerail.teacher.teacher import Teacher

@@ -15,7 +15,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.nn.utils import parametrize
 
-from rerail.moe.layer import MoEModel
+from rerail.moe.model import MoEModel
 
 
 def private_copy(student: MoEModel) -> MoEModel:

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from rerail.moe.layer import MoELayer, MoEModel
+from rerail.moe.model import MoELayer, MoEModel
 
 
 @dataclass

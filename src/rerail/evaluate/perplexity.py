@@ -8,7 +8,7 @@ from torch import Tensor
 
 from rerail.evaluate.active import Active, counting
 from rerail.evaluate.routing import Routing, tracing
-from rerail.moe.layer import MoEModel
+from rerail.moe.model import MoEModel
 from rerail.parallel import gathered, part
 from rerail.teacher.kl import kl_of, log_distribution
 

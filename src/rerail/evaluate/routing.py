@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rerail.moe.layer import MoELayer, MoEModel
+from rerail.moe.model import MoELayer, MoEModel
 
 
 @dataclass

@@ -13,7 +13,7 @@ from transformers.models.auto.modeling_auto import (
 
 from rerail.errors import InputError
 from rerail.export.structure import Compressed
-from rerail.moe.traits import OUTSIDE_THE_SEAM
+from rerail.moe.families import OUTSIDE_THE_SEAM
 
 PREFIX = "rerail_"
 

@@ -10,9 +10,9 @@ from typing import Any
 
 from rerail.errors import InputError
 from rerail.files import write_json
-from rerail.moe.layer import MoEModel
+from rerail.moe.model import MoEModel
+from rerail.plan.budget import Sizes
 from rerail.plan.plan import Plan
-from rerail.plan.ratio import Sizes
 
 NAME = "compression.json"
 _PACKAGES = ("rerail", "torch", "transformers", "safetensors", "tokenizers")

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from rerail.export.targets import as_written, export_student
-from rerail.moe.layer import MoEModel
+from rerail.moe.model import MoEModel
 from rerail.moe.source import ModelSource
 from rerail.plan.plan import Plan
 

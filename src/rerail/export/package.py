@@ -8,15 +8,15 @@ import torch
 from torch import Tensor, nn
 
 from rerail.errors import InputError
+from rerail.experts.base import ExpertBank, SolvedBank
 from rerail.export.families import family_of, our_classes, stock_classes
 from rerail.export.pools import Pool, pools_of
 from rerail.export.stock import check_plain, is_whole_form, selectable_rows
 from rerail.export.structure import stored_bank
-from rerail.moe.bank import ExpertBank, SolvedBank
-from rerail.moe.layer import MoELayer, MoEModel
+from rerail.moe.families import traits_of
+from rerail.moe.fused_experts import expert_parameters
+from rerail.moe.model import MoELayer, MoEModel
 from rerail.moe.router import MaskedRouter
-from rerail.moe.stock import expert_parameters
-from rerail.moe.traits import traits_of
 
 VERSION = 1
 

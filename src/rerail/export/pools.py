@@ -6,9 +6,9 @@ from collections.abc import Hashable, Iterable, Mapping
 import torch
 from torch import Tensor
 
-from rerail.moe.bank import ExpertBank
-from rerail.moe.layer import MoELayer
-from rerail.moe.stock import expert_parameters
+from rerail.experts.base import ExpertBank
+from rerail.moe.fused_experts import expert_parameters
+from rerail.moe.model import MoELayer
 
 
 class Pool:

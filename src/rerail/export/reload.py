@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from rerail.moe.layer import MoEModel
+from rerail.moe.model import MoEModel
 
 _SCRIPT = Path(__file__).with_name("reload_script.py")
 

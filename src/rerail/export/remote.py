@@ -16,11 +16,12 @@ from typing import Any
 from rerail.export.families import PREFIX, Classes, our_name, stock_classes
 
 _ROOT = "rerail.export.structure"
-_BANKS = "rerail.moe.banks"
+_BANKS = "rerail.experts"
+_BASE = "rerail.experts.base"
 # finds a bank by its file, which a self-contained module has not
 _REPLACED = {"bank_class"}
 # imported for annotations only, and it would bring the rest of rerail
-_FOR_TYPES = {"rerail.moe.layer"}
+_FOR_TYPES = {"rerail.moe.model"}
 
 
 def module_name(family: str) -> str:
@@ -41,7 +42,7 @@ def modelling_file(family: str, kinds: Iterable[str]) -> str:
     order: list[str] = []
     for module in [*banks, _ROOT]:
         _follow(module, order)
-    found = [m.rpartition(".")[2] for m in order if m.startswith(f"{_BANKS}.")]
+    found = [m.rpartition(".")[2] for m in order if _is_form(m)]
     parts = [*map(_section, order), _table(found), _classes(family)]
     _check_names(parts)
     return "\n\n\n".join([_HEAD.format(family=family), *parts])
@@ -54,6 +55,10 @@ Written by rerail, and put together from its files; it needs torch and transform
 
 from types import SimpleNamespace
 from typing import Any'''
+
+
+def _is_form(module: str) -> bool:
+    return module.startswith(f"{_BANKS}.") and module != _BASE
 
 
 def _path(module: str) -> Path:
@@ -97,7 +102,7 @@ def _section(module: str) -> str:
         lines[first - 1 : last] = [new] if new else []
     source = "\n".join(lines).strip()
     title = f"# {'-' * 8} {module}"
-    if not module.startswith(f"{_BANKS}."):
+    if not _is_form(module):
         return f"{title}\n\n{source}"
     name = _maker(module.rpartition(".")[2])
     body = textwrap.indent(source, "    ")
@@ -110,7 +115,7 @@ def _instead(node: ast.Import | ast.ImportFrom) -> str:
     lines = []
     if isinstance(node, ast.ImportFrom):
         module = str(node.module)
-        bank = module.startswith(f"{_BANKS}.")
+        bank = _is_form(module)
         prefix = f"{_maker(module.rpartition('.')[2])}()." if bank else ""
         for alias in node.names:
             here = alias.asname or alias.name

@@ -8,13 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from rerail.errors import InputError
+from rerail.experts.base import ExpertBank, SolvedBank
 from rerail.export.families import family_of
 from rerail.export.widths import name_of_width, narrow_stock, narrowed_width
-from rerail.moe.bank import ExpertBank, SolvedBank
-from rerail.moe.layer import MoELayer, MoEModel
+from rerail.moe.families import traits_of
+from rerail.moe.fused_experts import expert_parameters, shell_of
+from rerail.moe.model import MoELayer, MoEModel
 from rerail.moe.router import MaskedRouter
-from rerail.moe.stock import expert_parameters, shell_of
-from rerail.moe.traits import traits_of
 from rerail.plan.apply import tell_config
 
 
@@ -93,7 +93,7 @@ def _check_form(layer: MoELayer) -> None:
     answered = bank.slots[list(selectable_rows(layer))].tolist()
     stored = len(set(answered))
     if stored < len(answered):
-        summed = spec.kind == "solved" or any(len(group) > 1 for group in spec.members)
+        summed = spec.kind == "merged" or any(len(group) > 1 for group in spec.members)
         form = "merged" if summed else "alias"
         raise _refusal(
             layer.index,

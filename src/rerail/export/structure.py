@@ -16,10 +16,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from rerail.experts.base import BankSpec, ExpertBank, build_bank
 from rerail.moe.attention import watch_attention
-from rerail.moe.bank import BankSpec, ExpertBank, build_bank
+from rerail.moe.fused_experts import expert_parameters, shell_of
 from rerail.moe.router import MaskedRouter, slice_rows
-from rerail.moe.stock import expert_parameters, shell_of
 
 Entry = Mapping[str, Any]
 

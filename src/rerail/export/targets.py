@@ -21,7 +21,7 @@ from rerail.export.package import check_packaged, packaged_model
 from rerail.export.remote import auto_map, modelling_file, module_name
 from rerail.export.stock import check_native, recast, stock_model
 from rerail.export.writing import check_target, write_checkpoint
-from rerail.moe.layer import MoEModel
+from rerail.moe.model import MoEModel
 from rerail.plan.plan import Plan
 
 FORMS = ("native", "package", "remote")

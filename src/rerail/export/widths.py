@@ -10,8 +10,8 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from rerail.moe.layer import MoELayer, MoEModel
-from rerail.moe.stock import expert_parameters, shell_of
+from rerail.moe.fused_experts import expert_parameters, shell_of
+from rerail.moe.model import MoELayer, MoEModel
 
 NAMES = ("moe_intermediate_size", "intermediate_size")
 _STEP = 8  # numbers of 2 bytes in a row of 16 bytes, which the kernels of transformers ask for

@@ -1,1 +1,1 @@
-"""What an MoE is: layers, routers and banks; the only room that touches model attributes."""
+"""What an MoE is: layers, routers and fused experts."""

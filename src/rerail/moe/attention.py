@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rerail.moe.layer import MoELayer
+from rerail.moe.model import MoELayer
 
 
 class Received:

@@ -3,7 +3,7 @@
 import hashlib
 
 from rerail.errors import InputError
-from rerail.moe.layer import MoELayer
+from rerail.moe.model import MoELayer
 from rerail.moe.router import rows_of
 
 

@@ -14,8 +14,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from rerail.errors import InputError
 from rerail.files import digest, file_digest
-from rerail.moe.layer import MoEModel
-from rerail.moe.traits import OUTSIDE_THE_SEAM
+from rerail.moe.families import OUTSIDE_THE_SEAM
+from rerail.moe.model import MoEModel
 
 _HASHED_WHOLE = 2**31
 _HASHED_KINDS = (".json", ".safetensors", ".bin", ".model", ".txt", ".py")

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from rerail.errors import InputError, OutOfReach
-from rerail.moe.layer import MoELayer
-from rerail.plan.ratio import Ratio
+from rerail.moe.model import MoELayer
+from rerail.plan.budget import Ratio
 
 
 class Allocation(ABC):

@@ -4,9 +4,9 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor, nn
 
+from rerail.experts.base import bank_class, build_bank
 from rerail.moe.attention import watch_attention
-from rerail.moe.bank import bank_class, build_bank
-from rerail.moe.layer import MoELayer, MoEModel
+from rerail.moe.model import MoELayer, MoEModel
 from rerail.plan.plan import ROWS, LayerPlan, Plan
 
 COUNT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")

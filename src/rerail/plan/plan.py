@@ -12,10 +12,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from rerail.experts.base import BankSpec, Stored, bank_class
 from rerail.files import digest, file_digest, read_sealed, whole_file, write_sealed
-from rerail.moe.bank import BankSpec, Stored, bank_class
-from rerail.moe.layer import MoELayer
-from rerail.moe.stock import Dims
+from rerail.moe.fused_experts import Dims
+from rerail.moe.model import MoELayer
 from rerail.plan.validate import validate_layer, validate_names
 
 log = logging.getLogger(__name__)

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from rerail.errors import InputError
-from rerail.moe.bank import bank_class
+from rerail.experts.base import bank_class
 from rerail.moe.fitted import check_router
-from rerail.moe.layer import MoELayer
+from rerail.moe.model import MoELayer
 
 if TYPE_CHECKING:
     from rerail.plan.plan import LayerPlan

@@ -1,1 +1,1 @@
-"""One run: the only room that knows all others."""
+"""One cell: its choices, its steps, and the rows that it leaves."""

@@ -7,8 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import rerail.auto  # noqa: F401  (package checkpoints load like any other)
-from rerail.compress.compressor import Compressor, check
-from rerail.data.calibration import Calibration
+from rerail.compress.base import Compressor, check
 from rerail.distill.masters import check_gates
 from rerail.distill.schedule import Schedule
 from rerail.distill.settings import RouterKD
@@ -16,12 +15,13 @@ from rerail.distill.strategies import check_strategy
 from rerail.errors import InputError
 from rerail.export.targets import FORMS
 from rerail.files import digest
-from rerail.moe.layer import MoEModel
+from rerail.moe.model import MoEModel
 from rerail.moe.source import ModelSource
 from rerail.parallel import world
 from rerail.plan.allocation import Allocation
-from rerail.plan.ratio import Bits, Budget, Ratio, Skip
+from rerail.plan.budget import Bits, Budget, Ratio, Skip
 from rerail.run.evaluation import Evaluation
+from rerail.text.calibration import Calibration
 
 
 @dataclass(frozen=True)

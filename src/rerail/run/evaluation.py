@@ -3,9 +3,9 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from rerail.data.calibration import Calibration
 from rerail.errors import InputError
 from rerail.evaluate.harness import Harness
+from rerail.text.calibration import Calibration
 
 
 @dataclass(frozen=True)

@@ -5,16 +5,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rerail.data.calibration import TokenBlocks
 from rerail.export.manifest import is_whole
 from rerail.export.native import stored_dtype
 from rerail.export.reload import check_reload, logits_of
 from rerail.export.targets import as_written, check_student, export_student
 from rerail.files import digest, read_sealed, write_sealed
-from rerail.moe.layer import MoEModel
+from rerail.moe.model import MoEModel
 from rerail.plan.plan import Plan
 from rerail.run.cell import Cell
-from rerail.track.results import Row
+from rerail.run.results import Row
+from rerail.text.calibration import TokenBlocks
 
 log = logging.getLogger(__name__)
 

@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 from omegaconf import OmegaConf
 
+from rerail.evaluate.estimates import mean_and_se, recovery_of
 from rerail.files import digest
-from rerail.moe.layer import MoEModel
-from rerail.plan.ratio import Bits, Sizes
+from rerail.moe.model import MoEModel
+from rerail.plan.budget import Bits, Sizes
 from rerail.run.cell import Cell
-from rerail.track.estimates import mean_and_se, recovery_of
-from rerail.track.results import Row, new_row, write_rows
+from rerail.run.results import Row, new_row, write_rows
 
 Scores = Mapping[str, Any]
 

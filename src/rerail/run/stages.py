@@ -10,26 +10,26 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from rerail.compress.compressor import check, make_plan
-from rerail.compress.skipping import Skipper, check_fitted, without_policies
-from rerail.data.calibration import TokenBlocks
+from rerail.compress.base import check, make_plan
+from rerail.compress.sequential import sequential
+from rerail.compress.templates.skipping import Skipper, check_fitted, without_policies
 from rerail.distill.points import Points
 from rerail.distill.repair import put_rows, repair
 from rerail.evaluate.perplexity import BlockScores, score_blocks
 from rerail.evaluate.routing import Routing, changed, load_by_expert
 from rerail.files import cache_dir, read_sealed, write_sealed
-from rerail.moe.layer import MoEModel
+from rerail.moe.model import MoEModel
 from rerail.parallel import alone, first, is_first, kept
 from rerail.plan.apply import apply_plan
 from rerail.plan.plan import Plan
 from rerail.run.artefacts import Stage, peak_memory, saved, start_peak
 from rerail.run.cell import Cell
-from rerail.run.drivers import sequential
 from rerail.run.progress import Steps, bar
-from rerail.stats.collect import collect
-from rerail.stats.statistic import Statistic, StatisticSet
-from rerail.stats.store import StatisticStore, merge_sets
+from rerail.statistics.collect import collect
+from rerail.statistics.statistic import Statistic, StatisticSet
+from rerail.statistics.store import StatisticStore, merge_sets
 from rerail.teacher.teacher import CachedTeacher, LiveTeacher, Teacher, cached_states, speak
+from rerail.text.calibration import TokenBlocks
 
 log = logging.getLogger(__name__)
 

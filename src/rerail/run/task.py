@@ -70,9 +70,10 @@ def task(config: Any) -> None:
     Outcome.started = True
     from hydra.core.hydra_config import HydraConfig
 
+    from rerail.config.instantiate import build
     from rerail.errors import InputError
-    from rerail.run.compose import build, to_cell
-    from rerail.run.runner import run_cell
+    from rerail.run.compose import to_cell
+    from rerail.run.pipeline import run_cell
 
     _quiet_lightning()
     names, command = _typed(HydraConfig.get())
@@ -100,10 +101,11 @@ def describe(config: Any) -> Described:
     Outcome.started = True
     from omegaconf import OmegaConf
 
+    from rerail.config.instantiate import build
+    from rerail.config.secrets import without_secret_values
     from rerail.errors import InputError
-    from rerail.run import runner
-    from rerail.run.compose import build, to_cell
-    from rerail.run.holding import without_secret_values
+    from rerail.run import pipeline as runner
+    from rerail.run.compose import to_cell
     from rerail.run.rows import failed_choice
 
     names, command = _typed(config.hydra)
@@ -132,9 +134,10 @@ def run(held: Held) -> tuple[str, str]:
     quiet()
     from omegaconf import OmegaConf
 
+    from rerail.config.instantiate import build
     from rerail.errors import InputError
-    from rerail.run.compose import build, to_cell
-    from rerail.run.runner import run_or_record
+    from rerail.run.compose import to_cell
+    from rerail.run.pipeline import run_or_record
 
     _quiet_lightning()
     config = OmegaConf.create(dict(held["config"]))

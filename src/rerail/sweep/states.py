@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 
 from rerail.errors import InputError
 from rerail.processes import found, is_here
+from rerail.run.results import read_rows
 from rerail.sweep import queue
 from rerail.sweep.folder import SWEEPS, Sweep, read_mapping, sweeps_of
-from rerail.track.results import read_rows
 
 OPEN = ("pending", "running")
 GOOD = ("done", "not_applicable")

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from rerail.files import file_digest, read_sealed, whole_file, write_sealed
-from rerail.moe.layer import MoEModel
+from rerail.moe.model import MoEModel
 from rerail.parallel import gathered_first, kept, part
 
 log = logging.getLogger(__name__)

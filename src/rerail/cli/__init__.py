@@ -1,0 +1,1 @@
+"""The commands: `rerail`, `rerail demo`, `rerail-report`, `rerail-sweep`, `rerail-dashboard`."""

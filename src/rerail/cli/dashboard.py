@@ -1,0 +1,50 @@
+"""`rerail-dashboard`: the workspace and the report in W&B, or their specification in a file."""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from rerail.config.presets import config_root
+from rerail.errors import InputError
+from rerail.files import write_json
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point: exit status 0, or 2 where something could not be used or saved."""
+    parser = argparse.ArgumentParser(prog="rerail-dashboard", description=__doc__)
+    parser.add_argument("--entity", default=os.environ.get("WANDB_ENTITY"), help="user or team")
+    parser.add_argument("--project", default=os.environ.get("WANDB_PROJECT", "rerail"))
+    parser.add_argument("--claim", help="show the runs of one claim only")
+    parser.add_argument("--spec", type=Path, metavar="FILE", help="write JSON, save nothing")
+    given = parser.parse_args(arguments)
+    try:
+        for line in _made(given):
+            print(line)
+    except InputError as error:
+        sys.stderr.write(f"rerail-dashboard: {error}\n")
+        return 2
+    return 0
+
+
+def _made(given: argparse.Namespace) -> list[str]:
+    folders = (config_root() / "experiments", Path.cwd() / "experiments")
+    claims = sorted({path.stem for folder in folders for path in folder.glob("*.yaml")})
+    if given.claim is not None and given.claim not in claims:
+        raise InputError(f"--claim {given.claim} does not exist; allowed: {', '.join(claims)}")
+    if not given.entity and not given.spec:
+        raise InputError(
+            "--entity is missing: give the user or team that owns the project, or set WANDB_ENTITY"
+        )
+    from rerail.tracking import dashboard
+
+    if given.spec:
+        made = dashboard.specification(given.entity or "", given.project, given.claim)
+        write_json(given.spec, made)
+        return [f"specification: {given.spec}"]
+    return dashboard.save(given.entity, given.project, given.claim, Path("rerail-dashboard.json"))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

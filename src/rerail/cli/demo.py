@@ -1,0 +1,89 @@
+"""The demo: both zoo models x one method of each paradigm, side by side, one process a model."""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+
+from rerail.cli.screen import finish
+from rerail.text.corpora import Docs
+
+MODELS = ("tiny_fine", "tiny_coarse")
+METHODS = ("reap", "hc_smoe", "mobe")
+STEPS = (
+    *("check", "text", "load", "plan", "apply", "evaluate teacher"),
+    *("evaluate compressed", "repair", "evaluate repaired"),
+)
+
+
+def demo(arguments: Sequence[str]) -> int:
+    """Run the demo and return the exit status."""
+    parser = argparse.ArgumentParser(prog="rerail demo", description=__doc__)
+    parser.add_argument("--out", type=Path, default=Path("outputs/demo"))
+    parser.add_argument("overrides", nargs="*", help="further Hydra overrides, as in debug=fast")
+    given = parser.parse_args(arguments)
+    out = given.out.absolute()
+    out.mkdir(parents=True, exist_ok=True)
+    with _progress() as progress:
+        task = progress.add_task("reading the text of the installed packages", total=1)
+        Docs().documents("calibration")
+        progress.update(task, completed=1, description="text")
+        children = {m: _start(m, out, given.overrides) for m in MODELS}
+        bars = {m: progress.add_task(m, total=len(METHODS) * len(STEPS)) for m in MODELS}
+        while any(child.poll() is None for child in children.values()):
+            for model in MODELS:
+                _show(progress, bars[model], model, out)
+            time.sleep(0.5)
+        for model in MODELS:
+            _show(progress, bars[model], model, out)
+    finish(out, "rerail demo")
+    failed = [m for m, child in children.items() if child.returncode]
+    for model in failed:
+        sys.stderr.write(f"rerail: the demo of {model} failed; see {out / f'{model}.log'}\n")
+    return 2 if failed else 0
+
+
+def _progress() -> Progress:
+    columns = (TextColumn("{task.description:<46}"), BarColumn(), TimeElapsedColumn())
+    return Progress(*columns)
+
+
+def _start(model: str, out: Path, overrides: Sequence[str]) -> "subprocess.Popen[bytes]":
+    words = [
+        f"model={model}",
+        f"compressor={','.join(METHODS)}",
+        "ratio=half",
+        f"out={out}",
+        *overrides,
+    ]
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "MKL_NUM_THREADS": "1",
+        "RERAIL_NO_SUMMARY": "1",
+    }
+    with (out / f"{model}.log").open("wb") as log:
+        return subprocess.Popen(
+            [sys.executable, "-m", "rerail", "-m", *words], stdout=log, stderr=log, env=environment
+        )
+
+
+def _show(progress: Progress, bar: TaskID, model: str, out: Path) -> None:
+    done, label = 0, model
+    for path in sorted(out.glob(f"{model}-*/status.json")):
+        try:
+            held = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError:
+            continue
+        if held["state"] != "running":
+            done += len(STEPS)
+        elif held["stage"] in STEPS:
+            done += STEPS.index(held["stage"])
+            label = f"{path.parent.name.rsplit('-r', 1)[0]}: {held['stage']}"
+    progress.update(bar, completed=done, description=label)

@@ -1,0 +1,100 @@
+"""`rerail-sweep`: look at a sweep, stop it, or gather what it has found."""
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from rerail.errors import InputError
+from rerail.processes import found
+from rerail.sweep import queue, table
+from rerail.sweep.folder import Sweep, sweeps_of
+from rerail.sweep.states import look, status_of
+
+CODES = "exit status: 0 all done, 1 something failed or was lost, 3 something waits or runs"
+
+
+def main(words: Sequence[str] | None = None) -> None:
+    """Entry point; exit status 2 where an argument cannot be used."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    given = _parser().parse_args(words)
+    try:
+        code = int(given.action(given))
+    except InputError as error:
+        sys.stderr.write(f"rerail-sweep: {error}\n")
+        code = 2
+    except KeyboardInterrupt:
+        code = 130
+    sys.exit(code)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="rerail-sweep", description=__doc__)
+    actions = parser.add_subparsers(required=True, metavar="ACTION")
+    for name, action, text in (
+        ("status", status, "show every cell: pending, running, done, failed or lost"),
+        ("cancel", cancel, "cancel the jobs and stop the processes of the sweeps in OUT"),
+        ("collect", collect, "write results.csv and report.html from the rows that are there"),
+    ):
+        one = actions.add_parser(name, help=text, description=text, epilog=CODES)
+        one.add_argument("out", nargs="?", type=Path, default=Path("outputs"), metavar="OUT")
+        one.set_defaults(action=action)
+        if name == "status":
+            one.add_argument("--watch", action="store_true", help="until nothing waits or runs")
+            one.add_argument("--exit-code", action="store_true", help=CODES)
+    return parser
+
+
+def status(given: argparse.Namespace) -> int:
+    """Show the cells once or until the sweep is over."""
+    out = given.out.absolute()
+    screen = table.console()
+    if given.watch:
+        view = table.watch(lambda: look(out), screen)
+    else:
+        view = look(out)
+        screen.print(table.rendered(view), highlight=False)
+    return view.exit_code if given.exit_code else 0
+
+
+def cancel(given: argparse.Namespace) -> int:
+    """Cancel what waits or runs: the jobs of the sweeps in OUT, and processes on this host."""
+    out = given.out.absolute()
+    view = look(out)
+    notes: list[str] = list(view.notes)
+    sweeps = list(sweeps_of(out, notes))
+    jobs = [job for sweep in sweeps for job in _cancelled(sweep)]
+    started = [sweep.process for sweep in sweeps if sweep.executor == "here"]
+    started += [status_of(out / c.folder) for c in view.cells if c.state == "running" and not c.job]
+    processes = {p.pid: p for one in started if (p := found(one))}
+    for process in processes.values():
+        process.terminate()
+    for note in notes:
+        sys.stderr.write(f"rerail-sweep: {note}\n")
+    said = [f"cancelled {len(jobs)} jobs ({', '.join(jobs)})"] if jobs else []
+    said += [f"stopped process {pid}" for pid in processes]
+    table.console().print("; ".join(said) or "nothing waits or runs here", highlight=False)
+    return 0
+
+
+def _cancelled(sweep: Sweep) -> list[str]:
+    """Cancel the jobs of a sweep that wait or run, and return them."""
+    if not sweep.jobs:
+        return []
+    states = queue.active(sweep.jobs.values(), sweep.cluster)
+    jobs = sorted(states or {})
+    if states is None or (jobs and not queue.cancel(jobs, sweep.cluster)):
+        raise InputError(f"Slurm does not answer here; the jobs of {sweep.path} were not cancelled")
+    return jobs
+
+
+def collect(given: argparse.Namespace) -> int:
+    """Write results.csv and report.html, and print the summary."""
+    from rerail.cli.screen import finish
+
+    out = given.out.absolute()
+    view = look(out)
+    finish(out)
+    table.console().print(table.counts(view), highlight=False)
+    return view.exit_code

@@ -1,0 +1,1 @@
+"""Templates: a family of methods with one function left open."""

@@ -1,0 +1,1 @@
+"""Configuration: presets by name, where Hydra looks, and what must stay secret."""

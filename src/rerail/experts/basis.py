@@ -1,0 +1,65 @@
+"""Basis form: an expert matrix is A_i f(sum_j alpha_ij B_j), the bases B_j shared in the layer.
+
+Symbols (for each factorised matrix, oriented p x d = I x H): A (E, p, r), alpha (E, m) with rows on
+the simplex, B (m, r, d), f the activation. `down` (H, I) is factorised on its transpose.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from rerail.experts.base import BankSpec, SolvedBank
+from rerail.moe.fused_experts import Dims, ExpertWeights
+
+
+def _identity(values: Tensor) -> Tensor:
+    return values
+
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "tanh": torch.tanh,
+    "identity": _identity,
+}
+
+
+def mixed(a: Tensor, alpha: Tensor, b: Tensor, activation: str) -> Tensor:
+    """Return A_i f(sum_j alpha_ij B_j): (E, p, r), (E, m), (m, r, d) -> (E, p, d)."""
+    return a @ ACTIVATIONS[activation](torch.einsum("em,mrd->erd", alpha, b))
+
+
+class Bank(SolvedBank):
+    """The basis bank; `spec.options["matrices"]` is `gate+up` or `gate+up+down`."""
+
+    @staticmethod
+    def touched(spec: BankSpec) -> frozenset[str]:
+        """Down stays dense unless it is factorised; biases always do."""
+        down = "down" in spec.options["matrices"].split("+")
+        return frozenset({"gate_up_proj", "down_proj"} if down else {"gate_up_proj"})
+
+    @staticmethod
+    def shapes(spec: BankSpec, dims: Dims) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of A, alpha and B of each factorised matrix."""
+        n, p, d = dims.experts, dims.intermediate, dims.hidden
+        m, r = spec.integer("bases"), spec.integer("rank")
+        parts = {"A": (n, p, r), "alpha": (n, m), "B": (m, r, d)}
+        names = spec.options["matrices"].split("+")
+        return {f"{name}.{part}": shape for name in names for part, shape in parts.items()}
+
+    @staticmethod
+    def common(spec: BankSpec, name: str) -> bool:  # noqa: ARG004
+        """The bases."""
+        return name.endswith(".B")
+
+    def expand(self) -> dict[str, Tensor]:
+        """Return fused tensors in the model's dtype."""
+        parts = {n: self._matrix(n) for n in self.spec.options["matrices"].split("+")}
+        down = parts.get("down", parts["gate"]).mT
+        packed = self.layout.pack(ExpertWeights(parts["gate"], parts["up"], down))
+        return {name: packed[name] for name in self.touched(self.spec)}
+
+    def _matrix(self, name: str) -> Tensor:
+        a, alpha, b = (self.solved(f"{name}.{part}") for part in ("A", "alpha", "B"))
+        return mixed(a, alpha, b, self.spec.options["activation"])

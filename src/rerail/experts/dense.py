@@ -1,0 +1,72 @@
+"""Dense form: whole experts, the model's own (slice, mask, alias) or sums of them (merge)."""
+
+from collections.abc import Mapping, Sequence
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from rerail.experts.base import BankSpec, ExpertBank, Member, Stored
+from rerail.moe.fused_experts import Dims, expert_parameters, shell_of
+
+
+class Bank(ExpertBank):
+    """Whole experts: some of the model's own, or weighted sums of them.
+
+    Where every stored expert is one of this layer's, the bank reads the layer's own Parameters
+    through its slot map and no weight is copied; otherwise the stored experts are gathered.
+    """
+
+    def __init__(
+        self,
+        spec: BankSpec,
+        slots: Sequence[int],
+        layer: int,
+        stocks: Mapping[int, nn.Module],
+        tensors: Mapping[str, Tensor],
+    ):
+        stock = stocks[layer]
+        own = all(len(g) == 1 and g[0][0] == layer and g[0][2] == 1.0 for g in spec.members)
+        rows = [spec.members[s][0][1] for s in slots] if own else list(slots)
+        super().__init__(spec, rows, layer, stock)
+        if own:
+            self.shell = shell_of(stock, {}, cast(int, stock.num_experts))
+            return
+        read = {i: expert_parameters(stocks[i]) for i in spec.reads()}
+        gathered = {
+            name: _gather(like, {i: held[name] for i, held in read.items()}, spec.members)
+            for name, like in expert_parameters(stock).items()
+        }
+        self.shell = shell_of(stock, gathered, spec.stored)
+
+    @staticmethod
+    def predicted(spec: BankSpec, layer: int, dims: Dims) -> Stored:  # noqa: ARG004
+        """Return one dense expert for each distinct entry of `members`."""
+        return dict.fromkeys(spec.members, dims.expert)
+
+    def dense(self) -> dict[str, Tensor]:
+        """Return what the shell reads: E rows where they are the layer's own, else P."""
+        return dict(expert_parameters(self.shell))
+
+    def stored(self) -> Stored:
+        """Count each stored expert once, biases included."""
+        each = sum(p[0].numel() for p in self.dense().values())
+        return dict.fromkeys(self.spec.members, each)
+
+
+def _gather(
+    like: Tensor, stacks: Mapping[int, Tensor], members: tuple[tuple[Member, ...], ...]
+) -> Tensor:
+    """Return sum_e weight_e W_e for each stored expert, in float32 or wider, cast once."""
+    wide = torch.promote_types(like.dtype, torch.float32)
+    out = torch.empty((len(members), *like.shape[1:]), dtype=like.dtype, device=like.device)
+    for row, group in enumerate(members):
+        parts = [stacks[layer].detach()[expert].to(like.device) for layer, expert, _ in group]
+        if len(group) == 1 and group[0][2] == 1.0:
+            out[row] = parts[0]
+            continue
+        total = torch.zeros(like.shape[1:], dtype=wide, device=like.device)
+        for part, (_, _, weight) in zip(parts, group, strict=True):
+            total += weight * part.to(wide)
+        out[row] = total.to(like.dtype)
+    return out

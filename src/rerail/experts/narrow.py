@@ -1,0 +1,89 @@
+"""Narrow form: each expert keeps some of its I channels.
+
+Channel j of an expert is row j of gate, row j of up (their biases with them) and column j of down.
+With widths w_e and S = sum_e w_e, the kept channels of all experts lie one below the other: gate,
+up, down (S, H) (down as its columns), gate_bias and up_bias (S,) where the family has them.
+
+To run, experts are padded to one width with zeros. Zeros are exact: the down column is zero, and
+act(0) * up is finite in every family (gpt_oss: (0 + 1) * 0).
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from rerail.experts.base import BankSpec, SolvedBank
+from rerail.moe.fused_experts import Dims, ExpertWeights, shell_of
+
+
+class Bank(SolvedBank):
+    """The narrow bank: `spec.integers["widths"]`, one each; `spec.options["biases"]`, `gate+up`."""
+
+    def __init__(
+        self,
+        spec: BankSpec,
+        slots: Sequence[int],
+        layer: int,
+        stocks: Mapping[int, nn.Module],
+        tensors: Mapping[str, Tensor],
+    ):
+        super().__init__(spec, slots, layer, stocks, tensors)
+        if not self.lazy:
+            self.shell = self._narrow_shell()
+
+    @staticmethod
+    def touched(spec: BankSpec) -> frozenset[str]:
+        """The bias of down stays: it has no channels."""
+        biases = {"gate_up_proj_bias"} if "biases" in spec.options else set()
+        return frozenset({"gate_up_proj", "down_proj"} | biases)
+
+    @staticmethod
+    def shapes(spec: BankSpec, dims: Dims) -> dict[str, tuple[int, ...]]:
+        """Return (S, H) for the matrices and (S,) for the biases."""
+        total = sum(spec.each("widths"))
+        biases = ("gate_bias", "up_bias") if "gate_up_proj_bias" in dims.numbers else ()
+        matrices = dict.fromkeys(("gate", "up", "down"), (total, dims.hidden))
+        return {**matrices, **dict.fromkeys(biases, (total,))}
+
+    @property
+    def uniform(self) -> int | None:
+        """The width of every expert, where it is one: then `fused(uniform)` is a stock module's."""
+        widths = set(self.spec.each("widths"))
+        return widths.pop() if len(widths) == 1 else None
+
+    def expand(self) -> dict[str, Tensor]:
+        """Return whole experts: zeros where channels were dropped."""
+        return self.fused(self.dims.intermediate)
+
+    def fused(self, width: int) -> dict[str, Tensor]:
+        """Return the touched stock tensors, every expert padded with zeros to one width."""
+        widths = torch.tensor(self.spec.each("widths"), device=self.slots.device)
+        held = torch.arange(width, device=widths.device) < widths.unsqueeze(1)
+        gate, up, down = (self._padded(name, held) for name in ("gate", "up", "down"))
+        packed = self.layout.pack(ExpertWeights(gate, up, down.mT))
+        if "gate_up_proj_bias" in self.touched(self.spec):
+            gate, up = (self._padded(name, held).unsqueeze(-1) for name in ("gate_bias", "up_bias"))
+            bias = self.layout.pack(ExpertWeights(gate, up, up.mT))["gate_up_proj"]
+            packed["gate_up_proj_bias"] = bias.flatten(1)
+        return packed
+
+    def _padded(self, name: str, held: Tensor) -> Tensor:
+        solved = self.solved(name)
+        out = solved.new_zeros(*held.shape, *solved.shape[1:])
+        out[held] = solved
+        return out
+
+    def _narrow_shell(self) -> nn.Module:
+        """Return the shell at the largest width, in whole runs of 16 bytes as kernels ask."""
+        step = 16 // self.solved("gate").element_size()
+        width = max(1, -(-max(self.spec.each("widths")) // step)) * step
+        with torch.no_grad():
+            fused = self.fused(min(width, self.dims.intermediate))
+        return shell_of(self.shell, fused, self.spec.stored)
+
+    def forward(self, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+        """Answer router slots `index` (T, K) by the stored experts."""
+        shell = self._narrow_shell() if self.lazy else self.shell
+        return cast(Tensor, shell(hidden, self.slots[index], weights))

@@ -1,0 +1,110 @@
+"""Novice form: kept experts, and one constant vector N_e (H,) in the place of each other one.
+
+A token that chooses a novice gets g_e(x) N_e; router, choice and gate weights are as they were.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from rerail.errors import InputError
+from rerail.experts.base import BankSpec, ExpertBank, Stored
+from rerail.moe.fused_experts import Dims, ExpertWeights, expert_parameters, live_sum, shell_of
+
+_BIAS = "down_proj_bias"
+
+
+class Bank(ExpertBank):
+    """Reads kept experts from the layer's own Parameters; `slots` of novices begin at E.
+
+    The first len(kept) of `spec.stored` are experts (`spec.integers["kept"]`, their numbers in the
+    layer), the others novices. Solved tensor: `novices` (stored - len(kept), H).
+
+    Attributes:
+        active: int64 (T,), the experts that were computed for each token of the last forward.
+    """
+
+    def __init__(
+        self,
+        spec: BankSpec,
+        slots: Sequence[int],
+        layer: int,
+        stocks: Mapping[int, nn.Module],
+        tensors: Mapping[str, Tensor],
+    ):
+        stock, kept = stocks[layer], spec.each("kept")
+        own = cast(int, stock.num_experts)
+        rows = [kept[s] if s < len(kept) else own + s - len(kept) for s in slots]
+        super().__init__(spec, rows, layer, stock)
+        self.shell = shell_of(stock, {}, own)
+        like = next(iter(expert_parameters(stock).values()))
+        self.novices = nn.Parameter(tensors["novices"].detach().to(like), requires_grad=False)
+        self.active: Tensor | None = None
+
+    @staticmethod
+    def shapes(spec: BankSpec, dims: Dims) -> dict[str, tuple[int, ...]]:
+        """Return the shape of the novices.
+
+        Raises:
+            InputError: `kept` names experts that the layer does not have.
+        """
+        kept = spec.each("kept")
+        fits = 1 <= len(kept) <= spec.stored and 0 <= min(kept) <= max(kept) < dims.experts
+        if not fits or list(kept) != sorted(set(kept)):
+            raise InputError(
+                f"a novice bank of {spec.stored} keeps the experts {list(kept)}; they must be "
+                f"distinct, ascending and below {dims.experts}, and at least one"
+            )
+        return {"novices": (spec.stored - len(kept), dims.hidden)}
+
+    @classmethod
+    def predicted(cls, spec: BankSpec, layer: int, dims: Dims) -> Stored:
+        """Return one dense expert for each kept one, and H numbers for each novice."""
+        kept: Stored = {((layer, e, 1.0),): dims.expert for e in spec.each("kept")}
+        return kept | {(layer, "novices"): (spec.stored - len(spec.each("kept"))) * dims.hidden}
+
+    def stored(self) -> Stored:
+        """Count kept experts, biases included, and novices."""
+        each = sum(p[0].numel() for p in expert_parameters(self.shell).values())
+        kept: Stored = {((self.layer, e, 1.0),): each for e in self.spec.each("kept")}
+        return kept | {(self.layer, "novices"): self.novices.numel()}
+
+    def dense(self) -> dict[str, Tensor]:
+        """Return the layer's E experts, then novices: zero weights, and the constant as down bias.
+
+        Raises:
+            InputError: experts without biases cannot return a constant.
+        """
+        held = expert_parameters(self.shell)
+        if _BIAS not in held and len(self.novices):
+            raise InputError(
+                f"layer {self.layer} answers {len(self.novices)} slots by constants (novices), and "
+                "an expert of this family has no bias to hold one: the form has no plain experts; "
+                "use export.form=package or remote, without densify"
+            )
+        found = {}
+        for name, tensor in held.items():
+            zeros = tensor.new_zeros(len(self.novices), *tensor.shape[1:])
+            found[name] = torch.cat([tensor, self.novices if name == _BIAS else zeros])
+        return found
+
+    def materialise(self, slot: int) -> ExpertWeights:
+        """Return a kept expert's matrices; a novice has none, unless a bias holds its constant."""
+        row, held = int(self.slots[slot]), expert_parameters(self.shell)
+        if row >= len(held["down_proj"]):
+            return super().materialise(slot)
+        return self.layout.unpack(held["gate_up_proj"][row], held["down_proj"][row])
+
+    def forward(self, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+        """Add kept experts and gated constants up; a novice costs no expert."""
+        rows, own = self.slots[index], cast(int, self.shell.num_experts)
+        live = rows < own
+        self.active = live.sum(dim=1)
+        out = live_sum(self.shell, hidden, rows, weights, live)
+        if not len(self.novices) or bool(live.all()):
+            return out
+        share = weights.new_zeros(len(index), len(self.novices))
+        share = share.scatter_add(1, (rows - own).clamp(min=0), weights.masked_fill(live, 0))
+        return out + (share @ self.novices.to(share.dtype)).to(out.dtype)

@@ -1,0 +1,153 @@
+"""Packed form: every expert's matrices as integer codes of its own bit width, group by group.
+
+A matrix W (out, in) with b bits and groups of G numbers along `in` (the last one may be shorter) is
+
+    W ~ (codes - zero) * scale,    codes in 0 .. 2^b - 1,    scale, zero (out, ceil(in / G)).
+
+One bit stores no zero: it is 1/2, so that W ~ +-scale/2. Sixteen bits are the dense matrix itself.
+Experts of equal width lie in one stack, in ascending order; scale and zero are numbers in the
+experts' dtype. The codes of one matrix form a bit stream, row by row: code i takes the bits from
+b i on, lowest first, and the last byte is filled with zeros. Biases stay dense.
+"""
+
+from math import gcd
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from rerail.experts.base import BankSpec, SolvedBank, Stored
+from rerail.moe.fused_experts import Dims, ExpertWeights
+
+DENSE = 16
+
+
+class Coded(NamedTuple):
+    """A stack of quantised matrices: codes (..., out, in), scale and zero (..., out, groups)."""
+
+    codes: Tensor
+    scale: Tensor
+    zero: Tensor
+
+
+def pack(codes: Tensor, bits: int) -> Tensor:
+    """Return codes (..., n) below 2^bits as uint8 (..., ceil(n bits / 8))."""
+    per_word, size, word = _word(bits)
+    *lead, n = codes.shape
+    padded = F.pad(codes.to(word), (0, -n % per_word))
+    parts = padded.reshape(*lead, padded.shape[-1] // per_word, per_word)
+    words = (parts << _steps(per_word, bits, parts)).sum(dim=-1, keepdim=True, dtype=word)
+    split = (words >> _steps(size, 8, words)) & 255
+    return split.to(torch.uint8).flatten(-2)[..., : -(-n * bits // 8)].contiguous()
+
+
+def unpack(packed: Tensor, bits: int, n: int) -> Tensor:
+    """Return the n codes (uint8) that `pack` was given: its inverse."""
+    per_word, size, word = _word(bits)
+    *lead, held = packed.shape
+    padded = F.pad(packed, (0, -held % size)).to(word)
+    parts = padded.reshape(*lead, padded.shape[-1] // size, size)
+    words = (parts << _steps(size, 8, parts)).sum(dim=-1, keepdim=True, dtype=word)
+    codes = (words >> _steps(per_word, bits, words)) & (2**bits - 1)
+    flat: Tensor = codes.to(torch.uint8).flatten(-2)
+    return flat[..., :n]
+
+
+def _word(bits: int) -> tuple[int, int, torch.dtype]:
+    """Return the codes and the bytes of the shortest whole word, and a dtype that holds it."""
+    size = bits // gcd(bits, 8)
+    word = torch.uint8 if size == 1 else torch.int32 if size < 4 else torch.int64
+    return 8 // gcd(bits, 8), size, word
+
+
+def _steps(count: int, step: int, like: Tensor) -> Tensor:
+    return torch.arange(0, count * step, step, dtype=like.dtype, device=like.device)
+
+
+def dequantised(coded: Coded, group: int) -> Tensor:
+    """Return (codes - zero) * scale, (..., out, in), in float32 or wider."""
+    wide = torch.promote_types(coded.scale.dtype, torch.float32)
+    width = coded.codes.shape[-1]
+    each = torch.arange(width, device=coded.codes.device) // group
+    values: Tensor = coded.codes.to(wide) - coded.zero.to(wide)[..., each]
+    return values * coded.scale.to(wide)[..., each]
+
+
+def buckets(spec: BankSpec) -> dict[int, list[int]]:
+    """Return the experts of each bit width, ascending."""
+    each = spec.each("bits")
+    return {b: [e for e, own in enumerate(each) if own == b] for b in sorted(set(each))}
+
+
+def matrix_shapes(dims: Dims) -> dict[str, tuple[int, int]]:
+    """Return (out, in) of each matrix."""
+    wide, hidden = dims.intermediate, dims.hidden
+    return {"gate": (wide, hidden), "up": (wide, hidden), "down": (hidden, wide)}
+
+
+class Bank(SolvedBank):
+    """The packed bank; `spec.integers` holds `bits`, one for each expert, and `group`."""
+
+    @staticmethod
+    def touched(spec: BankSpec) -> frozenset[str]:  # noqa: ARG004
+        """All matrices are packed; biases are not."""
+        return frozenset({"gate_up_proj", "down_proj"})
+
+    @staticmethod
+    def shapes(spec: BankSpec, dims: Dims) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of codes, scale and zero of each matrix and bit width."""
+        found: dict[str, tuple[int, ...]] = {}
+        for name, (out, inner) in matrix_shapes(dims).items():
+            for bits, experts in buckets(spec).items():
+                n, key = len(experts), f"{name}.b{bits}"
+                if bits == DENSE:
+                    found[f"{key}.dense"] = (n, out, inner)
+                    continue
+                groups = -(-inner // spec.integer("group"))
+                found[f"{key}.codes"] = (n, -(-out * inner * bits // 8))
+                found[f"{key}.scale"] = (n, out, groups)
+                if bits > 1:
+                    found[f"{key}.zero"] = (n, out, groups)
+        return found
+
+    @classmethod
+    def predicted_bits(cls, spec: BankSpec, layer: int, dims: Dims, width: int) -> Stored:
+        """Count 8 bits for a byte of codes, `width` for every other number."""
+        counted = cls.predicted(spec, layer, dims)
+        packed = {(layer, name) for name in cls.shapes(spec, dims) if name.endswith(".codes")}
+        return {key: n * (8 if key in packed else width) for key, n in counted.items()}
+
+    @classmethod
+    def used(cls, spec: BankSpec, dims: Dims, stored: Stored) -> tuple[float, float]:  # noqa: ARG003
+        """Return the numbers that the codes of an expert stand for."""
+        return 0, dims.expert
+
+    def stored_bits(self, width: int) -> Stored:
+        """Count 8 bits for a byte of codes, `width` for every other number."""
+        whole = {(self.layer, n) for n in self._names if not self.solved(n).is_floating_point()}
+        return {key: n * (8 if key in whole else width) for key, n in self.stored().items()}
+
+    def expand(self) -> dict[str, Tensor]:
+        """Return fused tensors in the experts' dtype."""
+        shapes = matrix_shapes(self.dims)
+        return self.layout.pack(ExpertWeights(*(self._matrix(n, shapes[n]) for n in shapes)))
+
+    def _matrix(self, name: str, shape: tuple[int, int]) -> Tensor:
+        """Return all experts' matrices (E, out, in) of one type."""
+        parts, order = [], []
+        for bits, experts in buckets(self.spec).items():
+            parts.append(self._stack(f"{name}.b{bits}", bits, shape))
+            order += experts
+        whole = torch.cat(parts)
+        return whole[torch.tensor(order, device=whole.device).argsort()]
+
+    def _stack(self, key: str, bits: int, shape: tuple[int, int]) -> Tensor:
+        """Return the matrices (n, out, in) of one bit width."""
+        if bits == DENSE:
+            return self.solved(f"{key}.dense")
+        scale = self.solved(f"{key}.scale")
+        zero = self.solved(f"{key}.zero") if bits > 1 else torch.full_like(scale, 0.5)
+        flat = unpack(self.solved(f"{key}.codes"), bits, shape[0] * shape[1])
+        coded = Coded(flat.reshape(-1, *shape), scale, zero)
+        return dequantised(coded, self.spec.integer("group")).to(scale.dtype)

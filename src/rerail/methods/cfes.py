@@ -1,0 +1,82 @@
+"""CFES: coarse-to-fine expert selection ("Compressing Large MoE Models via Efficient Pruning and
+Data-Aware Calibration", OpenReview dJy6z9peC7).
+
+Known from abstract, reviews and the configuration others published (`c2f`, `segment_mean`, `l2`):
+experts leave greedily by the discrepancy of the layer's output, first judged in sequential groups,
+then singly in the chosen group, O(n^1.5) evaluations; outputs are averaged over token segments.
+The rest is inferred here, from the evaluations it reports (2.06e5 for 256 -> 128 in 58 layers):
+
+1. experts are removed, one a round, until `count` are left;
+2. a round cuts those that may go, in id order, into groups of S = round(sqrt(E)) (`size`);
+3. each group is judged by the discrepancy with all of it removed, the best group is opened;
+4. each of its members is judged by the discrepancy without it, and the best is removed.
+
+    D(C) = mean over segments t of || mean_{x in t} ( y(x) - y_C(x) ) ||_2
+
+with y (H,) the routed output and y_C the same where only C may be selected, `segments` segments
+(S_t of them) of `length` tokens, whose length is not known. The score of a group, the direction
+(removal, not addition) and the mean over segments are guesses. Near the end S is cut down so that
+top_k experts stay while a group is judged. S = E and S = 1 are the plain greedy search.
+
+Its dynamic mixing of calibration domains (weights grow with a domain's discrepancy) needs one
+statistic a domain and constants that are not known, and is not offered. What allocations compare is
+the discrepancy without each single expert.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from rerail.compress.templates.reconstructing import (
+    Errors,
+    Free,
+    Reconstructor,
+    Sample,
+    coarse_to_fine,
+)
+from rerail.moe.model import MoELayer
+from rerail.statistics.segments import Segments
+from rerail.statistics.statistic import LayerStatistics, Statistic
+
+
+@dataclass(frozen=True, kw_only=True)
+class CFES(Reconstructor):
+    """The method, as far as it is known.
+
+    Attributes:
+        segments: how many segments are sampled.
+        length: tokens in a segment; 1 compares single tokens.
+        size: experts in a group; None for round(sqrt(E)).
+    """
+
+    segments: int = 32
+    length: int = 16
+    size: int | None = None
+
+    paper: ClassVar[str] = "OpenReview dJy6z9peC7"
+
+    @property
+    def measures(self) -> tuple[Statistic, ...]:
+        """Sampled segments of the experts' inputs."""
+        return (Segments(self.segments, self.length),)
+
+    def sample(self, layer: MoELayer, statistics: LayerStatistics) -> Sample:
+        """Return the layer's answers on the sampled segments."""
+        return Sample(layer, Segments.hidden(statistics[self.measures[0]]))
+
+    def measure(self, statistics: LayerStatistics, change: Tensor) -> Tensor:
+        """Return the mean distance of segment means."""
+        labels = Segments.labels(statistics[self.measures[0]])
+        members = torch.nn.functional.one_hot(labels).to(change).T
+        means = members / members.sum(dim=1, keepdim=True)
+        moved: Tensor = torch.tensordot(means, change, dims=1)
+        return moved.square().sum(dim=2).double().sqrt().mean(dim=0)
+
+    def search(self, layer: MoELayer, errors: Errors, count: int, free: Free) -> tuple[int, ...]:
+        """Drop one expert at a time, groups before members."""
+        experts = layer.num_experts
+        size = self.size or round(math.sqrt(experts))
+        return coarse_to_fine(errors, experts, count, free, size, layer.top_k)

@@ -1,0 +1,120 @@
+"""PMQ, the bit allocation of MC (Mixture Compressor, arXiv 2410.06270, section 3 and appendix A).
+
+Experts of one layer share a budget of bits. Expert e gets b_e out of `bits`, so as to minimise
+
+    sum_e phi_e^alpha w_e^beta eps_{e,b_e}^gamma    with  sum_e b_e <= E * average,
+
+    phi_e = n_e / T                         frequency (E,): n_e of T tokens choose e
+    w_e   = 1/T sum_{t: e in S_t} p_te      routing mass (E,), S_t the chosen slots of token t
+    eps   = || F(X) - F_{e,b}(X) ||_F       (E, B): F is the routed output of the layer on sampled
+                                            rows X (T', H), F_{e,b} with only e in b bits
+
+by exact dynamic programming, and is then quantised by `quantiser`. With the routing fixed only
+tokens of e differ: eps^2 = sum_{t: e in S_t} g_te^2 ||E_e(x_t) - E_{e,b}(x_t)||^2, so one forward
+for each b gives all experts. Never-routed experts cost nothing and get the fewest bits.
+
+Paper and code:
+* exponents: alpha, beta, gamma are 1, 1, 2 in the paper; the code's defaults are 1, 1.5, 2, but it
+  raises eps to alpha, so they act as 1, 1.5, 1 (`exponents=repo`).
+* w: p is the softmax over all E before renormalisation (code); `mass=gates`: the weights used.
+* eps: the trial quantiser is round to nearest (code; a note on the paper says GPTQ); the code adds
+  up the norms of batches (`batch` rows each), by default here it is one norm over all rows.
+* budget: sum = E * average in the paper, <= in the code and here; at least one expert each has 2
+  and 3 bits (`min_counts`), which keeps averages under (E+3)/E out of reach: here if E <= 16.
+* attention and router take 4 bits in the paper; here both stay as they are.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from torch import Tensor
+
+from rerail.compress.solvers.bit_allocation import allocate_bits, block_errors, least_sum
+from rerail.compress.templates.quantising import WIDTHS, Packing, Quantiser
+from rerail.errors import InputError, OutOfReach
+from rerail.moe.model import MoELayer
+from rerail.plan.budget import Bits
+from rerail.statistics.mass import RouterMass
+from rerail.statistics.routed import Count, Moment
+from rerail.statistics.rows import Rows
+from rerail.statistics.statistic import LayerStatistics, Statistic
+
+EXPONENTS = {"paper": (1.0, 1.0, 2.0), "repo": (1.0, 1.5, 1.0)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class PMQ(Packing):
+    """The method.
+
+    Attributes:
+        quantiser: what encodes the experts once their bits are known.
+        bits: the candidate widths.
+        exponents, mass: see above.
+        min_counts: fewest experts of each width; None is 0, 1, 1 for bits 1, 2, 3 and E <= 16.
+        rows, batch: T', and how many of them share a norm.
+    """
+
+    quantiser: Quantiser
+    bits: Sequence[int] = (1, 2, 3)
+    exponents: Literal["paper", "repo"] = "paper"
+    mass: Literal["router", "gates"] = "router"
+    min_counts: Sequence[int] | None = None
+    rows: int = 4096
+    batch: int | None = None
+
+    paper: ClassVar[str] = "arXiv 2410.06270"
+
+    def __post_init__(self) -> None:
+        """Check candidates and counts."""
+        some, needs = list(self.bits), self.min_counts
+        if not some or some != sorted(set(some) & set(WIDTHS)):
+            raise InputError(f"compressor.bits={some} must be ascending and out of {list(WIDTHS)}")
+        if needs is not None and (len(needs) != len(some) or min(needs) < 0):
+            raise InputError(f"compressor.min_counts={needs} must be one count for each of {some}")
+
+    @property
+    def coder(self) -> Quantiser:
+        """The quantiser."""
+        return self.quantiser
+
+    @property
+    def requires(self) -> tuple[Statistic, ...]:
+        """Frequency, mass, rows, and what the quantiser reads."""
+        own: tuple[Statistic, ...] = (Count(), self.mass_read, Rows(self.rows))
+        return tuple(dict.fromkeys(own + self.quantiser.requires))
+
+    @property
+    def mass_read(self) -> Statistic:
+        """The statistic behind w."""
+        return RouterMass() if self.mass == "router" else Moment(1, 0)
+
+    def least(self, experts: int) -> list[int]:
+        """Return the fewest experts of each candidate width."""
+        if self.min_counts is not None:
+            return list(self.min_counts)
+        paper = experts <= 16 and tuple(self.bits) == (1, 2, 3)
+        return [0, 1, 1] if paper else [0] * len(self.bits)
+
+    def check_layer(self, layer: MoELayer, ratio: Bits) -> None:
+        """The cheapest assignment must fit, and the average may not be above all candidates."""
+        needs = self.least(n := layer.num_experts)
+        lowest = least_sum(n, self.bits, needs) / n
+        if sum(needs) > n or not lowest - 1e-9 <= ratio.average <= self.bits[-1]:
+            raise OutOfReach(
+                f"PMQ cannot reach {ratio.average:g} bits on average: at least {needs} of {n} "
+                f"experts have {list(self.bits)}; allowed: {lowest:.4g} to {self.bits[-1]}"
+            )
+
+    def bits_of(self, layer: MoELayer, statistics: LayerStatistics, share: int) -> tuple[int, ...]:
+        """Solve the integer program of one layer."""
+        hidden = Rows.hidden(statistics[Rows(self.rows)])
+        error = block_errors(layer, hidden, self.bits, self.quantiser.group, self.batch)
+        cost = self.cost(statistics[Count()], statistics[self.mass_read], error, layer.top_k)
+        return allocate_bits(cost, self.bits, share, self.least(layer.num_experts))
+
+    def cost(self, count: Tensor, mass: Tensor, error: Tensor, top_k: int) -> Tensor:
+        """Return phi^alpha w^beta eps^gamma, float64 (E, B)."""
+        (alpha, beta, gamma), tokens = EXPONENTS[self.exponents], float(count.sum()) / top_k
+        phi, w = (t.double().cpu() / max(1.0, tokens) for t in (count, mass))
+        return (phi**alpha * w**beta).unsqueeze(1) * error.double().cpu() ** gamma

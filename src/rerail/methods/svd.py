@@ -1,0 +1,78 @@
+"""Whitened SVD of each expert matrix: SVD-LLM's core (arXiv 2403.07378, section 3.1).
+
+An expert matrix W_e (out, in) becomes U_e V_e, U (out, r), V (r, in), such that what it answers on
+the text changes least: with C_e (in, in) the mean of x x^T over the tokens routed to e (x the
+block's input for gate and up, the middle activation h for down)
+
+    W'_e = U_e U_e^T W_e,   U_e = the r top eigenvectors of W_e C_e W_e^T,
+    loss = tr (W_e - W'_e) C_e (W_e - W'_e)^T = the sum of the dropped eigenvalues.
+
+The paper takes the SVD of W L with C = L L^T (Cholesky) and multiplies by L^-1; its code adds
+(1e-6 - lambda_min) to the diagonal where Cholesky fails. The matrix is the same, but here nothing
+is inverted, C may be singular, and the ridge is relative (`ridge`). The code splits the singular
+values evenly between U and V; here V holds them. Experts that saw few tokens lean on the layer's
+moment (`shrink`, ours), those that saw none have only that. The code's second step, a refit of U on
+outputs of the compressed prefix, is left out. `whiten=false` is plain SVD of the weights, without
+any text.
+
+Ranks (`spread`): `uniform`, or `spectrum` as D-Rank (arXiv 2509.25622) shares them out,
+r_e ~ sqrt(exp(H(pi_e)) / (out + in)) with pi_e the normalised whitened spectrum. Public code rounds
+r = int(out in kept / (out + in)) down for each matrix; here the remainders are given out too, so
+that the layer's budget is used to within out + in numbers.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from torch import Tensor
+
+from rerail.compress.solvers.whitening import effective_ranks, low_rank
+from rerail.compress.templates.factoring import Integers, RankFactoriser, Ranks, dense_numbers
+from rerail.experts.base import BankSpec
+from rerail.moe.model import MoELayer
+from rerail.statistics.statistic import LayerStatistics, Statistic
+
+
+@dataclass(frozen=True, kw_only=True)
+class WhitenedSVD(RankFactoriser):
+    """The method.
+
+    Attributes:
+        spread: how ranks compare inside a layer: `uniform` or by `spectrum`.
+    """
+
+    spread: Literal["uniform", "spectrum"] = "uniform"
+
+    paper: ClassVar[str] = "arXiv 2403.07378"
+
+    @property
+    def requires(self) -> tuple[Statistic, ...]:
+        """Input and middle moments, and counts; nothing without whitening."""
+        return self.moments_required
+
+    def ranks(self, layer: MoELayer) -> tuple[int, dict[str, Ranks]]:
+        """Biases stay; each matrix has a rank of its own, r (out + in) numbers."""
+        n, p, d, _ = layer.dims
+        biases = dense_numbers(layer) - 3 * n * p * d
+        return biases, {name: Ranks(p + d, min(p, d), n) for name in ("gate", "up", "down")}
+
+    def scores(self, layer: MoELayer, statistics: LayerStatistics) -> dict[str, Tensor]:
+        """Return roots of effective ranks, or nothing."""
+        if self.spread == "uniform":
+            return {}
+        moments, stacks = self.moments(layer, statistics), layer.stack()._asdict()
+        return {n: effective_ranks(w, moments[n]).sqrt() for n, w in stacks.items()}
+
+    def spec(self, layer: MoELayer, sizes: Integers) -> BankSpec:
+        """Return the low-rank form."""
+        return BankSpec("low_rank", layer.num_experts, (), dict(sizes), {"rows": "own"})
+
+    def factor(
+        self, layer: MoELayer, statistics: LayerStatistics, sizes: Integers
+    ) -> dict[str, Tensor]:
+        """Solve each expert."""
+        moments, tensors = self.moments(layer, statistics), dict[str, Tensor]()
+        for name, stack in layer.stack()._asdict().items():
+            u, v = low_rank(stack, moments[name], sizes[name])
+            tensors |= {f"{name}.U": u, f"{name}.V": v}
+        return tensors

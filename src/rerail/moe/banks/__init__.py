@@ -1,1 +1,0 @@
-"""One file per stored form beyond whole experts; each imports torch and rerail.moe.bank only."""

@@ -1,0 +1,134 @@
+"""Budgets and sizes: what is asked for, and what it comes to."""
+
+import math
+from dataclasses import dataclass
+
+from rerail.errors import InputError
+from rerail.moe.model import MoELayer, MoEModel
+from rerail.plan.plan import Plan
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """Removed share of the bytes of routed experts in the checkpoint's dtype.
+
+    Attributes:
+        removed: in [0, 1).
+        counts: what the share is of; `routed` experts.
+    """
+
+    removed: float
+    counts: str = "routed"
+
+    def __post_init__(self) -> None:
+        """Check the interval."""
+        if not 0 <= self.removed < 1:
+            raise InputError(
+                f"ratio {self.removed} is outside [0, 1): it is the removed share of routed experts"
+            )
+        if self.counts != "routed":
+            raise InputError(f"ratio counts {self.counts!r}, which is not known; allowed: 'routed'")
+
+    def experts_removed(self, layer: MoELayer) -> int:
+        """Return int(E * ratio), as REAP counts; exact where integers allow, else rounded down."""
+        return math.floor(layer.num_experts * self.removed + 1e-9)
+
+    def numbers_kept(self, layer: MoELayer) -> int:
+        """Return how many of the layer's numbers may stay, rounded down."""
+        dense = layer.expert_size * layer.num_experts
+        return dense - math.ceil(dense * self.removed - 1e-6)
+
+
+@dataclass(frozen=True)
+class Bits:
+    """Average bits of an expert's number, scales and zeros left out: what quantisers are swept by.
+
+    Attributes:
+        average: in [1, 16]; 16 leaves everything as it is.
+    """
+
+    average: float
+
+    def __post_init__(self) -> None:
+        """Check the interval."""
+        if not 1 <= self.average <= 16:
+            raise InputError(f"ratio.average={self.average} bits is outside [1, 16]")
+
+    @property
+    def removed(self) -> float:
+        """The removed share of 16 bits, before scales and zeros."""
+        return 1 - self.average / 16
+
+
+@dataclass(frozen=True)
+class Skip:
+    """Share of expert activations that are skipped on the calibration text.
+
+    Attributes:
+        share: in [0, 1); None lets the method's own rule decide.
+    """
+
+    share: float | None = None
+
+    def __post_init__(self) -> None:
+        """Check the interval."""
+        if self.share is not None and not 0 <= self.share < 1:
+            raise InputError(f"skip.share={self.share} is outside [0, 1)")
+
+    @property
+    def removed(self) -> float | None:
+        """The share, for the column of ratios."""
+        return self.share
+
+
+Budget = Ratio | Bits | Skip
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What a model weighs.
+
+    Attributes:
+        total: numbers in the checkpoint.
+        routed: numbers in stored routed experts.
+        active: numbers used for one token.
+        bytes: of the checkpoint.
+        routed_bytes: of its routed experts.
+    """
+
+    total: int
+    routed: int
+    active: int
+    bytes: int
+    routed_bytes: int
+
+    @classmethod
+    def of(cls, model: MoEModel, itemsize: int) -> "Sizes":
+        """Count a model from its tensors; a dense number takes `itemsize` bytes."""
+        total, routed = model.parameters_total(), model.parameters_routed()
+        bits = model.bits_routed(8 * itemsize)
+        return cls.made(total, routed, model.parameters_active(), bits, itemsize)
+
+    @classmethod
+    def made(cls, total: int, routed: int, active: int, bits: int, itemsize: int) -> "Sizes":
+        """Put sizes together from numbers, and from the bits of routed experts."""
+        stored = -(-bits // 8)
+        return cls(total, routed, active, (total - routed) * itemsize + stored, stored)
+
+    @classmethod
+    def predicted(cls, teacher: MoEModel, plan: Plan, itemsize: int) -> "Sizes":
+        """Return the sizes of a plan's student; the teacher may lie on the meta device."""
+        before, layers = cls.of(teacher, itemsize), teacher.layers
+        routed, rows = plan.stored(layers), plan.rows_removed(layers)
+        total = before.total - (before.routed - routed) - rows
+        bits = plan.stored_bits(layers, 8 * itemsize)
+        active = total - routed + round(plan.used(layers))
+        return cls.made(total, routed, active, bits, itemsize)
+
+    def removed_of_experts(self, teacher: "Sizes") -> float:
+        """Return the removed share of the bytes of routed experts."""
+        return 1 - self.routed_bytes / teacher.routed_bytes
+
+    def removed_of_model(self, teacher: "Sizes") -> float:
+        """Return the removed share of the bytes of the whole model."""
+        return 1 - self.bytes / teacher.bytes

@@ -1,0 +1,58 @@
+"""Mirrors show a cell somewhere else while it runs; result.json stays the truth."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from rerail.run.results import Row, write_csv
+
+
+class Live:
+    """A cell that is being shown; this one shows nothing."""
+
+    def point(self, point: Mapping[str, float]) -> None:
+        """Show a point of the repair: {step, batch_kl} or {step, train_kl, val_kl}, nats a token.
+
+        A point that was shown before, by a process that did not finish, is not shown again.
+        """
+
+    def row(self, row: Row) -> None:
+        """Show the row of a stage that ended; one that was shown before is not shown again."""
+
+    def close(self, status: str, rows: Sequence[Row] = (), reason: str = "") -> None:
+        """End: `done` with the rows of result.json, or `failed` with the reason."""
+
+
+class Mirror(Protocol):
+    """Where cells are shown."""
+
+    def open(self, key: str, claim: str | None, config: Mapping[str, Any], folder: Path) -> Live:
+        """Begin to show a cell, or go on with it.
+
+        Args:
+            key: of the cell.
+            claim: the experiment it belongs to, if any.
+            config: choices, git revision and versions.
+            folder: where its result.json will lie.
+        """
+
+
+@dataclass(frozen=True)
+class CsvMirror:
+    """Writes results.csv beside result.json, and nothing else: the default."""
+
+    def open(self, key: str, claim: str | None, config: Mapping[str, Any], folder: Path) -> Live:
+        """Begin; the configuration is in the rows' choices already."""
+        del key, claim, config
+        return _Csv(Path(folder) / "results.csv")
+
+
+class _Csv(Live):
+    def __init__(self, path: Path):
+        self.path = path
+
+    def close(self, status: str, rows: Sequence[Row] = (), reason: str = "") -> None:
+        """Write the rows."""
+        if rows:
+            write_csv(self.path, rows)

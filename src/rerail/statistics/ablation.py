@@ -1,0 +1,69 @@
+"""The ablation pass: the true next-token loss with one slot never selected."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rerail.errors import OutOfReach
+from rerail.moe.model import MoELayer, MoEModel
+from rerail.statistics.loss import summed_loss
+from rerail.statistics.statistic import AblationStatistic, Statistic
+
+
+@dataclass(frozen=True)
+class LossIncrease(AblationStatistic):
+    """Increase of the loss when a slot is never selected (MoE-I2's importance). float64 (E,).
+
+    A sum over the targets of the text, in nats, so that shards add: divide by the targets for the
+    increase a token.
+    """
+
+    @property
+    def name(self) -> str:
+        """`loss_increase`."""
+        return "loss_increase"
+
+    def empty(self, layer: MoELayer) -> Tensor:
+        """Return float64 zeros (E,)."""
+        return torch.zeros(layer.num_experts, dtype=torch.float64)
+
+    def of(self, plain: float, without: float, tokens: int) -> Tensor:
+        """Return the difference."""
+        return torch.tensor(without - plain, dtype=torch.float64)
+
+
+def ablation_pass(
+    model: MoEModel,
+    layers: Sequence[MoELayer],
+    batches: Iterable[tuple[Tensor, Tensor]],
+    held: dict[int, dict[Statistic, Tensor]],
+) -> None:
+    """Fill the ablation statistics in `held`: one forward for each slot of each layer and batch.
+
+    Raises:
+        OutOfReach: a layer has no slot to spare.
+    """
+    for layer in layers:
+        least = layer.least_per_group * layer.num_groups
+        if layer.num_experts - layer.num_groups < least:
+            raise OutOfReach(
+                f"the loss without one expert of layer {layer.index} cannot be measured: its "
+                f"{layer.num_experts} experts are the fewest that its router can choose from; "
+                f"allowed is a router with at least {least + layer.num_groups}"
+            )
+    device = next(model.model.parameters()).device
+    for input_ids, mask in batches:
+        ids, valid = input_ids.to(device), mask.to(device)
+        plain, tokens = summed_loss(model, ids, valid)
+        for layer in layers:
+            wanted = [s for s in held[layer.index] if isinstance(s, AblationStatistic)]
+            for e in range(layer.num_experts):
+                kept = tuple(s for s in range(layer.num_experts) if s != e)
+                with layer.only(kept):
+                    without, _ = summed_loss(model, ids, valid)
+                for s in wanted:
+                    share = s.of(float(plain), float(without), tokens)
+                    tensor = held[layer.index][s]
+                    tensor[e] = s.merged(tensor[e], share)

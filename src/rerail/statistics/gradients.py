@@ -1,0 +1,142 @@
+"""The backward pass: gradients of the true next-token loss with respect to each expert.
+
+Autograd on the fused tensors would make a gradient of all E experts for each expert that runs. So
+each product with a stored expert is given a leaf of its own, whose gradient is taken as soon as it
+is there and let go. Nothing else of the model gets a gradient.
+"""
+
+import contextlib
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rerail.experts.base import ExpertBank
+from rerail.moe.model import MoELayer, MoEModel
+from rerail.statistics.loss import summed_loss
+from rerail.statistics.pairs import Products, unseen, weight_of
+from rerail.statistics.statistic import BackwardStatistic, Statistic
+
+NAMES = ("gate_up_proj", "down_proj")
+
+
+@dataclass(frozen=True)
+class Fisher(BackwardStatistic):
+    """sum over sequences of (dL / dW)^2, L the sequence's mean next-token loss. float32 (E, N).
+
+    The N numbers of a slot are its fused `gate_up_proj`, then its `down_proj`, flattened as they
+    are stored; biases are left out. As big as the experts themselves, so float32. A slot that no
+    token chose has zeros.
+    """
+
+    @property
+    def name(self) -> str:
+        """`fisher`."""
+        return "fisher"
+
+    def empty(self, layer: MoELayer) -> Tensor:
+        """Return float32 zeros (E, N)."""
+        numbers = sum(layer.dims.numbers[name] for name in NAMES)
+        return torch.zeros(layer.num_experts, numbers)
+
+    def add(self, held: Tensor, expert: int, name: str, gradient: Tensor) -> None:
+        """Add the squares."""
+        square = gradient.float().square().flatten().to(held.device)
+        at = slice(None, len(square)) if name == NAMES[0] else slice(-len(square), None)
+        held[expert, at] += square
+
+
+class _Leaves(Products):
+    """Gives every product with a stored expert a leaf of its own."""
+
+    def __init__(self, experts: nn.Module, held: dict[Statistic, Tensor]):
+        super().__init__({name: weight_of(experts, name) for name in NAMES})
+        self.held = {s: t for s, t in held.items() if isinstance(s, BackwardStatistic)}
+        stored = range(len(self.watched[NAMES[0]]))
+        slots = experts.slots.tolist() if isinstance(experts, ExpertBank) else list(stored)
+        self.slots = {p: [e for e, s in enumerate(slots) if s == p] for p in stored}
+
+    def product(self, func: Any, args: Any, named: dict[str, Any], name: str) -> Any:
+        """Compute with a leaf in the place of the weight."""
+        self.seen.append((args[0], name))
+        weight, whole = args[1].detach(), self.watched[name]
+        first = (args[1].data_ptr() - whole.data_ptr()) // (whole[0].numel() * whole.element_size())
+        leaf = weight.requires_grad_()
+        turned = weight.stride()[-2:] != whole.stride()[-2:]
+
+        def take(done: Tensor) -> None:
+            assert done.grad is not None
+            gradient, done.grad = done.grad.mT if turned else done.grad, None
+            self._take(gradient.reshape(-1, *whole.shape[1:]), first, name)
+
+        leaf.register_post_accumulate_grad_hook(take)
+        return func(args[0], leaf, *args[2:], **named)
+
+    def _take(self, gradients: Tensor, first: int, name: str) -> None:
+        for p, gradient in enumerate(gradients, start=first):
+            for e in self.slots[p]:
+                for statistic, held in self.held.items():
+                    statistic.add(held, e, name, gradient)
+
+
+class _Watched(nn.Module):
+    """Stands in for `experts` during the backward pass."""
+
+    def __init__(self, experts: nn.Module, held: dict[Statistic, Tensor]):
+        super().__init__()
+        self.inner, self.held = experts, held
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("inner"), name)
+
+    def forward(self, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+        """Compute as the experts do.
+
+        Raises:
+            OutOfReach: the products do not read the stored weights.
+        """
+        with _Leaves(self.inner, self.held) as leaves:
+            out: Tensor = self.inner(hidden, index, weights)
+        if {name for _, name in leaves.seen} != set(NAMES):
+            raise unseen(self.inner, "gradients")
+        return out
+
+
+@contextlib.contextmanager
+def _watching(
+    model: MoEModel, layers: Sequence[MoELayer], held: dict[int, dict[Statistic, Tensor]]
+) -> Iterator[None]:
+    trained = [p for p in model.model.parameters() if p.requires_grad]
+    inner = [layer.experts for layer in layers]
+    try:
+        for parameter in trained:
+            parameter.requires_grad_(False)
+        for layer in layers:
+            layer.swap(_Watched(layer.experts, held[layer.index]))
+        yield
+    finally:
+        for layer, experts in zip(layers, inner, strict=True):
+            layer.swap(experts)
+        for parameter in trained:
+            parameter.requires_grad_(True)
+
+
+def backward_pass(
+    model: MoEModel,
+    layers: Sequence[MoELayer],
+    batches: Iterable[tuple[Tensor, Tensor]],
+    held: dict[int, dict[Statistic, Tensor]],
+) -> None:
+    """Fill the backward statistics in `held`, sequence by sequence."""
+    device = next(model.model.parameters()).device
+    with _watching(model, layers, held), torch.enable_grad():
+        for input_ids, mask in batches:
+            for ids, valid in zip(input_ids.to(device), mask.to(device), strict=True):
+                loss, targets = summed_loss(model, ids[None], valid[None])
+                if targets:
+                    torch.autograd.backward(loss / targets)

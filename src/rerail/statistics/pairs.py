@@ -1,0 +1,141 @@
+"""Experts one (token, choice) pair at a time: their outputs and middle activations, bit for bit."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from rerail.errors import OutOfReach
+from rerail.experts.base import ExpertBank
+
+
+def is_eager(experts: nn.Module) -> bool:
+    """Return whether the experts run as a loop over experts."""
+    return getattr(experts.config, "_experts_implementation", None) in (None, "eager")
+
+
+def pair_outputs(experts: nn.Module, hidden: Tensor, index: Tensor) -> Tensor:
+    """Return each chosen expert's own output, before the gate: (T, H), (T, K) -> (T, K, H).
+
+    Pairs are presented in the order in which the implementation itself gathers them, so that every
+    matrix product has the rows that it has in the plain forward.
+    """
+    k = index.shape[1]
+    presented = index.T.reshape(-1, 1) if is_eager(experts) else index.reshape(-1, 1)
+    repeated = hidden.repeat(k, 1) if is_eager(experts) else hidden.repeat_interleave(k, dim=0)
+    out: Tensor = experts(repeated, presented, hidden.new_ones(index.numel(), 1))
+    return _by_token(out, index, experts)
+
+
+def pairs_and_middle(experts: nn.Module, hidden: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+    """Return pair outputs (T, K, H) and what went into the down projections (T, K, I).
+
+    No implementation hands its middle activations out, but each is the left factor of a product
+    with the stored down projections, in runs sorted by stored expert.
+
+    Raises:
+        OutOfReach: the products do not read the stored weights (another experts implementation, or
+            a bank that expands its experts at every forward).
+    """
+    presented: list[Tensor] = []
+    hook = _shell(experts).register_forward_pre_hook(lambda _, args: presented.append(args[1]))
+    try:
+        with Products({"down_proj": weight_of(experts, "down_proj")}) as products:
+            pairs = pair_outputs(experts, hidden, index)
+    finally:
+        hook.remove()
+    runs = [left for left, _ in products.seen]
+    if len(presented) != 1 or sum(len(run) for run in runs) != index.numel():
+        raise unseen(experts, "middle activations")
+    stored = presented[0].reshape(-1)
+    # grouped_mm sorts by this very call, and ties fall as they fall there
+    order = stored.argsort(stable=True) if is_eager(experts) else torch.sort(stored).indices
+    sorted_middle = torch.cat(runs)
+    middle = torch.empty_like(sorted_middle)
+    middle[order] = sorted_middle
+    return pairs, _by_token(middle, index, experts)
+
+
+def combined(experts: nn.Module, pairs: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+    """Add gated pairs (T, K, H) up to (T, H), bit for bit as the experts module does."""
+    gated = pairs * weights.unsqueeze(-1)
+    if not is_eager(experts):
+        return gated.sum(dim=1).to(pairs.dtype)
+    slots = experts.slots[index] if isinstance(experts, ExpertBank) else index
+    order, (tokens, k) = slots.argsort(dim=1, stable=True), index.shape
+    by_choice = gated.transpose(0, 1).reshape(k * tokens, -1)
+    rows = order * tokens + torch.arange(tokens, device=index.device).unsqueeze(1)
+    out = torch.zeros_like(pairs[:, 0])
+    for i in range(k):
+        out += by_choice.index_select(0, rows[:, i]).to(out.dtype)
+    return out
+
+
+def _by_token(rows: Tensor, index: Tensor, experts: nn.Module) -> Tensor:
+    tokens, k = index.shape
+    if is_eager(experts):
+        return rows.view(k, tokens, -1).transpose(0, 1)
+    return rows.view(tokens, k, -1)
+
+
+class Products(TorchFunctionMode):
+    """Sees every product whose right factor is (a part of) a watched weight.
+
+    Attributes:
+        seen: left factors, and the watched weight's name.
+    """
+
+    def __init__(self, watched: dict[str, Tensor]):
+        super().__init__()
+        self.watched = watched
+        self.seen: list[tuple[Tensor, str]] = []
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        named = kwargs or {}
+        if len(args) > 1 and isinstance(args[0], Tensor) and isinstance(args[1], Tensor):
+            for name, weight in self.watched.items():
+                if is_part(args[1], weight):
+                    return self.product(func, args, named, name)
+        return func(*args, **named)
+
+    def product(self, func: Any, args: Any, named: dict[str, Any], name: str) -> Any:
+        """Compute a product with a watched weight."""
+        self.seen.append((args[0], name))
+        return func(*args, **named)
+
+
+def is_part(tensor: Tensor, whole: Tensor) -> bool:
+    """Return whether a tensor reads the memory of a stacked weight."""
+    if tensor.dim() < 2 or tensor.dtype != whole.dtype:
+        return False
+    begin = whole.data_ptr()
+    return begin <= tensor.data_ptr() < begin + whole.numel() * whole.element_size()
+
+
+def weight_of(experts: nn.Module, name: str) -> Tensor:
+    """Return a fused weight of a stock module, or of the shell of a bank.
+
+    Raises:
+        OutOfReach: the bank holds none.
+    """
+    weight = getattr(_shell(experts), name, None)
+    if not isinstance(weight, Tensor):
+        raise unseen(experts, name)
+    return weight
+
+
+def _shell(experts: nn.Module) -> nn.Module:
+    return experts.shell if isinstance(experts, ExpertBank) else experts
+
+
+def unseen(experts: nn.Module, what: str) -> OutOfReach:
+    """Return the error for products that cannot be watched."""
+    kind = type(experts).__module__ if isinstance(experts, ExpertBank) else type(experts).__name__
+    implementation = getattr(experts.config, "_experts_implementation", None) or "eager"
+    return OutOfReach(
+        f"the {what} of {kind} under the experts implementation {implementation!r} cannot be "
+        "measured: use `eager` or `grouped_mm`, and experts stored whole"
+    )

@@ -1,0 +1,233 @@
+"""A statistic: one tensor a layer, with its pass and the way two shards of it merge."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from rerail.moe.model import MoELayer
+
+Run = Literal["routed", "dense", "backward", "ablation"]
+Need = Literal["outputs", "middle", "logits", "residual"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoutedTokens:
+    """The valid tokens of one batch at one layer, as the router sent them.
+
+    What no statistic needs is None.
+
+    Attributes:
+        hidden: (T, H) input of the experts.
+        index: (T, K) chosen slots.
+        gates: (T, K) weights really multiplied into the outputs.
+        num_experts: E.
+        norms: (T, K) euclidean norm of each chosen expert's output, before the gate (`outputs`).
+        outputs: (T, K, H) each chosen expert's output, before the gate (`outputs`).
+        routed: (T, H) the layer's routed output, sum_k gates * outputs (`outputs`).
+        middle: (T, K, I) act(gate) * up in each chosen expert (`middle`).
+        logits: (T, E) router logits; -inf where a mask silenced a slot (`logits`).
+        residual: (T, H) the residual stream before the MoE sub-layer's norm (`residual`).
+        position: int64 (T,) place of the token in the text: block * S + offset.
+    """
+
+    hidden: Tensor
+    index: Tensor
+    gates: Tensor
+    num_experts: int
+    norms: Tensor | None = None
+    outputs: Tensor | None = None
+    routed: Tensor | None = None
+    middle: Tensor | None = None
+    logits: Tensor | None = None
+    residual: Tensor | None = None
+    position: Tensor | None = None
+
+    def sum_by_expert(self, values: Tensor) -> Tensor:
+        """Return float64 (E,) or (E, D): values (T, K) or (T, K, D) added up by chosen slot."""
+        if values.dim() == 3:
+            return self.sum_runs(lambda run: run, self.sorted(values))
+        flat = self.index.flatten()
+        return torch.bincount(flat, values.double().flatten(), minlength=self.num_experts)
+
+    def by_expert(self) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """Yield each slot that was chosen, and the (token, choice) indices that chose it."""
+        for e, (tokens, choices) in self.runs(*self._order):
+            yield e, tokens, choices
+
+    def sorted(self, values: Tensor) -> Tensor:
+        """Return the pairs (T, K, ...) as (T * K, ...), sorted by slot and in it by token."""
+        return values[self._order]
+
+    def runs(self, *pairs: Tensor) -> Iterator[tuple[int, tuple[Tensor, ...]]]:
+        """Yield each slot that was chosen, and its run of each of the sorted pairs (T * K, ...)."""
+        parts = zip(*(torch.split(p, self._counts) for p in pairs), strict=True)
+        return ((e, runs) for e, runs in enumerate(parts) if len(runs[0]))
+
+    def sum_runs(self, share: Callable[..., Tensor], *pairs: Tensor) -> Tensor:
+        """Return float64 (E, D): what `share` makes of each slot's runs, (n, D), added up.
+
+        One run at a time, so that what `share` makes stays in the cache.
+        """
+        out = pairs[0].new_zeros(self.num_experts, pairs[0].shape[-1], dtype=torch.float64)
+        for e, runs in self.runs(*pairs):
+            out[e] = share(*runs).sum(dim=0, dtype=torch.float64)
+        return out
+
+    @cached_property
+    def sorted_gates(self) -> Tensor:
+        """Gate weights as sorted pairs, float32 (T * K, 1)."""
+        return self.sorted(self.gates).float().unsqueeze(1)
+
+    @cached_property
+    def sorted_outputs(self) -> Tensor:
+        """Outputs before the gate as sorted pairs, float32 (T * K, H)."""
+        assert self.outputs is not None
+        return self.sorted(self.outputs).float()
+
+    @cached_property
+    def sorted_middle(self) -> Tensor:
+        """Middle activations as sorted pairs, float32 (T * K, I)."""
+        assert self.middle is not None
+        return self.sorted(self.middle).float()
+
+    @cached_property
+    def _counts(self) -> list[int]:
+        return torch.bincount(self.index.flatten(), minlength=self.num_experts).tolist()
+
+    @cached_property
+    def _order(self) -> tuple[Tensor, Tensor]:
+        order, k = self.index.flatten().argsort(stable=True), self.index.shape[1]
+        return order // k, order % k
+
+
+class Statistic(ABC):
+    """A frozen dataclass that knows its name, pass, merge, shape and update."""
+
+    run: ClassVar[Run]
+    merge: ClassVar[Literal["add", "max", "rows"]] = "add"
+
+    @property
+    @abstractmethod
+    def name(self) -> str:
+        """A file-safe name that includes the settings."""
+
+    @abstractmethod
+    def empty(self, layer: MoELayer) -> Tensor:
+        """Return the tensor of zero tokens."""
+
+    def merged(self, a: Tensor, b: Tensor) -> Tensor:
+        """Merge two shards; sums are kept in float64 or int64, never means of means."""
+        return a + b if self.merge == "add" else torch.maximum(a, b)
+
+    def is_finite(self, tensor: Tensor) -> bool:
+        """Return whether no entry is infinite or NaN."""
+        return bool(torch.isfinite(tensor).all())
+
+
+class RoutedStatistic(Statistic):
+    """A statistic of tokens at the experts that they were routed to."""
+
+    run: ClassVar[Run] = "routed"
+    needs: ClassVar[frozenset[Need]] = frozenset()
+
+    def asks(self) -> frozenset[Need]:
+        """Return what `of` reads beyond inputs, slots and gates; `needs` unless settings differ."""
+        return self.needs
+
+    @abstractmethod
+    def of(self, tokens: RoutedTokens) -> Tensor:
+        """Return this batch's share, to be merged."""
+
+    def taken(self, held: Tensor, tokens: RoutedTokens) -> Tensor:
+        """Return `held` with this batch merged in; large statistics add in place."""
+        return self.merged(held, self.of(tokens).to(held.device))
+
+
+class DenseStatistic(Statistic):
+    """A statistic of every expert on every token (E / K times the experts' cost)."""
+
+    run: ClassVar[Run] = "dense"
+
+    @abstractmethod
+    def of(self, expert: int, hidden: Tensor, output: Tensor) -> Tensor:
+        """Return one expert's share for inputs (T, H) and outputs (T, H): a slice along axis 0."""
+
+
+class BackwardStatistic(Statistic):
+    """A statistic of the gradient of each sequence's mean next-token loss."""
+
+    run: ClassVar[Run] = "backward"
+
+    @abstractmethod
+    def add(self, held: Tensor, expert: int, name: str, gradient: Tensor) -> None:
+        """Add one sequence's gradient of one slot's fused tensor `name` to `held`, in place."""
+
+
+class AblationStatistic(Statistic):
+    """A statistic of the loss without one slot."""
+
+    run: ClassVar[Run] = "ablation"
+
+    @abstractmethod
+    def of(self, plain: float, without: float, tokens: int) -> Tensor:
+        """Return one slot's share for the summed losses of a batch: a slice along axis 0."""
+
+
+class UndeclaredError(KeyError):
+    """A compressor read a statistic that it does not require."""
+
+
+@dataclass(frozen=True)
+class StatisticSet:
+    """Filled statistics: layer index -> statistic name -> tensor, with their lineage."""
+
+    tensors: Mapping[int, Mapping[str, Tensor]] = field(default_factory=dict)
+    lineage: Mapping[str, Any] = field(default_factory=dict)
+
+    def of(self, layer: MoELayer, required: Iterable[Statistic]) -> "LayerStatistics":
+        """Return the view that a compressor gets: the required statistics of one layer."""
+        return LayerStatistics(self.tensors.get(layer.index, {}), tuple(required))
+
+    def merged(self, other: "StatisticSet", statistics: Iterable[Statistic]) -> "StatisticSet":
+        """Merge two shards of the same statistics."""
+        wanted = tuple(statistics)
+        return StatisticSet(
+            {
+                i: {s.name: s.merged(held[s.name], other.tensors[i][s.name]) for s in wanted}
+                for i, held in self.tensors.items()
+            },
+            self.lineage,
+        )
+
+
+class LayerStatistics(Mapping[Statistic, Tensor]):
+    """The declared statistics of one layer; reading another one raises."""
+
+    def __init__(self, held: Mapping[str, Tensor], required: tuple[Statistic, ...]):
+        self._held = held
+        self._required = required
+        self.read: set[Statistic] = set()
+
+    def __getitem__(self, statistic: Statistic) -> Tensor:
+        """Return a statistic's tensor.
+
+        Raises:
+            UndeclaredError: the compressor's `requires` does not name it.
+        """
+        if statistic not in self._required:
+            raise UndeclaredError(f"{statistic.name} is not among the required statistics")
+        self.read.add(statistic)
+        return self._held[statistic.name]
+
+    def __iter__(self) -> Iterator[Statistic]:
+        """Iterate over the required statistics."""
+        return iter(self._required)
+
+    def __len__(self) -> int:
+        """Return how many are required."""
+        return len(self._required)

@@ -1,0 +1,85 @@
+"""What stands around the experts of a layer: its router's logits and the residual stream."""
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from rerail.errors import OutOfReach
+from rerail.moe.model import MoELayer, MoEModel
+from rerail.statistics.statistic import Need
+
+
+class Surroundings:
+    """Hooks on one layer that hold what its experts' statistics need, during one forward."""
+
+    def __init__(self, model: MoEModel, layer: MoELayer, needs: frozenset[Need]):
+        self.layer = layer
+        self._logits: Tensor | None = None
+        self._residual: Tensor | None = None
+        self._passed: list[tuple[Any, Tensor]] = []
+        self._hooks: list[Any] = []
+        if "logits" in needs:
+            self._hooks.append(layer.router.register_forward_hook(self._routed))
+        if "residual" in needs:
+            self._watch_children(model.model.get_submodule(layer.name.rpartition(".")[0]))
+
+    def _watch_children(self, decoder: nn.Module) -> None:
+        for child in decoder.children():
+            if child is not self.layer.block:
+                hook = child.register_forward_hook(self._passed_child, with_kwargs=True)
+                self._hooks.append(hook)
+        block = self.layer.block.register_forward_pre_hook(self._entered, with_kwargs=True)
+        self._hooks.append(block)
+
+    def _routed(self, _module: nn.Module, _args: Any, output: Any) -> None:
+        parts = output if isinstance(output, tuple | list) else [output]
+        experts = self.layer.num_experts
+        self._logits = next((p for p in parts if p is not None and p.shape[-1] == experts), None)
+
+    def _passed_child(self, _module: nn.Module, args: Any, named: Any, output: Any) -> None:
+        if (given := _first(args, named)) is not None:
+            self._passed.append((output, given))
+
+    def _entered(self, _module: nn.Module, args: Any, named: Any) -> None:
+        entering = _first(args, named)
+        found = [given for output, given in self._passed if output is entering]
+        self._residual = found[-1] if found else None
+        self._passed.clear()
+
+    def logits(self) -> Tensor:
+        """Return this forward's router logits (T, E), -inf where a mask silenced a slot.
+
+        Raises:
+            OutOfReach: the router gives none.
+        """
+        if self._logits is None:
+            raise OutOfReach(
+                f"router logits of {self.layer.name} cannot be measured: its router returns no "
+                f"tensor with one column for each of {self.layer.num_experts} experts"
+            )
+        held, self._logits = self._logits, None
+        return held.reshape(-1, held.shape[-1])
+
+    def residual(self) -> Tensor:
+        """Return this forward's residual stream (T, H) before the norm of the MoE sub-layer.
+
+        Raises:
+            OutOfReach: the block's input is not the output of a module beside it.
+        """
+        if self._residual is None:
+            raise OutOfReach(
+                f"the residual stream before {self.layer.name} cannot be found: its input is not "
+                "the output of a norm beside it in the decoder layer; allowed are other statistics"
+            )
+        held, self._residual = self._residual, None
+        return held.reshape(-1, held.shape[-1])
+
+    def remove(self) -> None:
+        """Take the hooks off."""
+        for hook in self._hooks:
+            hook.remove()
+
+
+def _first(args: Any, named: Any) -> Tensor | None:
+    values = [v for v in (*args, *named.values()) if isinstance(v, Tensor)]
+    return values[0] if values else None

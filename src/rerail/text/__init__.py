@@ -1,0 +1,1 @@
+"""Text: corpora, and the blocks of tokens that are cut from them."""

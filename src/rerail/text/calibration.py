@@ -1,0 +1,235 @@
+"""From text to blocks of tokens: a mix of sources, packed or padded, with a fingerprint."""
+
+import hashlib
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import lightning
+import torch
+from jaxtyping import Bool, Int64
+from torch.utils.data import DataLoader, Dataset
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from rerail.errors import InputError
+from rerail.files import digest
+from rerail.text.corpora import Corpus, SelfText, Source
+from rerail.text.documents import SPLITS, Split
+
+
+@dataclass(frozen=True)
+class TokenBlocks:
+    """Blocks of tokens.
+
+    Attributes:
+        input_ids: (N, S).
+        mask: (N, S), true where a token is real.
+        fingerprint: a hash of all that decided the tokens.
+    """
+
+    input_ids: Int64[torch.Tensor, "N S"]
+    mask: Bool[torch.Tensor, "N S"]
+    fingerprint: str
+
+    def __len__(self) -> int:
+        """Return N."""
+        return len(self.input_ids)
+
+    @property
+    def tokens(self) -> int:
+        """Number of real tokens."""
+        return int(self.mask.sum())
+
+    def batches(self, size: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Yield (input_ids, mask) of `size` blocks each, in order."""
+        for first in range(0, len(self), size):
+            yield self.input_ids[first : first + size], self.mask[first : first + size]
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """How a text is sampled.
+
+    Attributes:
+        sources: mixed in equal numbers of blocks, in turn.
+        samples: number of blocks.
+        block: tokens in a block.
+        mode: `pack` joins documents by the end-of-text token and cuts full blocks; `pad` puts one
+            document, truncated, in each block and masks the rest.
+        seed: of the order of the documents; fewer samples are a prefix of more.
+        split: which documents.
+    """
+
+    sources: Sequence[Source]
+    samples: int = 256
+    block: int = 256
+    mode: Literal["pack", "pad"] = "pack"
+    seed: int = 0
+    split: Split = "calibration"
+
+    def __post_init__(self) -> None:
+        """Check the numbers."""
+        object.__setattr__(self, "sources", tuple(self.sources))
+        if not self.sources:
+            raise InputError("calibration.sources is empty; name at least one source")
+        for source in self.sources:
+            if not isinstance(source, Source):
+                raise InputError(
+                    f"source {source!r} is none of Speeches(), Docs(), Files(...), Hub(...) and "
+                    "SelfText() of rerail.text.corpora"
+                )
+        if self.samples < 1 or self.block < 2:
+            raise InputError(
+                f"samples={self.samples} and block={self.block}: "
+                "at least 1 sample of 2 tokens is needed"
+            )
+        if self.mode not in ("pack", "pad"):
+            raise InputError(f"mode={self.mode!r} is not one of pack, pad")
+        if self.split not in SPLITS:
+            raise InputError(f"split={self.split!r} is not one of {', '.join(SPLITS)}")
+
+    @property
+    def needs_model(self) -> bool:
+        """Whether the teacher must speak first."""
+        return any(source.needs_model for source in self.sources)
+
+    def fingerprint(self, tokenizer: PreTrainedTokenizerBase) -> str:
+        """Return a hash of sources, settings and vocabulary."""
+        return digest(
+            {
+                "sources": [source.fingerprint() for source in self.sources],
+                "settings": [self.samples, self.block, self.mode, self.seed, self.split],
+                "vocabulary": digest(tokenizer.get_vocab()),
+            }
+        )
+
+    def blocks(
+        self, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel | None = None
+    ) -> TokenBlocks:
+        """Return the blocks; only as many documents are tokenised as they need.
+
+        Args:
+            tokenizer: the model's.
+            model: the teacher, where a source is the teacher itself.
+
+        Raises:
+            InputError: a source is empty or too short, or needs a model and none is given.
+        """
+        share = -(-self.samples // len(self.sources))
+        parts = [self._of(source, share, tokenizer, model) for source in self.sources]
+        ids = torch.stack([p[0] for p in parts], dim=1).flatten(0, 1)[: self.samples]
+        mask = torch.stack([p[1] for p in parts], dim=1).flatten(0, 1)[: self.samples]
+        # the tokens themselves, too: no setting tells what a model said or what a hub holds today
+        tokens = hashlib.sha256(ids.numpy().tobytes() + mask.numpy().tobytes()).hexdigest()
+        return TokenBlocks(ids, mask, digest([self.fingerprint(tokenizer), tokens]))
+
+    def _of(
+        self,
+        source: Source,
+        count: int,
+        tokenizer: PreTrainedTokenizerBase,
+        model: PreTrainedModel | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if isinstance(source, SelfText):
+            if model is None:
+                raise InputError("self text is written by the teacher: give blocks() the model")
+            ids = source.tokens(model, tokenizer, count, self.block, self.seed)
+            return ids, torch.ones_like(ids, dtype=torch.bool)
+        assert isinstance(source, Corpus)
+        texts = [d.text for d in source.documents(self.split)]
+        random.Random(self.seed).shuffle(texts)
+        make = self._packed if self.mode == "pack" else self._padded
+        rows = make(texts, count, tokenizer)
+        if len(rows) < count:
+            raise InputError(
+                f"{source.name} ({self.split}) gives {len(rows)} blocks of {self.block} tokens "
+                f"and {count} are asked for; lower samples or block of the calibration, or add text"
+            )
+        ids = torch.zeros(count, self.block, dtype=torch.int64)
+        mask = torch.zeros(count, self.block, dtype=torch.bool)
+        for i, row in enumerate(rows):
+            ids[i, : len(row)] = torch.tensor(row)
+            mask[i, : len(row)] = True
+        return ids, mask
+
+    def _packed(
+        self, texts: list[str], count: int, tokenizer: PreTrainedTokenizerBase
+    ) -> list[list[int]]:
+        stream: list[int] = []
+        end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+        for text in texts:
+            if len(stream) >= count * self.block:
+                break
+            stream += [*_ids(tokenizer, text), *end]
+        full = min(count, len(stream) // self.block)
+        return [stream[i * self.block : (i + 1) * self.block] for i in range(full)]
+
+    def _padded(
+        self, texts: list[str], count: int, tokenizer: PreTrainedTokenizerBase
+    ) -> list[list[int]]:
+        rows: list[list[int]] = []
+        for text in texts:
+            if len(rows) == count:
+                break
+            row = _ids(tokenizer, text)[: self.block]
+            if len(row) >= 2:
+                rows.append(row)
+        return rows
+
+
+def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    return ids
+
+
+def check_vocabulary(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> None:
+    """Check that every token id has a row in the model.
+
+    Raises:
+        InputError: the tokenizer's ids do not fit.
+    """
+    if len(tokenizer) > vocab_size:
+        raise InputError(
+            f"the tokenizer has {len(tokenizer)} entries and the model {vocab_size}: they do not "
+            "belong together; give the model's own tokenizer"
+        )
+
+
+class _Blocks(Dataset[dict[str, torch.Tensor]]):
+    def __init__(self, blocks: TokenBlocks, first: int, last: int):
+        self.blocks, self.first, self.last = blocks, first, last
+
+    def __len__(self) -> int:
+        return self.last - self.first
+
+    def __getitem__(self, i: int) -> dict[str, torch.Tensor]:
+        at = self.first + i
+        ids, mask = self.blocks.input_ids[at], self.blocks.mask[at]
+        return {"input_ids": ids, "mask": mask, "index": torch.tensor(at)}
+
+
+class CalibrationData(lightning.LightningDataModule):
+    """Leading blocks to train on, shuffled anew every epoch by seed; the others validate.
+
+    Batches hold `input_ids` (B, S), `mask` (B, S) and `index` (B,), positions in `blocks`.
+    """
+
+    def __init__(self, blocks: TokenBlocks, train_blocks: int, batch_size: int, seed: int = 0):
+        super().__init__()
+        self.train = _Blocks(blocks, 0, train_blocks)
+        self.held = _Blocks(blocks, train_blocks, len(blocks))
+        self.batch_size = batch_size
+        self.seed = seed
+
+    def train_dataloader(self) -> DataLoader[dict[str, torch.Tensor]]:
+        """Full batches only, so that every step sees as much text."""
+        generator = torch.Generator().manual_seed(self.seed)
+        return self._loader(self.train, shuffle=True, drop_last=True, generator=generator)
+
+    def val_dataloader(self) -> DataLoader[dict[str, torch.Tensor]]:
+        """All held-out blocks."""
+        return self._loader(self.held, shuffle=False)
+
+    def _loader(self, data: _Blocks, **options: Any) -> DataLoader[dict[str, torch.Tensor]]:
+        return DataLoader(data, batch_size=self.batch_size, num_workers=0, **options)

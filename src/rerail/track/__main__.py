@@ -1,5 +1,0 @@
-"""`python -m rerail.track`: the report."""
-
-from rerail.track.cli import main
-
-main()

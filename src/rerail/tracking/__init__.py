@@ -1,0 +1,1 @@
+"""Where rows go while a cell runs: Weights & Biases, and the journal of what was sent."""

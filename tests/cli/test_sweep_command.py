@@ -1,0 +1,184 @@
+"""`rerail-sweep` as a person or a script meets it."""
+
+import csv
+import json
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+from sweep_folders import GONE, result, status, sweep
+
+from rerail.cli import sweep as cli
+from rerail.sweep import queue, table
+from rerail.sweep.states import Cell, View
+
+
+@pytest.fixture
+def command(capsys):
+    def run(*words: str) -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as ended:
+            cli.main(words)
+        return int(ended.value.code or 0), *capsys.readouterr()
+
+    return run
+
+
+def test_status_needs_neither_torch_nor_transformers_nor_hydra(tmp_path):
+    sweep(tmp_path, ["a"])
+    result(tmp_path, "a")
+    code = f"""
+import sys
+from rerail.cli.sweep import main
+try:
+    main(["status", {str(tmp_path)!r}, "--exit-code"])
+except SystemExit as end:
+    assert end.code == 0, end.code
+heavy = {{"torch", "transformers", "lightning", "hydra", "submitit", "wandb", "matplotlib"}}
+sys.exit(" ".join(heavy & sys.modules.keys()) or 0)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr.strip()) == (0, "")
+    assert "1 done" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("ends", "code"),
+    [
+        (["done", "not_applicable"], 0),
+        (["done", "failed"], 1),
+        (["done", "failed", "pending"], 3),
+        (["lost"], 1),
+    ],
+)
+def test_the_exit_code_tells_only_when_asked(command, tmp_path, ends, code):
+    process = {} if "pending" in ends else {"process": GONE}
+    names = [f"cell{n}" for n in range(len(ends))]
+    sweep(tmp_path, names, **process)
+    for name, end in zip(names, ends, strict=True):
+        if end not in ("pending", "lost"):
+            status(tmp_path, name, end)
+            result(tmp_path, name, end)
+    assert command("status", str(tmp_path))[0] == 0
+    got, out, _ = command("status", str(tmp_path), "--exit-code")
+    assert got == code
+    assert all(name in out for name in names)
+
+
+def test_a_wrong_folder_is_a_sentence_and_exit_status_2(command, tmp_path):
+    code, _, err = command("status", str(tmp_path / "no"))
+    assert code == 2
+    assert (
+        err == f"rerail-sweep: {tmp_path / 'no'} does not exist; give the folder that a sweep "
+        "was started with\n"
+    )
+
+
+def test_watching_ends_when_nothing_is_open_and_says_every_change_once(capsys):
+    views = [
+        View([Cell("a", "pending"), Cell("b", "running", "plan")]),
+        View([Cell("a", "running", "load"), Cell("b", "running", "repair")]),
+        View([Cell("a", "done"), Cell("b", "failed", "no luck")]),
+    ]
+    pages = iter(views)
+    assert table.watch(lambda: next(pages), every=0).exit_code == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(maxsplit=1)[1] for line in lines[:-1]] == [
+        *("a pending", "b running: plan", "a running: load", "a done", "b failed: no luck")
+    ]
+    assert lines[-1] == "1 done, 1 failed"
+
+
+def test_a_cell_that_seems_lost_is_looked_at_again_before_it_is_given_up(capsys):
+    pages = iter([View([Cell("a", "lost", "its job is gone")])] * 2 + [View([Cell("a", "done")])])
+    assert table.watch(lambda: next(pages), every=0).exit_code == 0
+    assert table.watch(lambda: View([Cell("a", "lost")]), every=0).exit_code == 1
+    assert "1 lost" in capsys.readouterr().out
+
+
+SLEEP = """
+import json, sys, time
+from pathlib import Path
+from rerail.processes import this_process
+Path(sys.argv[1]).write_text(json.dumps(this_process()))
+time.sleep(60)
+"""
+
+
+def test_cancel_stops_the_process_of_a_local_sweep_and_no_other(command, tmp_path):
+    children = []
+    for name in ("mine", "recycled"):
+        file = tmp_path / f"{name}.json"
+        children.append(subprocess.Popen([sys.executable, "-c", SLEEP, str(file)]))
+        while not file.exists() or not file.read_text():
+            time.sleep(0.05)
+    mine, recycled = (
+        json.loads((tmp_path / f"{n}.json").read_text()) for n in ("mine", "recycled")
+    )
+    out = tmp_path / "out"
+    try:
+        sweep(out, ["a"], process=mine)
+        status(out, "a", "running", stage="plan", **mine)
+        sweep(out, ["b"], process={**recycled, "started": 1.0})
+        code, said, _ = command("cancel", str(out))
+        assert (code, said) == (0, f"stopped process {mine['pid']}\n")
+        assert children[0].wait(timeout=20) < 0
+        assert children[1].poll() is None
+        assert "lost" in command("status", str(out))[1]
+    finally:
+        for child in children:
+            child.kill()
+            child.wait()
+
+
+def test_cancel_names_exactly_the_jobs_of_this_folder_that_are_not_over(
+    command, tmp_path, monkeypatch
+):
+    cancelled = []
+    monkeypatch.setattr(
+        queue, "active", lambda ids, _="": {j: "RUNNING" for j in ids if j != "7_0"}
+    )
+    monkeypatch.setattr(queue, "ended", lambda *_: {})
+    monkeypatch.setattr(queue, "cancel", lambda ids, _="": cancelled.extend(ids) or True)
+    sweep(tmp_path, ["a", "b"], {0: "7_0", 1: "7_1"})
+    code, said, _ = command("cancel", str(tmp_path))
+    assert (code, cancelled) == (0, ["7_1"])
+    assert "7_1" in said
+
+
+def test_cancel_without_slurm_says_that_nothing_was_cancelled(command, tmp_path, monkeypatch):
+    monkeypatch.setattr(queue, "active", lambda *_: None)
+    sweep(tmp_path, ["a"], {0: "7"})
+    code, _, err = command("cancel", str(tmp_path))
+    assert code == 2
+    assert "not cancelled" in err
+
+
+def test_slurm_is_asked_for_the_users_jobs_and_then_for_those_that_ended(tmp_path, monkeypatch):
+    for name, text in {
+        "squeue": "echo '7_0|RUNNING'; echo '9|PENDING'",
+        "sacct": "echo 'JobID|State'; echo '7_1|CANCELLED by 0'; echo '7_1.batch|CANCELLED'",
+        "scancel": "exit 1",
+    }.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
+        (tmp_path / name).chmod(0o700)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    assert queue.active({"7_0", "7_1"}) == {"7_0": "RUNNING"}
+    assert queue.ended({"7_1"}) == {"7_1": "CANCELLED"}
+    assert not queue.cancel(["7_0"])
+    monkeypatch.setenv("PATH", str(tmp_path / "none"))
+    assert queue.active({"7_0"}) is None
+
+
+def test_collect_writes_the_tables_of_what_is_there(command, tmp_path):
+    sweep(tmp_path, ["a", "b"], process=GONE)
+    result(tmp_path, "a")
+    (tmp_path / "older").mkdir()
+    (tmp_path / "older" / "result.json").write_text('[{"nll": 3.0}]')
+    code, out, _ = command("collect", str(tmp_path))
+    assert code == 1
+    assert "1 done, 1 lost, 1 unreadable" in out
+    with (tmp_path / "results.csv").open(newline="") as handle:
+        assert [row["key"] for row in csv.DictReader(handle)] == ["key-a"]
+    assert (tmp_path / "report.html").exists()

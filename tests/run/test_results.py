@@ -1,0 +1,142 @@
+"""Rows of results: what is refused, and that files read back as they were written."""
+
+import csv
+import json
+import logging
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+from result_rows import cell, demo_rows, failed_cell
+
+from rerail.errors import InputError
+from rerail.run.mirror import CsvMirror
+from rerail.run.results import (
+    COLUMNS,
+    choices_key,
+    new_row,
+    read_rows,
+    validate_row,
+    write_csv,
+    write_rows,
+)
+
+
+def test_rows_read_back_equal_and_in_path_order(tmp_path: Path) -> None:
+    first, second = cell(), [*cell("tiny_coarse"), failed_cell()]
+    write_rows(tmp_path / "b" / "deep", second)
+    write_rows(tmp_path / "a", first)
+    write_rows(tmp_path / ".half", first)
+    assert read_rows(tmp_path) == first + second
+    assert read_rows(tmp_path, recursive=False) == []
+    assert read_rows(tmp_path / "a" / "result.json") == first
+    assert list(read_rows(tmp_path)[0]) == list(COLUMNS)
+
+
+@pytest.mark.parametrize(
+    ("known", "message"),
+    [
+        ({"nlll": 1.0}, "unknown columns ['nlll']"),
+        ({"status": "finished"}, "not one of done, failed, not_applicable"),
+        ({"stage": "pupil"}, "not one of teacher"),
+        ({"nll": "3.5"}, "is str, not float"),
+        ({"nll": True}, "is bool, not float"),
+        ({"nll": math.nan}, "not finite"),
+        ({"tokens": 1.5}, "is float, not int"),
+        ({"tasks": {"task": "blimp"}}, "is dict, not list"),
+    ],
+)
+def test_a_value_that_does_not_fit_is_refused(known: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message.replace("[", r"\[").replace("]", r"\]")):
+        new_row(**known)
+
+
+def test_a_missing_column_is_refused() -> None:
+    row = new_row()
+    del row["tasks"]
+    with pytest.raises(ValueError, match=r"missing columns \['tasks'\]"):
+        validate_row(row)
+
+
+def test_numbers_of_numpy_become_plain_and_nested_ones_that_are_not_finite_become_none() -> None:
+    row = new_row(
+        nll=np.float32(0.5),
+        tokens=np.int64(7),
+        ratio=1,
+        layers=({"layer": np.int16(0), "load_entropy": math.inf},),
+        choices={"path": Path("a"), 1: [np.float64(2.5)]},
+    )
+    assert json.dumps([row[n] for n in ("nll", "tokens", "ratio", "layers", "choices")]) == (
+        '[0.5, 7, 1.0, [{"layer": 0, "load_entropy": null}], {"path": "a", "1": [2.5]}]'
+    )
+
+
+def test_the_key_ignores_order_and_the_way_the_choices_were_typed() -> None:
+    one = {"seed": 0, "ratio": {"removed": 0.5, "counts": "experts"}, "command": "rerail"}
+    other = {"ratio": {"counts": "experts", "removed": 0.5}, "command": "rerail -m", "seed": 0}
+    assert choices_key(one) == choices_key(other)
+    assert choices_key(one) != choices_key({**one, "seed": 1})
+
+
+def test_csv_reads_back_equal(tmp_path: Path) -> None:
+    rows = [*demo_rows(), failed_cell(reason='two\nlines, "quoted"')]
+    rows[0] = new_row(**{**rows[0], "nll": 0.1 + 0.2, "choices": {"a": {"b": [1, "x"]}, "c": None}})
+    CsvMirror().open("key", None, {}, tmp_path).close("done", rows)
+    with (tmp_path / "results.csv").open(newline="", encoding="utf-8") as handle:
+        found = list(csv.DictReader(handle))
+    assert len(found) == len(rows)
+    for row, text in zip(rows, found, strict=True):
+        for name, column in COLUMNS.items():
+            if column.kind in (dict, list):
+                assert name not in text
+            else:
+                read = None if text[name] == "" else column.kind(text[name])
+                assert read == row[name], name
+    assert json.loads(found[0]["choices.a.b"]) == [1, "x"]
+    assert found[0]["choices.c"] == ""
+    assert found[1]["choices.calibration.samples"] == "256"
+
+
+DAMAGED = {
+    "half": '[{"key": "a"',
+    "foreign": '{"accuracy": 0.5}',
+    "a number": "3",
+    "older": json.dumps([{n: v for n, v in new_row().items() if n != "heldout"}]),
+    "newer": json.dumps([{**new_row(), "mood": "good"}]),
+    "not text": b"\xff\xfe",
+}
+
+
+@pytest.mark.parametrize("name", DAMAGED)
+def test_a_damaged_file_is_reported_left_alone_and_the_others_are_read(
+    tmp_path: Path, name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    content = DAMAGED[name]
+    bad = tmp_path / "bad" / "result.json"
+    bad.parent.mkdir()
+    bad.write_bytes(content if isinstance(content, bytes) else content.encode())
+    write_rows(tmp_path / "good", cell())
+    with pytest.raises(InputError, match=r"result\.json is not a list of result rows"):
+        read_rows(bad)
+    before = bad.read_bytes()
+    with caplog.at_level(logging.WARNING):
+        assert read_rows(tmp_path) == cell()
+    assert str(bad) in caplog.text
+    assert bad.read_bytes() == before
+
+
+def test_a_folder_that_does_not_exist_is_named(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="nowhere does not exist"):
+        read_rows(tmp_path / "nowhere")
+
+
+def test_nothing_is_written_when_a_row_is_wrong(tmp_path: Path) -> None:
+    wrong = [*cell(), {"key": "a"}]
+    for write in (
+        lambda: write_rows(tmp_path, wrong),
+        lambda: write_csv(tmp_path / "a.csv", wrong),
+    ):
+        with pytest.raises(ValueError, match="missing columns"):
+            write()
+    assert list(tmp_path.iterdir()) == []

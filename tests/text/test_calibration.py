@@ -1,0 +1,254 @@
+import copy
+import dataclasses
+import itertools
+from dataclasses import dataclass
+from typing import ClassVar
+
+import pytest
+import torch
+from wordy import END, WORDS, Wordy, word_tokenizer
+
+from families import tiny
+from rerail.errors import InputError
+from rerail.text.calibration import Calibration, CalibrationData, TokenBlocks, check_vocabulary
+from rerail.text.corpora import Corpus, Files, SelfText
+from rerail.text.documents import SPLITS, split_of
+
+PLAIN = Calibration([Wordy()], samples=4, block=8)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return word_tokenizer()
+
+
+def with_(**changes) -> Calibration:
+    return dataclasses.replace(PLAIN, **changes)
+
+
+def read(row: torch.Tensor) -> list[str]:
+    return [WORDS[i] for i in row.tolist()]
+
+
+@pytest.mark.parametrize("mode", ["pack", "pad"])
+@pytest.mark.parametrize("split", SPLITS)
+def test_a_block_holds_documents_of_its_own_split_only(tokenizer, mode, split):
+    blocks = with_(mode=mode, split=split, samples=2).blocks(tokenizer)
+    words = set(read(blocks.input_ids[blocks.mask])) - {END}
+    assert words & set(SPLITS) == {split}
+    assert {split_of(word) for word in words - {split}} == {split}
+
+
+def test_packed_blocks_are_the_documents_joined_by_end_of_text_and_cut(tokenizer):
+    blocks = with_(samples=10).blocks(tokenizer)
+    assert blocks.mask.all()
+    assert blocks.tokens == 10 * 8 == blocks.input_ids.numel()
+    stream = read(blocks.input_ids.flatten())
+    texts = " ".join(stream).removesuffix(f" {END}").split(f" {END} ")
+    assert sorted(texts) == sorted(d.text for d in Wordy().documents("calibration"))
+
+
+def test_padded_blocks_hold_one_document_each_and_mask_the_rest(tokenizer):
+    short = with_(sources=[Wordy(length=5)], mode="pad").blocks(tokenizer)
+    assert short.mask.sum(1).tolist() == [5] * 4
+    assert short.mask[:, :5].all()
+    assert short.tokens == 20
+    known = {d.text for d in Wordy(length=5).documents("calibration")}
+    rows = [" ".join(read(row[keep])) for row, keep in zip(*_both(short), strict=True)]
+    assert set(rows) <= known
+    assert len(set(rows)) == 4
+    long = with_(mode="pad").blocks(tokenizer)
+    assert long.mask.all()
+
+
+def _both(blocks: TokenBlocks) -> tuple[torch.Tensor, torch.Tensor]:
+    return blocks.input_ids, blocks.mask
+
+
+@pytest.mark.parametrize("mode", ["pack", "pad"])
+@pytest.mark.parametrize("sources", [[Wordy()], [Wordy(), Wordy(word="x"), Wordy(word="y")]])
+def test_fewer_samples_are_a_prefix_of_more(tokenizer, mode, sources):
+    more = with_(sources=sources, samples=7, mode=mode).blocks(tokenizer)
+    for samples in (1, 2, 5):
+        fewer = with_(sources=sources, samples=samples, mode=mode).blocks(tokenizer)
+        assert len(fewer) == samples
+        assert torch.equal(fewer.input_ids, more.input_ids[:samples])
+        assert torch.equal(fewer.mask, more.mask[:samples])
+
+
+def test_sources_take_turns(tokenizer):
+    mix = with_(sources=[Wordy(word="x"), Wordy(word="y")], samples=5).blocks(tokenizer)
+    words = [
+        ("x" if "x" in read(row) else "") + ("y" if "y" in read(row) else "")
+        for row in mix.input_ids
+    ]
+    assert words == ["x", "y", "x", "y", "x"]
+    alone = with_(sources=[Wordy(word="y")], samples=2).blocks(tokenizer)
+    assert torch.equal(mix.input_ids[1::2], alone.input_ids)
+
+
+def test_the_order_is_fixed_by_the_seed_in_every_process(tokenizer):
+    blocks = PLAIN.blocks(tokenizer)
+    assert [int(row.max()) for row in blocks.input_ids] == [38, 21, 39, 39]
+    again, other = PLAIN.blocks(tokenizer), with_(seed=1).blocks(tokenizer)
+    assert torch.equal(again.input_ids, blocks.input_ids)
+    assert again.fingerprint == blocks.fingerprint
+    assert not torch.equal(other.input_ids, blocks.input_ids)
+
+
+def test_the_fingerprint_covers_every_choice_and_the_vocabulary(tokenizer):
+    variants = [
+        *(PLAIN, with_(samples=3), with_(block=7), with_(mode="pad"), with_(seed=1)),
+        *(with_(split="heldout"), with_(sources=[Wordy(word="x")])),
+        with_(sources=[Wordy(), Wordy(word="x")]),
+    ]
+    prints = [v.fingerprint(tokenizer) for v in variants]
+    prints.append(PLAIN.fingerprint(word_tokenizer((END, *reversed(WORDS[1:])))))
+    assert len(set(prints)) == len(prints)
+    held = [v.blocks(tokenizer).fingerprint for v in variants if v.samples > 3]
+    assert len(set(held)) == len(held)
+    assert PLAIN.fingerprint(word_tokenizer()) == prints[0]
+
+
+@dataclass(frozen=True)
+class Changing(Corpus):
+    """A corpus whose text changes behind the same settings, as a hub data set without revision."""
+
+    name: ClassVar[str] = "changing"
+    texts: ClassVar[list[str]] = []
+
+    def fingerprint(self):
+        return {"name": self.name}
+
+    def documents(self, split):
+        return Wordy(word=self.texts[0]).documents(split)
+
+
+def test_the_fingerprint_of_blocks_notices_text_that_changed_behind_its_settings(tokenizer):
+    prints = []
+    for text in ("x", "y", "x"):
+        Changing.texts[:] = [text]
+        prints.append(with_(sources=[Changing()]).blocks(tokenizer).fingerprint)
+    assert prints[0] == prints[2] != prints[1]
+
+
+def test_only_as_many_documents_are_tokenised_as_the_sample_needs(monkeypatch):
+    tokenizer = word_tokenizer()
+    seen = []
+    call = type(tokenizer).__call__
+    monkeypatch.setattr(
+        type(tokenizer),
+        "__call__",
+        lambda self, text, **o: (seen.append(text), call(self, text, **o))[1],
+    )
+    with_(samples=1).blocks(tokenizer)
+    assert len(seen) == 1
+
+
+def test_self_text_fills_its_turns_and_is_told_apart_by_what_the_model_said(tokenizer):
+    mix = with_(sources=[SelfText(), Wordy()])
+    one, two = (tiny("qwen3_moe", seed).model for seed in (0, 1))
+    blocks = mix.blocks(tokenizer, one)
+    assert mix.needs_model
+    assert not PLAIN.needs_model
+    assert torch.equal(blocks.input_ids[1::2], with_(samples=2).blocks(tokenizer).input_ids)
+    assert blocks.mask.all()
+    assert blocks.fingerprint == mix.blocks(tokenizer, one).fingerprint
+    assert blocks.fingerprint != mix.blocks(tokenizer, two).fingerprint
+    with pytest.raises(InputError, match="self text is written by the teacher"):
+        mix.blocks(tokenizer)
+
+
+def test_a_tokenizer_without_end_of_text_packs_without_a_separator():
+    blocks = PLAIN.blocks(word_tokenizer(bos_token=END))
+    assert END not in read(blocks.input_ids.flatten())
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"sources": []}, "calibration.sources is empty"),
+        ({"sources": ["speeches"]}, "source 'speeches' is none of Speeches"),
+        ({"samples": 0}, "samples=0 and block=8"),
+        ({"block": 1}, "samples=4 and block=1"),
+        ({"mode": "cut"}, "mode='cut' is not one of pack, pad"),
+        ({"split": "test"}, "split='test' is not one of train, calibration, heldout"),
+    ],
+)
+def test_choices_that_cannot_be_used_are_refused_at_once(changes, sentence):
+    given = copy.copy(PLAIN)
+    for name, value in changes.items():
+        object.__setattr__(given, name, value)  # no type checker of the tests may come first
+    with pytest.raises(InputError, match=sentence):
+        given.__post_init__()
+
+
+def test_a_padded_block_without_a_target_is_left_out(tokenizer):
+    with pytest.raises(InputError, match="gives 0 blocks of 8 tokens and 4 are asked for"):
+        with_(sources=[Wordy(length=1)], mode="pad").blocks(tokenizer)
+
+
+@pytest.mark.parametrize(("mode", "found"), [("pack", 10), ("pad", 8)])
+def test_text_that_is_too_short_says_how_much_there_is(tokenizer, mode, found):
+    with pytest.raises(
+        InputError, match=rf"wordy \(calibration\) gives {found} blocks of 8 tokens and 99 are"
+    ):
+        with_(samples=99, mode=mode).blocks(tokenizer)
+
+
+def test_a_short_file_is_too_short_and_an_empty_one_is_empty(tokenizer, tmp_path):
+    path = tmp_path / "a.txt"
+    for text, sentence in (("x y x", "files .* gives 0 blocks"), ("\n", "a.txt is empty")):
+        path.write_text(text)
+        with pytest.raises(InputError, match=sentence):
+            with_(sources=[Files(str(path))]).blocks(tokenizer)
+
+
+def test_a_tokenizer_larger_than_the_model_is_refused(tokenizer):
+    check_vocabulary(tokenizer, 64)
+    check_vocabulary(tokenizer, 99)
+    with pytest.raises(InputError, match="tokenizer has 64 entries and the model 63"):
+        check_vocabulary(tokenizer, 63)
+
+
+def test_batches_are_the_blocks_in_order():
+    ids = torch.arange(20).view(5, 4)
+    blocks = TokenBlocks(ids, ids % 3 > 0, "f")
+    batches = list(blocks.batches(2))
+    assert [len(i) for i, _ in batches] == [2, 2, 1]
+    assert torch.equal(torch.cat([i for i, _ in batches]), ids)
+    assert torch.equal(torch.cat([m for _, m in batches]), blocks.mask)
+    assert len(blocks) == 5
+
+
+def data_module(seed: int = 0) -> CalibrationData:
+    ids = torch.arange(22).view(11, 2)
+    return CalibrationData(TokenBlocks(ids, ids >= 0, "f"), 7, batch_size=3, seed=seed)
+
+
+def order(loader) -> list[int]:
+    return [i for batch in loader for i in batch["index"].tolist()]
+
+
+def test_validation_blocks_are_disjoint_from_those_that_train():
+    data = data_module()
+    loader = data.train_dataloader()
+    trained = {i for _ in range(9) for i in order(loader)}
+    assert trained == set(range(7))
+    assert order(data.val_dataloader()) == [7, 8, 9, 10]
+    for batch in itertools.chain(loader, data.val_dataloader()):
+        assert torch.equal(batch["input_ids"][:, 0], 2 * batch["index"])
+        assert batch["mask"].dtype == torch.bool
+
+
+def test_every_epoch_has_an_order_of_its_own_that_the_seed_fixes():
+    def epochs(seed: int) -> list[list[int]]:
+        loader = data_module(seed).train_dataloader()
+        torch.rand(1)  # the global random state has no say
+        return [order(loader) for _ in range(3)]
+
+    first = epochs(0)
+    assert epochs(0) == first
+    assert epochs(1) != first
+    assert first[0] != first[1]
+    assert [len(epoch) for epoch in first] == [6, 6, 6]
