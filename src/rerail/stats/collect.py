@@ -20,6 +20,7 @@ from rerail.parallel import folded, part
 from rerail.stats.ablation import ablation_pass
 from rerail.stats.gradients import backward_pass
 from rerail.stats.pairs import combined, pair_outputs, pairs_and_middle
+from rerail.stats.places import empty_statistics
 from rerail.stats.statistic import (
     DenseStatistic,
     RoutedStatistic,
@@ -55,7 +56,7 @@ class _Text:
 
     def valid(self, tensor: Tensor) -> Tensor:
         """Return the valid rows of a tensor with one row a token."""
-        return tensor if self.mask is None else tensor[self.mask]
+        return tensor if self.mask is None else tensor[self.mask.to(tensor.device)]
 
 
 class _Recorder(nn.Module):
@@ -127,7 +128,8 @@ class _Recorder(nn.Module):
             chosen = torch.full((len(valid), 1), e, dtype=index.dtype, device=index.device)
             output = self.inner(valid, chosen, ones)
             for s in self.dense:
-                self.held[s][e] = s.merged(self.held[s][e], s.of(e, valid, output).cpu())
+                so_far = self.held[s][e]
+                self.held[s][e] = s.merged(so_far, s.of(e, valid, output).to(so_far.device))
 
 
 @contextlib.contextmanager
@@ -193,18 +195,18 @@ def collect(
     chosen = [la for la in model.layers if layers is None or la.index in layers]
     runs = {run: [s for s in wanted if s.run == run] for run in ("backward", "ablation")}
     forward = [s for s in wanted if s.run in ("routed", "dense")]
-    held = {la.index: {s: s.empty(la) for s in wanted} for la in chosen}
+    held = {la.index: {s: s.empty(la) for s in wanted if s not in forward} for la in chosen}
     if forward and chosen:
-        parts = {i: {s: t for s, t in h.items() if s in forward} for i, h in held.items()}
+        parts = empty_statistics(chosen, forward)
         _forward_pass(model, chosen, progress(mine), parts, first)
-        held = {i: {**h, **parts[i]} for i, h in held.items()}
+        held = {i: {**h, **parts.pop(i)} for i, h in held.items()}
     if runs["backward"]:
         backward_pass(model, chosen, progress(mine), held)
     if runs["ablation"]:
         ablation_pass(model, chosen, progress(mine), held)
     for index, tensors in held.items():
         for statistic, tensor in tensors.items():
-            tensors[statistic] = folded(tensor, statistic.merged)
+            tensors[statistic] = folded(tensor.cpu(), statistic.merged)
             _check(statistic, tensors[statistic], index)
     return StatisticSet({i: {s.name: t for s, t in h.items()} for i, h in held.items()})
 
