@@ -71,7 +71,7 @@ class Shape:
     layers: int = 24
     blocks: int = 16
     length: int = 512
-    moment_layers: int = 3
+    moment_layers: int = 2
     steps: int = 8
     rounds: int = 5
     matmul: int = 8192
@@ -349,16 +349,16 @@ def planning_rows(bench: Bench, name: str) -> None:
 
 
 def mobe_rows(bench: Bench) -> None:
-    """Two short pieces of its work on one of three matrix types, scaled to the whole."""
+    """One start and a few steps of one of its three fits, scaled to the whole."""
     method, layer = MoBE(), bench.model.layers[0]
     sizes = method.sizes(layer, Ratio(0.5).numbers_kept(layer))
     bases, rank = sizes["bases"], sizes["rank"]
     stack = layer.stack().gate.detach().float()
-    few = stack[: 2 * len(stack) // bases]
+    few = stack[: len(stack) // bases]
     began = time.perf_counter()
-    start(few, 2, rank)
+    start(few, 1, rank)
     bench.wait()
-    begins = (time.perf_counter() - began) * bases / 2 * 3
+    begins = (time.perf_counter() - began) * bases * 3
     e, (p, d) = len(stack), stack.shape[1:]
     generator = torch.Generator(bench.device).manual_seed(0)
     free = [
@@ -371,7 +371,7 @@ def mobe_rows(bench: Bench) -> None:
 
     work = partial(best_by_adam, free, loss, bench.shape.adam_steps, method.learning_rate, 99)
     fits = bench.seconds(work, 1) * method.steps / bench.shape.adam_steps * 3
-    scaled = f"scaled from 2 of {bases} starts and {bench.shape.adam_steps} of {method.steps} steps"
+    scaled = f"scaled from 1 of {bases} starts and {bench.shape.adam_steps} of {method.steps} steps"
     bench.add(
         row(f"planning a layer, mobe: the start ({scaled})", begins, None, "s"),
         row(f"planning a layer, mobe: the fit ({scaled})", fits, None, "s"),
