@@ -465,7 +465,7 @@ def main() -> int:
         return 2
     device = torch.device("cpu" if a.small else "cuda")
     bench = Bench(SMALL if a.small else Shape(), device, time.time() + 60 * a.minutes)
-    around = surroundings(device, f"gpu.py {' '.join(sys.argv[1:])}", a.revision)
+    around = surroundings(device, f"gpu.py --minutes {a.minutes:g}", a.revision)
 
     def write() -> None:
         found = {"surroundings": around, "rows": bench.rows}

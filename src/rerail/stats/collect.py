@@ -1,9 +1,9 @@
 """The passes: one forward of the text fills every routed and dense statistic that was asked for.
 
-The routed pass must leave the model's outputs as they are, to the bit. It asks the experts module
-for each (token, choice) pair on its own with weight one, which costs the same matrix products, and
-adds the gated pairs up in the order in which the module itself would have. Backward and ablation
-statistics have passes of their own.
+The routed pass must leave the model's outputs as they are, to the bit. Grouped experts are watched
+in their own forward. Others are asked for each (token, choice) pair on its own with weight one,
+which costs the same matrix products, and the gated pairs are added up in the order in which the
+module itself would have. Backward and ablation statistics have passes of their own.
 """
 
 import contextlib
@@ -19,7 +19,7 @@ from rerail.moe.layer import MoELayer, MoEModel
 from rerail.parallel import folded, part
 from rerail.stats.ablation import ablation_pass
 from rerail.stats.gradients import backward_pass
-from rerail.stats.pairs import combined, pair_outputs, pairs_and_middle
+from rerail.stats.pairs import answered
 from rerail.stats.places import empty_statistics
 from rerail.stats.statistic import (
     DenseStatistic,
@@ -81,12 +81,9 @@ class _Recorder(nn.Module):
     def forward(self, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         """Compute as the experts do, and keep what was asked for."""
         pairs = middle = out = None
-        if "middle" in self.needs:
-            pairs, middle = pairs_and_middle(self.inner, hidden, index)
-        elif "outputs" in self.needs:
-            pairs = pair_outputs(self.inner, hidden, index)
-        if pairs is not None:
-            out = combined(self.inner, pairs, index, weights)
+        if self.needs & {"middle", "outputs"}:
+            asked = "middle" in self.needs
+            out, pairs, middle = answered(self.inner, hidden, index, weights, asked)
         if self.routed:
             found = {"hidden": hidden, "index": index, "gates": weights}
             self._update_routed(found, pairs, middle, out)
