@@ -224,10 +224,10 @@ def one_preset_a_class():
     found = {}
     for path in sorted((config_root() / "conf" / "compressor").glob("*.yaml")):
         found.setdefault(type(preset("compressor", path.stem)), path.stem)
-    return tuple(found.values())
+    return (*found.values(), "reap")
 
 
-EXACT = ("reap", "hc_smoe", "svd", "aimer", "mone", "naee_skip", "m_smoe", "odp", "rtn")
+EXACT = ("reap", "hc_smoe", "svd", "aimer", "mone", "m_smoe", "rtn")
 BUDGETS = {Ratio: Ratio(0.5), Bits: Bits(3), Skip: Skip(0.25)}
 
 
@@ -247,7 +247,7 @@ def test_every_method_plans_and_applies_there(name):
     assert torch.isfinite(logits(student)).all()
     if name in EXACT:
         wanted = planned(name, plain)
-        assert plan.layers == wanted.layers or name in ("naee_skip", "odp")
+        assert plan.layers == wanted.layers
         assert_near(logits(student), logits(apply_plan(plain, wanted)), 1e-3)
 
 
@@ -384,12 +384,11 @@ def test_a_checkpoint_written_there_loads_on_the_cpu(form, dtype, tmp_path):
 
 
 def test_a_native_checkpoint_written_there_loads_in_a_fresh_process(tmp_path):
-    teacher = placed("qwen3_moe", torch.bfloat16)
+    teacher = placed("qwen3_moe")
     student = apply_plan(teacher, forms.sliced())
     path = export_native(student, forms.sliced(), tmp_path / "model")
     assert check_reload(path, tokens(), student) == 0
-    back = ModelSource(str(path), device="cpu", dtype="bfloat16").load()
-    assert_near(logits(back), logits(student), 5e-2)
+    assert_near(logits(ModelSource(str(path), device="cpu").load()), logits(student))
 
 
 @pytest.mark.skipif(
