@@ -1,9 +1,10 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
+GPU_PYTHON = $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help env demo test check format bench bench-sweep torture zoo slurm-up slurm-down clean
+.PHONY: help env demo test check format bench bench-sweep bench-gpu torture zoo slurm-up slurm-down clean
 
 help: ## show the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
@@ -38,6 +39,10 @@ bench: env ## speed and memory as ratios of one run, to bench.json
 
 bench-sweep: env ## 24 cells through the local Slurm against the same cells alone; an hour
 	$(BIN)/python experiments/bench/sweep.py --out sweep.json
+
+bench-gpu: ## tests and bench on one GPU, in 8 minutes; any Python with torch 2.11 and the package's needs will do
+	PYTHONPATH=src $(GPU_PYTHON) -m pytest -o filterwarnings=default --durations=5 tests/gpu
+	PYTHONPATH=src $(GPU_PYTHON) experiments/bench/gpu.py --out bench_gpu.json --page experiments/gpu.md
 
 torture: env ## kill a small sweep 100 times at random moments; it must end as if nothing had been
 	OMP_NUM_THREADS=1 $(BIN)/python experiments/torture.py --kills 100

@@ -15,7 +15,7 @@ import torch
 from rerail.run.results import new_row, write_rows
 
 FOLDER = Path(__file__).parents[1] / "experiments" / "bench"
-MODULES = ("bench", "memory", "models", "overhead", "planning", "speed", "sweep", "timing")
+MODULES = ("bench", "gpu", "memory", "models", "overhead", "planning", "speed", "sweep", "timing")
 
 
 @pytest.fixture(scope="module")
@@ -199,3 +199,55 @@ def test_a_run_that_fails_ends_the_comparison(bench: SimpleNamespace, tmp_path: 
     env = bench.sweep.environment(tmp_path / "corpora", tmp_path / "cache")
     with pytest.raises(RuntimeError, match="nowhere"):
         bench.sweep.seconds(["model=nowhere", f"out={tmp_path}"], env)
+
+
+def test_the_gpu_bench_measures_everything_on_a_toy_and_writes_its_page(
+    bench: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page, out = tmp_path / "gpu.md", tmp_path / "bench_gpu.json"
+    page.write_text((FOLDER.parent / "gpu.md").read_text(encoding="utf-8"), encoding="utf-8")
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--small", "--out", str(out), "--page", str(page)])
+    assert bench.gpu.main() == 0
+    found = json.loads(out.read_text(encoding="utf-8"))
+    rows = {r["name"]: r for r in found["rows"]}
+    assert len(rows) == len(found["rows"])
+    assert all(set(r) == {"name", "value", "limit", "unit"} for r in rows.values())
+    assert all(r["value"] >= 0 for r in rows.values())
+    limits = {name: r["limit"] for name, r in rows.items() if r["limit"] is not None}
+    assert limits == {
+        "REAP statistics / plain forward": 1.2,
+        "Router KD, cached teacher: goal of 12,000 tokens/s / scaled": 1.0,
+    }
+    assert rows["layers"]["value"] == 2
+    assert {r.split(",")[1].split(":")[0].strip() for r in rows if r.startswith("planning")} == {
+        "hc_smoe",
+        "svd",
+        "gptq",
+        "mobe",
+    }
+    text = page.read_text(encoding="utf-8")
+    assert text.startswith("# What does it cost on one GPU?")
+    assert "Not run yet" not in text
+    assert all(name in text for name in rows)
+    assert found["surroundings"]["torch"] == torch.__version__
+
+
+def test_a_measurement_that_fails_leaves_its_error_and_the_others_go_on(
+    bench: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(_: object) -> None:
+        raise RuntimeError("CUDA out of memory")
+
+    def works(one: Any) -> None:
+        one.add(bench.timing.row("works", 1.0))
+
+    late = bench.gpu.Bench(bench.gpu.SMALL, torch.device("cpu"), 0.0)
+    early = bench.gpu.Bench(bench.gpu.SMALL, torch.device("cpu"), float("inf"))
+    monkeypatch.setattr(bench.gpu, "MEASUREMENTS", {"fails": fails, "works": works})
+    first, second = bench.gpu.measure(early)
+    assert first["error"].startswith("RuntimeError: CUDA out of memory")
+    assert "fails" in first["error"]
+    assert second["value"] == 1.0
+    assert [r["error"] for r in bench.gpu.measure(late)] == ["not begun: the time was up"] * 2
+    section = bench.gpu.section({"surroundings": {"card": "x"}, "rows": [first, second]})
+    assert "| fails | failed | | RuntimeError: CUDA out of memory |" in section

@@ -12,7 +12,7 @@ from rerail.plan.apply import apply_plan
 from rerail.plan.plan import LayerPlan, Plan
 from rerail.statistics.collect import collect
 from rerail.statistics.moments import MiddleEnergy, MiddleMoment
-from rerail.statistics.pairs import pairs_and_middle
+from rerail.statistics.pairs import answered, pairs_and_middle
 
 
 def down_again(layer, middle: Tensor, index: Tensor) -> Tensor:
@@ -36,6 +36,27 @@ def test_down_projections_of_the_middle_are_the_outputs(family: str, implementat
     pairs, middle = pairs_and_middle(layer.experts, hidden, index)
     assert middle.shape == (40, 2, layer.intermediate_size)
     torch.testing.assert_close(down_again(layer, middle, index), pairs, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("implementation", ["eager", "grouped_mm"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", CONFIGS)
+@torch.no_grad()
+def test_answers_are_the_experts_own_to_the_bit_and_grouped_ones_run_once(
+    family: str, dtype: torch.dtype, implementation: str
+) -> None:
+    model = tiny(family)
+    model.model.to(dtype).set_experts_implementation(implementation)
+    layer, calls = model.layers[1], list[Tensor]()
+    hidden = torch.randn(40, 16, generator=torch.Generator().manual_seed(0)).to(dtype)
+    index, weights = layer.route(hidden)
+    wanted = layer.experts(hidden, index, weights)
+    asked = pairs_and_middle(layer.experts, hidden, index)
+    layer.experts.register_forward_pre_hook(lambda _, args: calls.append(args[0]))
+    out, *found = answered(layer.experts, hidden, index, weights, with_middle=True)
+    assert torch.equal(out, wanted)
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(found, asked, strict=True))
+    assert [len(one) for one in calls] == [40 if implementation == "grouped_mm" else 80]
 
 
 @pytest.mark.parametrize("implementation", ["eager", "grouped_mm"])

@@ -190,7 +190,7 @@ def make_plan(  # noqa: PLR0913
         views = [statistics.of(layer, compressor.requires) for layer in chosen]
         planned = compressor.plan_scope(chosen, views, [shares[i] for i in scope])
         notes += planned.notes
-        tensors = {f"layers.{name}": t for name, t in planned.tensors.items()}
+        tensors = {f"layers.{name}": t.cpu() for name, t in planned.tensors.items()}
         plan = Plan((*plan.layers, *planned.layers), lineage, {**plan.tensors, **tensors})
     plan.validate(layers)
     dense = sum(layer.expert_size * layer.num_experts for layer in layers)

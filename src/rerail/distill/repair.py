@@ -40,7 +40,8 @@ class Repair:
         kl_first, kl_best, kl_last: validation KL a token before, at the best and at the last step.
         best_step, steps: in optimiser steps.
         curve: {step, train_kl, val_kl} points.
-        before, after: router rows (and biases) by name, float32; `after` is the best step's.
+        before, after: router rows (and biases) by name, float32 on the CPU; `after` is the best
+            step's.
     """
 
     kl_first: float
@@ -88,13 +89,13 @@ def repair(  # noqa: PLR0913
     # DDP takes the mean over processes, sharded masters the sum; both that over a step's forwards
     scale = schedule.forwards / settings.accumulate * (1 if sharded else ranks)
     with masters(trainee, settings.trains) as trained:
-        before = {n: p.detach().clone() for n, p in trained.items()}
+        before = {n: p.detach().to("cpu", copy=True) for n, p in trained.items()}
         module = RouterDistillation(trainee, teacher, settings, trained, schedule.steps, scale)
         choices = [dataclasses.asdict(settings), seed, blocks.fingerprint, ranks]
         held = None if folder is None else folder / _name(choices, before)
         data = Rounds(blocks, schedule, seed, settings.average, rank)
         _fit(module, data, trainer, held)
-        after = dict(zip(trained, module.rows().values(), strict=True))
+        after = {n: t.cpu() for n, t in zip(trained, module.rows().values(), strict=True)}
     if sharded:
         put_rows(student, after)
     curve = module.curve

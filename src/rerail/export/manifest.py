@@ -4,7 +4,6 @@ import dataclasses
 import json
 import platform
 from collections.abc import Mapping
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from rerail.files import write_json
 from rerail.moe.model import MoEModel
 from rerail.plan.budget import Sizes
 from rerail.plan.plan import Plan
+from rerail.versions import version_of
 
 NAME = "compression.json"
 _PACKAGES = ("rerail", "torch", "transformers", "safetensors", "tokenizers")
@@ -32,7 +32,7 @@ def write_manifest(folder: Path, plan: Plan, facts: Mapping[str, Any]) -> None:
         "plan": {**plan.to_json(), "fingerprint": plan.fingerprint()},
         "files": files,
         "weight_bytes": sum(n for name, n in files.items() if name.endswith(".safetensors")),
-        "versions": {p: version(p) for p in _PACKAGES} | {"python": platform.python_version()},
+        "versions": {p: version_of(p) for p in _PACKAGES} | {"python": platform.python_version()},
     }
     write_json(folder / NAME, content)
 

@@ -1,7 +1,6 @@
 """One cell of a sweep: its choices as typed values."""
 
 import dataclasses
-import importlib.metadata
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,6 +21,7 @@ from rerail.plan.allocation import Allocation
 from rerail.plan.budget import Bits, Budget, Ratio, Skip
 from rerail.run.evaluation import Evaluation
 from rerail.text.calibration import Calibration
+from rerail.versions import version_of
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ class Cell:
             "model": self.model.fingerprint(),
             "calibration": self.calibration.fingerprint(tokenizer),
             "texts": texts,
-            "rerail": importlib.metadata.version("rerail"),
+            "rerail": version_of("rerail"),
         }
 
     def key_of(self, model: MoEModel, *what: Any) -> str:

@@ -1,6 +1,5 @@
 """From the numbers of a cell's stages to the rows of result.json."""
 
-import importlib.metadata
 import math
 import platform
 import subprocess
@@ -18,6 +17,7 @@ from rerail.moe.model import MoEModel
 from rerail.plan.budget import Bits, Sizes
 from rerail.run.cell import Cell
 from rerail.run.results import Row, new_row, write_rows
+from rerail.versions import version_of
 
 Scores = Mapping[str, Any]
 
@@ -49,7 +49,7 @@ def revision() -> str | None:
 def provenance() -> dict[str, Any]:
     """Return the git revision and the versions of the libraries that numbers depend on."""
     names = ("rerail", "torch", "transformers", "lightning", "numpy", "scipy", "tokenizers")
-    versions = {name: importlib.metadata.version(name) for name in names}
+    versions = {name: version_of(name) for name in names}
     return {"revision": revision(), "python": platform.python_version(), "versions": versions}
 
 

@@ -1,9 +1,9 @@
 """The passes: one forward of the text fills every routed and dense statistic that was asked for.
 
-The routed pass must leave the model's outputs as they are, to the bit. It asks the experts module
-for each (token, choice) pair on its own with weight one, which costs the same matrix products, and
-adds the gated pairs up in the order in which the module itself would have. Backward and ablation
-statistics have passes of their own.
+The routed pass must leave the model's outputs as they are, to the bit. Grouped experts are watched
+in their own forward. Others are asked for each (token, choice) pair on its own with weight one,
+which costs the same matrix products, and the gated pairs are added up in the order in which the
+module itself would have. Backward and ablation statistics have passes of their own.
 """
 
 import contextlib
@@ -19,7 +19,8 @@ from rerail.moe.model import MoELayer, MoEModel
 from rerail.parallel import folded, part
 from rerail.statistics.ablation import ablation_pass
 from rerail.statistics.gradients import backward_pass
-from rerail.statistics.pairs import combined, pair_outputs, pairs_and_middle
+from rerail.statistics.pairs import answered
+from rerail.statistics.places import empty_statistics
 from rerail.statistics.statistic import (
     DenseStatistic,
     RoutedStatistic,
@@ -55,7 +56,7 @@ class _Text:
 
     def valid(self, tensor: Tensor) -> Tensor:
         """Return the valid rows of a tensor with one row a token."""
-        return tensor if self.mask is None else tensor[self.mask]
+        return tensor if self.mask is None else tensor[self.mask.to(tensor.device)]
 
 
 class _Recorder(nn.Module):
@@ -80,12 +81,9 @@ class _Recorder(nn.Module):
     def forward(self, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         """Compute as the experts do, and keep what was asked for."""
         pairs = middle = out = None
-        if "middle" in self.needs:
-            pairs, middle = pairs_and_middle(self.inner, hidden, index)
-        elif "outputs" in self.needs:
-            pairs = pair_outputs(self.inner, hidden, index)
-        if pairs is not None:
-            out = combined(self.inner, pairs, index, weights)
+        if self.needs & {"middle", "outputs"}:
+            asked = "middle" in self.needs
+            out, pairs, middle = answered(self.inner, hidden, index, weights, asked)
         if self.routed:
             found = {"hidden": hidden, "index": index, "gates": weights}
             self._update_routed(found, pairs, middle, out)
@@ -127,7 +125,8 @@ class _Recorder(nn.Module):
             chosen = torch.full((len(valid), 1), e, dtype=index.dtype, device=index.device)
             output = self.inner(valid, chosen, ones)
             for s in self.dense:
-                self.held[s][e] = s.merged(self.held[s][e], s.of(e, valid, output).cpu())
+                so_far = self.held[s][e]
+                self.held[s][e] = s.merged(so_far, s.of(e, valid, output).to(so_far.device))
 
 
 @contextlib.contextmanager
@@ -193,18 +192,18 @@ def collect(
     chosen = [la for la in model.layers if layers is None or la.index in layers]
     runs = {run: [s for s in wanted if s.run == run] for run in ("backward", "ablation")}
     forward = [s for s in wanted if s.run in ("routed", "dense")]
-    held = {la.index: {s: s.empty(la) for s in wanted} for la in chosen}
+    held = {la.index: {s: s.empty(la) for s in wanted if s not in forward} for la in chosen}
     if forward and chosen:
-        parts = {i: {s: t for s, t in h.items() if s in forward} for i, h in held.items()}
+        parts = empty_statistics(chosen, forward)
         _forward_pass(model, chosen, progress(mine), parts, first)
-        held = {i: {**h, **parts[i]} for i, h in held.items()}
+        held = {i: {**h, **parts.pop(i)} for i, h in held.items()}
     if runs["backward"]:
         backward_pass(model, chosen, progress(mine), held)
     if runs["ablation"]:
         ablation_pass(model, chosen, progress(mine), held)
     for index, tensors in held.items():
         for statistic, tensor in tensors.items():
-            tensors[statistic] = folded(tensor, statistic.merged)
+            tensors[statistic] = folded(tensor.cpu(), statistic.merged)
             _check(statistic, tensors[statistic], index)
     return StatisticSet({i: {s.name: t for s, t in h.items()} for i, h in held.items()})
 

@@ -15,6 +15,48 @@ def is_eager(experts: nn.Module) -> bool:
     return getattr(experts.config, "_experts_implementation", None) in (None, "eager")
 
 
+def answered(
+    experts: nn.Module, hidden: Tensor, index: Tensor, weights: Tensor, with_middle: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return the experts' answer (T, H), as they give it without a pass, and what it was made of.
+
+    Stock experts under `grouped_mm` compute all pairs in one product, which can be watched in their
+    own forward; others are asked for each pair on its own, and the answer is added up again.
+
+    Returns:
+        (T, H); each chosen expert's own output before the gate (T, K, H); and what went into the
+        down projections (T, K, I), None where it was not asked for.
+    """
+    if _grouped(experts):
+        with Products({"down_proj": weight_of(experts, "down_proj")}) as products:
+            out: Tensor = experts(hidden, index, weights)
+        if [len(made) for made in products.made] == [index.numel()]:
+            order = torch.sort(index.reshape(-1)).indices  # as the experts sort, ties included
+            [middle], [pairs] = [left for left, _ in products.seen], products.made
+            found = _unsorted(middle, order, index) if with_middle else None
+            return out, _unsorted(pairs, order, index), found
+    middle = None
+    if with_middle:
+        pairs, middle = pairs_and_middle(experts, hidden, index)
+    else:
+        pairs = pair_outputs(experts, hidden, index)
+    return combined(experts, pairs, index, weights), pairs, middle
+
+
+def _grouped(experts: nn.Module) -> bool:
+    plain = not isinstance(experts, ExpertBank) and not getattr(
+        experts, "has_post_expert_norm", False
+    )
+    return plain and getattr(experts.config, "_experts_implementation", None) == "grouped_mm"
+
+
+def _unsorted(rows: Tensor, order: Tensor, index: Tensor) -> Tensor:
+    """Return sorted pairs (T * K, D) in the order of tokens and choices, (T, K, D)."""
+    out = torch.empty_like(rows)
+    out[order] = rows
+    return out.view(*index.shape, -1)
+
+
 def pair_outputs(experts: nn.Module, hidden: Tensor, index: Tensor) -> Tensor:
     """Return each chosen expert's own output, before the gate: (T, H), (T, K) -> (T, K, H).
 
@@ -84,12 +126,14 @@ class Products(TorchFunctionMode):
 
     Attributes:
         seen: left factors, and the watched weight's name.
+        made: the products.
     """
 
     def __init__(self, watched: dict[str, Tensor]):
         super().__init__()
         self.watched = watched
         self.seen: list[tuple[Tensor, str]] = []
+        self.made: list[Tensor] = []
 
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
@@ -104,7 +148,9 @@ class Products(TorchFunctionMode):
     def product(self, func: Any, args: Any, named: dict[str, Any], name: str) -> Any:
         """Compute a product with a watched weight."""
         self.seen.append((args[0], name))
-        return func(*args, **named)
+        out = func(*args, **named)
+        self.made.append(out)
+        return out
 
 
 def is_part(tensor: Tensor, whole: Tensor) -> bool:
