@@ -69,4 +69,5 @@ def _when_done(on_gpu: Tensor) -> Callable[[], None]:
     """Return what waits for all that the GPU of a tensor was asked for until now."""
     if on_gpu.device.type != "cuda":
         return _no_wait
-    return torch.cuda.current_stream(on_gpu.device).record_event().synchronize
+    event = torch.cuda.current_stream(on_gpu.device).record_event()
+    return lambda: event.synchronize()
