@@ -30,8 +30,15 @@ import torch
 from torch import Tensor
 
 from rerail.compress.solvers.blending import blended, by_matrix, narrowed, used
-from rerail.compress.solvers.whitening import low_rank, refitted, stack_rows
-from rerail.compress.templates.factoring import Integers, RankFactoriser, Ranks, dense_numbers
+from rerail.compress.solvers.ranks import Ranks, ranks_within
+from rerail.compress.solvers.whitening import (
+    layer_moments,
+    low_rank,
+    moment_statistics,
+    refitted,
+    stack_rows,
+)
+from rerail.compress.templates.factoriser import Factoriser, Integers, dense_numbers
 from rerail.experts.base import BankSpec
 from rerail.moe.model import MoELayer
 from rerail.statistics.gradients import Fisher
@@ -41,23 +48,31 @@ from rerail.statistics.statistic import LayerStatistics, Statistic
 
 
 @dataclass(frozen=True, kw_only=True)
-class D2MoE(RankFactoriser):
-    """The method; attributes as above."""
+class D2MoE(Factoriser):
+    """Stores a base and low-rank deltas.
+
+    Attributes:
+        weights, rows, base_prune: see above.
+        whiten: weigh errors by the text; false is plain SVD, without data.
+        shrink, ridge: how moments are made safe, see `whitening.Moments`.
+    """
 
     weights: Literal["fisher", "fisher_only", "frequency", "mean"] = "fisher"
     rows: Literal["own", "shared"] = "own"
     base_prune: float = 0.0
+    whiten: bool = True
+    shrink: float = 0.25
+    ridge: float = 1e-6
 
     paper: ClassVar[str] = "arXiv 2502.17298"
 
     @property
     def requires(self) -> tuple[Statistic, ...]:
-        """Counts, moments and the Fisher information, as far as the options need them."""
         counted = self.weights in ("fisher", "frequency") or self.rows == "shared"
         wanted: list[Statistic] = [Count()] if counted or self.base_prune else []
         wanted += [Fisher()] if self.weights.startswith("fisher") else []
         wanted += [MiddleMoment()] if self.base_prune else []
-        return tuple(dict.fromkeys([*wanted, *self.moments_required]))
+        return tuple(dict.fromkeys([*wanted, *moment_statistics(self.whiten)]))
 
     def ranks(self, layer: MoELayer) -> tuple[int, dict[str, Ranks]]:
         """Return the base's size and one rank a matrix, or a matrix type."""
@@ -70,18 +85,18 @@ class D2MoE(RankFactoriser):
         return fixed, {m: Ranks(n * out + inner, inner, None) for m, (out, inner) in sides.items()}
 
     def sizes(
-        self, layer: MoELayer, budget: int, statistics: LayerStatistics | None = None
+        self, layer: MoELayer, max_numbers: int, statistics: LayerStatistics | None = None
     ) -> Integers:
         """Return ranks, and the channels that stay where some go."""
-        found = super().sizes(layer, budget, statistics)
+        ranks = ranks_within(layer, max_numbers, *self.ranks(layer), {})
         if not self.base_prune or statistics is None:
-            return found
+            return ranks
         energy = statistics[MiddleMoment()].diagonal(dim1=1, dim2=2).double()
         weight = layer.stack().down.float().square().sum(dim=1).cpu().double()
         score = (used(statistics[Count()]).unsqueeze(1) * energy * weight).sum(dim=0)
         order = torch.argsort(score, descending=True, stable=True).tolist()
         left = len(order) - int(len(order) * self.base_prune)
-        return {**found, "channels": tuple(sorted(order[:left]))}
+        return {**ranks, "channels": tuple(sorted(order[:left]))}
 
     def spec(self, layer: MoELayer, sizes: Integers) -> BankSpec:
         """Return the delta form."""
@@ -91,7 +106,8 @@ class D2MoE(RankFactoriser):
         self, layer: MoELayer, statistics: LayerStatistics, sizes: Integers
     ) -> dict[str, Tensor]:
         """Solve the base, then the deltas against it."""
-        stacks, moments = layer.stack(), self.moments(layer, statistics)
+        stacks = layer.stack()
+        moments = layer_moments(layer, statistics, self.whiten, self.shrink, self.ridge)
         fisher = self.weights.startswith("fisher")
         precision = by_matrix(layer, statistics[Fisher()]) if fisher else None
         by_use = self.weights in ("fisher", "frequency")

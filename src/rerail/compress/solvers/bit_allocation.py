@@ -9,7 +9,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from rerail.compress.templates.quantising import round_to_nearest
+from rerail.compress.solvers.rounding import round_to_nearest
 from rerail.errors import OutOfReach
 from rerail.experts.quantized import DENSE, dequantised
 from rerail.moe.fused_experts import ExpertWeights
