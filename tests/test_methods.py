@@ -16,7 +16,6 @@ import torch
 
 from families import CONFIGS, tiny, tokens
 from rerail.compress.base import Compressor, extended, make_plan
-from rerail.compress.templates.factoriser import dense_numbers
 from rerail.compress.templates.narrower import micro_size
 from rerail.distill.masters import masters
 from rerail.distill.router_distillation import RouterDistillation
@@ -49,7 +48,7 @@ from rerail.methods.svd import WhitenedSVD
 from rerail.moe.model import MoELayer, MoEModel
 from rerail.plan.allocation import Uniform
 from rerail.plan.apply import apply_plan
-from rerail.plan.budget import Bits, Budget, Ratio, Sizes, Skip, numbers_kept
+from rerail.plan.budget import Bits, Budget, Ratio, Sizes, Skip, dense_numbers, numbers_kept
 from rerail.plan.plan import Plan
 from rerail.statistics.collect import collect
 from rerail.statistics.statistic import LayerStatistics, StatisticSet

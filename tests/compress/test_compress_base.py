@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from families import tiny, tokens
-from rerail.compress.base import Compressor, ScopePlan, make_plan
+from rerail.compress.base import Compressor, Decision, make_plan
 from rerail.errors import OutOfReach
 from rerail.experts.base import BankSpec
 from rerail.methods.reap import MomentScore
-from rerail.plan.allocation import Uniform
+from rerail.plan.allocation import Uniform, experts_kept
 from rerail.plan.apply import apply_plan
 from rerail.plan.budget import Ratio, Sizes
 from rerail.plan.plan import LayerPlan
@@ -30,24 +30,21 @@ class Window(Compressor):
     def requires(self) -> tuple[()]:
         return ()
 
-    def check(self, *_: Any) -> None:
-        return
-
-    def allocate(self, layers: Any, statistics: Any, ratio: Ratio, allocation: Any) -> list[int]:
-        return [layer.num_experts - ratio.experts_removed(layer) for layer in layers]
+    def allocate(self, layers: Any, statistics: Any, budget: Ratio, allocation: Any) -> list[int]:
+        return experts_kept(layers, budget, allocation, [1] * len(layers))
 
     def scopes(self, layers: Sequence[Any]) -> list[list[int]]:
         numbers = list(range(len(layers)))
         return [numbers[i : i + self.width] for i in range(0, len(numbers), self.width)]
 
-    def plan_scope(self, layers: Any, statistics: Any, shares: Sequence[int]) -> ScopePlan:
-        pool = sum(shares)
+    def decide(self, layers: Any, statistics: Any, counts: Sequence[int]) -> list[Decision]:
+        pool = sum(counts)
         members = tuple(((layers[0].index, e, 1.0),) for e in range(pool))
         spec = BankSpec("dense", pool, members)
         everyone = tuple(range(8))
         slots = tuple(e % pool for e in everyone)
         parts = [LayerPlan(la.index, everyone, slots, "untouched", spec) for la in layers]
-        return ScopePlan(tuple(parts), {})
+        return [Decision(part) for part in parts]
 
 
 def test_a_scope_of_several_layers_counts_its_pool_once() -> None:
@@ -67,7 +64,7 @@ def test_the_lineage_says_how_a_plan_came_about() -> None:
     plan = make_plan(Window(), tiny("qwen3_moe").layers, StatisticSet(), Ratio(0.55), Uniform())
     assert plan.lineage["removed"] == 0.55
     assert plan.lineage["achieved"] == 0.5
-    assert plan.lineage["shares"] == [4, 4]
+    assert plan.lineage["counts"] == [4, 4]
     assert "Window(width=2)" in plan.lineage["compressor"]
 
 

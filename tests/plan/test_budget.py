@@ -6,15 +6,15 @@ import torch
 from families import tiny
 from rerail.errors import InputError, OutOfReach
 from rerail.moe.model import MoELayer
-from rerail.plan.allocation import GlobalScore, PerLayer, Uniform, check_kept
-from rerail.plan.budget import Ratio, Sizes
+from rerail.plan.allocation import GlobalScore, PerLayer, Uniform, check_kept, experts_kept
+from rerail.plan.budget import Ratio, Sizes, dense_numbers, numbers_kept, units_kept
 
 LAYERS = tiny("qwen3_moe", num_hidden_layers=3).layers
 
 
 def keep(allocation: Any, removed: float, scores: Any = None, least: int = 2) -> list[int]:
     scores = [torch.ones(8)] * 3 if scores is None else scores
-    return allocation.keep(LAYERS, Ratio(removed), scores, [least] * 3)
+    return experts_kept(LAYERS, Ratio(removed), allocation, [least] * 3, scores)
 
 
 @pytest.mark.parametrize("removed", [-0.1, 1, 1.5, float("nan")])
@@ -39,13 +39,13 @@ def experts(count: int) -> MoELayer:
 def test_removed_experts_are_exact_where_integers_allow(
     count: int, removed: float, expected: int
 ) -> None:
-    assert Ratio(removed).experts_removed(experts(count)) == expected
+    assert count - units_kept(count, removed) == expected
 
 
 def test_numbers_kept_are_exact_where_integers_allow() -> None:
     layer = experts(10)
-    assert Ratio(0.3).numbers_kept(layer) == 7 * layer.expert_size
-    assert Ratio(1 / 3).numbers_kept(layer) == 10 * layer.expert_size * 2 // 3
+    assert numbers_kept(dense_numbers(layer), 0.3) == 7 * layer.expert_size
+    assert numbers_kept(dense_numbers(layer), 1 / 3) == 10 * layer.expert_size * 2 // 3
 
 
 def test_uniform_keeps_the_same_share_of_every_layer() -> None:

@@ -9,7 +9,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from result_rows import cell
 
-from rerail.compress.templates.factoring import Integers
+from rerail.compress.templates.factoriser import Integers
 from rerail.config.presets import config_root
 from rerail.distill.schedule import Schedule
 from rerail.errors import InputError

@@ -13,7 +13,7 @@ from rerail.errors import OutOfReach
 from rerail.experts.base import BankSpec
 from rerail.moe.model import MoELayer
 from rerail.plan.allocation import Allocation
-from rerail.plan.budget import Budget, Ratio
+from rerail.plan.budget import Budget, Ratio, dense_numbers
 from rerail.plan.plan import LayerPlan, Plan
 from rerail.statistics.statistic import LayerStatistics, Statistic, StatisticSet
 
@@ -189,7 +189,7 @@ def make_plan(  # noqa: PLR0913
     hooks = PlanHooks(remeasure, progress)
     plan = compressor.plan(layers, statistics, budget, allocation, hooks)
     plan.validate(layers)
-    dense = sum(layer.expert_size * layer.num_experts for layer in layers)
+    dense = sum(dense_numbers(layer) for layer in layers)
     lineage["achieved"] = 1 - plan.stored_bits(layers, 16) / (16 * dense)
     return dataclasses.replace(plan, lineage={**lineage, **plan.lineage})
 

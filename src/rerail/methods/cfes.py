@@ -25,6 +25,7 @@ the discrepancy without each single expert.
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -80,12 +81,16 @@ class CFES(Pruner):
     def errors(self, layer: MoELayer, statistics: LayerStatistics) -> Errors:
         """Return the function D of kept subsets."""
         segments = statistics[self.measures[0]]
-        labels = Segments.labels(segments)
+        measure = partial(mean_distance, labels=Segments.labels(segments))
+        return Sample(layer, Segments.hidden(segments)).judged_by(measure)
 
-        def mean_distance(change: Tensor) -> Tensor:
-            members = torch.nn.functional.one_hot(labels).to(change).T
-            means = members / members.sum(dim=1, keepdim=True)
-            moved: Tensor = torch.tensordot(means, change, dims=1)
-            return moved.square().sum(dim=2).double().sqrt().mean(dim=0)
 
-        return Sample(layer, Segments.hidden(segments)).judged_by(mean_distance)
+def mean_distance(change: Tensor, labels: Tensor) -> Tensor:
+    """Return the mean norm of segment means, for changes (n, C, H) by C subsets: float64 (C,).
+
+    Labels (n,) say which segment a row is of.
+    """
+    members = torch.nn.functional.one_hot(labels).to(change).T
+    means = members / members.sum(dim=1, keepdim=True)
+    moved: Tensor = torch.tensordot(means, change, dims=1)
+    return moved.square().sum(dim=2).double().sqrt().mean(dim=0)

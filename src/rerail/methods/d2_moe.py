@@ -38,9 +38,10 @@ from rerail.compress.solvers.whitening import (
     refitted,
     stack_rows,
 )
-from rerail.compress.templates.factoriser import Factoriser, Integers, dense_numbers
+from rerail.compress.templates.factoriser import Factoriser, Integers
 from rerail.experts.base import BankSpec
 from rerail.moe.model import MoELayer
+from rerail.plan.budget import dense_numbers
 from rerail.statistics.gradients import Fisher
 from rerail.statistics.moments import MiddleMoment
 from rerail.statistics.routed import Count

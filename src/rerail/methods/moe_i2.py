@@ -41,14 +41,14 @@ from rerail.compress.solvers.reconstruction import (
     removable,
 )
 from rerail.compress.solvers.whitening import layer_moments, low_rank, moment_statistics
-from rerail.compress.templates.factoriser import Factoriser, Integers, dense_numbers
+from rerail.compress.templates.factoriser import Factoriser, Integers
 from rerail.compress.templates.pruner import Pruner
 from rerail.compress.templates.sequence import TwoStages
 from rerail.errors import OutOfReach
 from rerail.experts.base import BankSpec
 from rerail.moe.model import MoELayer
 from rerail.plan.allocation import Allocation
-from rerail.plan.budget import Budget, units_kept
+from rerail.plan.budget import Budget, dense_numbers, units_kept
 from rerail.plan.plan import Plan
 from rerail.statistics.ablation import LossIncrease
 from rerail.statistics.rows import Rows

@@ -32,14 +32,13 @@ from rerail.compress.solvers.ranks import Ranks, ranks_within
 from rerail.compress.templates.factoriser import (
     Factoriser,
     Integers,
-    dense_numbers,
     most_numbers,
 )
 from rerail.errors import OutOfReach
 from rerail.experts.base import BankSpec
 from rerail.moe.model import MoELayer
 from rerail.plan.allocation import Allocation
-from rerail.plan.budget import Budget
+from rerail.plan.budget import Budget, dense_numbers
 from rerail.statistics.outliers import OutlierShare
 from rerail.statistics.routed import Count
 from rerail.statistics.statistic import LayerStatistics, Statistic, StatisticSet

@@ -34,9 +34,10 @@ from rerail.compress.solvers.whitening import (
     low_rank,
     moment_statistics,
 )
-from rerail.compress.templates.factoriser import Factoriser, Integers, dense_numbers
+from rerail.compress.templates.factoriser import Factoriser, Integers
 from rerail.experts.base import BankSpec
 from rerail.moe.model import MoELayer
+from rerail.plan.budget import dense_numbers
 from rerail.statistics.statistic import LayerStatistics, Statistic
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
 from rerail.errors import InputError
-from rerail.moe.model import MoEModel
+from rerail.moe.model import MoELayer, MoEModel
 from rerail.plan.plan import Plan
 
 
@@ -93,6 +93,11 @@ class Skip:
     def removed(self) -> float | None:
         """The share itself."""
         return self.share
+
+
+def dense_numbers(layer: MoELayer) -> int:
+    """Return how many numbers a layer's experts have where they are stored in full."""
+    return layer.expert_size * layer.num_experts
 
 
 def units_kept(units: int, removed: float, whole: float | None = None) -> int:

@@ -12,7 +12,7 @@ from rerail.compress.base import Compressor, Decision, untouched
 from rerail.experts.base import BankSpec
 from rerail.moe.model import MoELayer
 from rerail.plan.allocation import Allocation, removed_shares
-from rerail.plan.budget import Budget, numbers_kept
+from rerail.plan.budget import Budget, dense_numbers, numbers_kept
 from rerail.statistics.statistic import LayerStatistics, StatisticSet
 
 # sizes of a form by name: an int, or a tuple with one for each expert
@@ -94,11 +94,6 @@ class Factoriser(Compressor):
                 spec = dataclasses.replace(spec, options={**spec.options, "run": "lazy"})
             decisions.append(Decision(untouched(layer, spec), self.factor(layer, view, sizes)))
         return decisions
-
-
-def dense_numbers(layer: MoELayer) -> int:
-    """Return how many numbers a layer's dense experts have."""
-    return layer.expert_size * layer.num_experts
 
 
 def most_numbers(layers: Sequence[MoELayer], budget: Budget, allocation: Allocation) -> list[int]:

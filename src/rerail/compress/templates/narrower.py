@@ -15,7 +15,7 @@ from rerail.experts.narrow import Bank
 from rerail.moe.fused_experts import expert_parameters
 from rerail.moe.model import MoELayer
 from rerail.plan.allocation import Allocation, removed_shares
-from rerail.plan.budget import Budget, units_kept
+from rerail.plan.budget import Budget, dense_numbers, units_kept
 from rerail.statistics.statistic import LayerStatistics, StatisticSet
 
 _BIAS = "gate_up_proj_bias"
@@ -72,7 +72,7 @@ def micro_size(layer: MoELayer) -> int:
 
 
 def _channels_kept(layer: MoELayer, removed: float) -> int:
-    whole = layer.expert_size * layer.num_experts / micro_size(layer)
+    whole = dense_numbers(layer) / micro_size(layer)
     units = layer.num_experts * layer.intermediate_size
     num_kept = units_kept(units, removed, whole)
     if not 1 <= num_kept <= units:

@@ -26,7 +26,7 @@ from rerail.errors import InputError, OutOfReach
 from rerail.moe.model import MoELayer
 from rerail.plan.allocation import Allocation, Uniform
 from rerail.plan.apply import apply_to_layers
-from rerail.plan.budget import Budget, Ratio, numbers_kept
+from rerail.plan.budget import Budget, Ratio, dense_numbers, numbers_kept
 from rerail.plan.plan import Plan
 from rerail.statistics.statistic import LayerStatistics, Statistic, StatisticSet
 
@@ -142,8 +142,8 @@ class TwoStages(Compressor):
     ) -> float:
         """Return what the second stage must remove of what the first one left."""
         removed = budget.removed or 0.0
-        allowed = sum(numbers_kept(la.expert_size * la.num_experts, removed) for la in layers)
-        left = sum(la.expert_size * la.num_experts for la in students)
+        allowed = sum(numbers_kept(dense_numbers(la), removed) for la in layers)
+        left = sum(dense_numbers(la) for la in students)
         return max(0.0, 1 - allowed / left)
 
 
