@@ -17,6 +17,10 @@ from rerail.plan.budget import Budget, Ratio, dense_numbers
 from rerail.plan.plan import LayerPlan, Plan
 from rerail.statistics.statistic import LayerStatistics, Statistic, StatisticSet
 
+Layers = Sequence[MoELayer]
+Views = Sequence[LayerStatistics]
+Counts = Sequence[int]
+Statistics = StatisticSet | None  # None before any are known
 Scopes = list[list[int]]
 Progress = Callable[[Scopes], Iterable[list[int]]]
 # statistics of some layers, measured on the student of the plan so far
@@ -79,11 +83,7 @@ class Compressor(ABC):
 
     @abstractmethod
     def allocate(
-        self,
-        layers: Sequence[MoELayer],
-        statistics: StatisticSet | None,
-        budget: Budget,
-        allocation: Allocation,
+        self, layers: Layers, statistics: Statistics, budget: Budget, allocation: Allocation
     ) -> list[int]:
         """Return each layer's count in the template's unit (experts, numbers, bits ...).
 
@@ -98,19 +98,14 @@ class Compressor(ABC):
         """
 
     @abstractmethod
-    def decide(
-        self,
-        layers: Sequence[MoELayer],
-        statistics: Sequence[LayerStatistics],
-        counts: Sequence[int],
-    ) -> list[Decision]:
+    def decide(self, layers: Layers, statistics: Views, counts: Counts) -> list[Decision]:
         """Decide about the layers of one scope; a layer without a decision stays as it is."""
 
-    def scopes(self, layers: Sequence[MoELayer]) -> Scopes:
+    def scopes(self, layers: Layers) -> Scopes:
         """Return positions of layers that are planned together; by default one by one."""
         return [[i] for i in range(len(layers))]
 
-    def check(self, layers: Sequence[MoELayer], budget: Budget, allocation: Allocation) -> None:
+    def check(self, layers: Layers, budget: Budget, allocation: Allocation) -> None:
         """Check a budget before anything heavy; layers may lie on the meta device.
 
         Raises:
@@ -135,7 +130,7 @@ class Compressor(ABC):
 
     def plan(
         self,
-        layers: Sequence[MoELayer],
+        layers: Layers,
         statistics: StatisticSet,
         budget: Budget,
         allocation: Allocation,
@@ -157,7 +152,7 @@ class Compressor(ABC):
 
 def make_plan(  # noqa: PLR0913
     compressor: Compressor,
-    layers: Sequence[MoELayer],
+    layers: Layers,
     statistics: StatisticSet,
     budget: Budget,
     allocation: Allocation,

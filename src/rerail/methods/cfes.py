@@ -32,13 +32,7 @@ import torch
 from torch import Tensor
 
 from rerail.compress.guard import Slots
-from rerail.compress.solvers.reconstruction import (
-    Errors,
-    Sample,
-    coarse_to_fine,
-    errors_without_each,
-    removable,
-)
+from rerail.compress.solvers import reconstruction
 from rerail.compress.templates.pruner import Pruner
 from rerail.moe.model import MoELayer
 from rerail.statistics.segments import Segments
@@ -67,22 +61,22 @@ class CFES(Pruner):
 
     def score(self, layer: MoELayer, statistics: LayerStatistics) -> Tensor:
         """Return D without each single expert, float64 (E,)."""
-        return errors_without_each(layer, self.errors(layer, statistics))
+        return reconstruction.errors_without_each(layer, self.errors(layer, statistics))
 
     def choose(
         self, layer: MoELayer, statistics: LayerStatistics, num_kept: int, guarded: Slots
     ) -> tuple[int, ...]:
         """Drop one expert at a time, groups before members."""
-        free = removable(layer, guarded, self.least_per_group(layer, num_kept))
+        free = reconstruction.removable(layer, guarded, self.least_per_group(layer, num_kept))
         size = self.size or round(math.sqrt(layer.num_experts))
-        errors = self.errors(layer, statistics)
-        return coarse_to_fine(errors, layer.num_experts, num_kept, free, size, layer.top_k)
+        errors, experts = self.errors(layer, statistics), layer.num_experts
+        return reconstruction.coarse_to_fine(errors, experts, num_kept, free, size, layer.top_k)
 
-    def errors(self, layer: MoELayer, statistics: LayerStatistics) -> Errors:
+    def errors(self, layer: MoELayer, statistics: LayerStatistics) -> reconstruction.Errors:
         """Return the function D of kept subsets."""
         segments = statistics[self.measures[0]]
         measure = partial(mean_distance, labels=Segments.labels(segments))
-        return Sample(layer, Segments.hidden(segments)).judged_by(measure)
+        return reconstruction.Sample(layer, Segments.hidden(segments)).judged_by(measure)
 
 
 def mean_distance(change: Tensor, labels: Tensor) -> Tensor:

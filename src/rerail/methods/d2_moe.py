@@ -29,15 +29,9 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from rerail.compress.solvers import whitening
 from rerail.compress.solvers.blending import blended, by_matrix, narrowed, used
 from rerail.compress.solvers.ranks import Ranks, ranks_within
-from rerail.compress.solvers.whitening import (
-    layer_moments,
-    low_rank,
-    moment_statistics,
-    refitted,
-    stack_rows,
-)
 from rerail.compress.templates.factoriser import Factoriser, Integers
 from rerail.experts.base import BankSpec
 from rerail.moe.model import MoELayer
@@ -73,7 +67,7 @@ class D2MoE(Factoriser):
         wanted: list[Statistic] = [Count()] if counted or self.base_prune else []
         wanted += [Fisher()] if self.weights.startswith("fisher") else []
         wanted += [MiddleMoment()] if self.base_prune else []
-        return tuple(dict.fromkeys([*wanted, *moment_statistics(self.whiten)]))
+        return tuple(dict.fromkeys([*wanted, *whitening.moment_statistics(self.whiten)]))
 
     def ranks(self, layer: MoELayer) -> tuple[int, dict[str, Ranks]]:
         """Return the base's size and one rank a matrix, or a matrix type."""
@@ -108,7 +102,7 @@ class D2MoE(Factoriser):
     ) -> dict[str, Tensor]:
         """Solve the base, then the deltas against it."""
         stacks = layer.stack()
-        moments = layer_moments(layer, statistics, self.whiten, self.shrink, self.ridge)
+        moments = whitening.layer_moments(layer, statistics, self.whiten, self.shrink, self.ridge)
         fisher = self.weights.startswith("fisher")
         precision = by_matrix(layer, statistics[Fisher()]) if fisher else None
         by_use = self.weights in ("fisher", "frequency")
@@ -123,11 +117,13 @@ class D2MoE(Factoriser):
             wide = torch.promote_types(stack.dtype, torch.float32)
             delta = stack.to(wide) - base.to(wide)
             if self.rows == "own":
-                u, v = low_rank(delta, moments[name], sizes[name])
+                u, v = whitening.low_rank(delta, moments[name], sizes[name])
             else:
                 layer_moment = moments[name].layer(delta.device)
-                v = stack_rows(delta, used(statistics[Count()]), layer_moment, sizes[name])
-                u = refitted(delta, v, moments[name])
+                v = whitening.stack_rows(
+                    delta, used(statistics[Count()]), layer_moment, sizes[name]
+                )
+                u = whitening.refitted(delta, v, moments[name])
             parts = {"base": base, "U": u.to(wide), "V": v.to(wide)}
             tensors |= {f"{name}.{part}": t for part, t in parts.items()}
         return tensors

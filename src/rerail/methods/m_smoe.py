@@ -26,14 +26,8 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
+from rerail.compress.solvers import grouping
 from rerail.compress.solvers.alignment import channel_features, permuted, weight_matching
-from rerail.compress.solvers.grouping import (
-    Fused,
-    cosine,
-    labels_around,
-    merged_experts,
-    weight_gram,
-)
 from rerail.compress.templates.merger import Merger
 from rerail.moe.fused_experts import expert_parameters
 from rerail.moe.model import MoELayer
@@ -65,17 +59,17 @@ class MSMoE(Merger):
     def group(self, layer: MoELayer, statistics: LayerStatistics, num_stored: int) -> Tensor:
         """Give every other expert to the dominant one that it is most alike."""
         dominants = self.dominants(layer, statistics, num_stored)
-        return labels_around(self.similarity(layer, statistics), dominants)
+        return grouping.labels_around(self.similarity(layer, statistics), dominants)
 
     def similarity(self, layer: MoELayer, statistics: LayerStatistics) -> Tensor:
         """Return s (E, E), the cosines of router logits, or of router rows."""
         if self.similarity_of == "logits":
-            return cosine(statistics[LogitGram()].double())
-        return cosine(weight_gram(layer.router_rows))
+            return grouping.cosine(statistics[LogitGram()].double())
+        return grouping.cosine(grouping.weight_gram(layer.router_rows))
 
     def solve(
         self, layer: MoELayer, statistics: LayerStatistics, labels: Tensor, notes: list[str]
-    ) -> Fused | None:
+    ) -> grouping.Fused | None:
         """Return aligned weighted sums; None where nothing is aligned."""
         if self.align == "none":
             return None
@@ -83,7 +77,7 @@ class MSMoE(Merger):
         chosen = self.dominants(layer, statistics, int(labels.max()) + 1)
         references: dict[int, Tensor] = {}
 
-        def aligned(slot: int, expert: Fused) -> Fused:
+        def aligned(slot: int, expert: grouping.Fused) -> grouping.Fused:
             to = 0 if self.align == "first" else chosen[int(labels[slot])]
             if slot == to:
                 return expert
@@ -93,4 +87,4 @@ class MSMoE(Merger):
             order = weight_matching(references[to], channel_features(expert, layout))
             return permuted(expert, layout, order)
 
-        return merged_experts(layer, labels, self.weights(statistics), aligned)
+        return grouping.merged_experts(layer, labels, self.weights(statistics), aligned)

@@ -28,14 +28,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from rerail.compress.solvers.grouping import (
-    Fused,
-    cosine,
-    labels_around,
-    merged_experts,
-    shares_in_group,
-    weight_gram,
-)
+from rerail.compress.solvers import grouping
 from rerail.compress.solvers.least_squares import normal_equations, ridge_solution
 from rerail.compress.templates.merger import Merger
 from rerail.errors import InputError
@@ -93,20 +86,20 @@ class MergeMoE(Merger):
     def group(self, layer: MoELayer, statistics: LayerStatistics, num_stored: int) -> Tensor:
         """Let every other expert join the centre that it is most alike."""
         centres = self.dominants(layer, statistics, num_stored)
-        return labels_around(self.similarity(layer), centres)
+        return grouping.labels_around(self.similarity(layer), centres)
 
     def similarity(self, layer: MoELayer) -> Tensor:
         """Return cosines, or negative squared distances, of [W_U ; W_G]."""
-        gram = weight_gram(*layer.stack()[:2])
+        gram = grouping.weight_gram(*layer.stack()[:2])
         both = gram.diagonal().unsqueeze(1) + gram.diagonal()
-        return cosine(gram) if self.similarity_of == "cosine" else 2 * gram - both
+        return grouping.cosine(gram) if self.similarity_of == "cosine" else 2 * gram - both
 
     def solve(
         self, layer: MoELayer, statistics: LayerStatistics, labels: Tensor, notes: list[str]
-    ) -> Fused | None:
+    ) -> grouping.Fused | None:
         """Return averaged gate and up, and the fitted down projections."""
-        share = shares_in_group(labels, self.weights(statistics))
-        merged = merged_experts(layer, labels, share)
+        share = grouping.shares_in_group(labels, self.weights(statistics))
+        merged = grouping.merged_experts(layer, labels, share)
         inputs = Rows.hidden(statistics[Rows(self.inputs)]).to(merged["down_proj"])
         columns, flip = self.columns(layer, inputs, labels), layer.layout.transposed
         fits = torch.nonzero(torch.bincount(labels) > 1).flatten().tolist()

@@ -31,15 +31,11 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from rerail.compress.base import Layers, Statistics
 from rerail.compress.guard import Slots, guarded_slots
+from rerail.compress.solvers import reconstruction
 from rerail.compress.solvers.genetic import Removals, dealt, evolve
 from rerail.compress.solvers.ranks import Ranks, ranks_within
-from rerail.compress.solvers.reconstruction import (
-    Errors,
-    Sample,
-    errors_without_each,
-    removable,
-)
 from rerail.compress.solvers.whitening import layer_moments, low_rank, moment_statistics
 from rerail.compress.templates.factoriser import Factoriser, Integers
 from rerail.compress.templates.pruner import Pruner
@@ -52,7 +48,7 @@ from rerail.plan.budget import Budget, dense_numbers, units_kept
 from rerail.plan.plan import Plan
 from rerail.statistics.ablation import LossIncrease
 from rerail.statistics.rows import Rows
-from rerail.statistics.statistic import LayerStatistics, Statistic, StatisticSet
+from rerail.statistics.statistic import LayerStatistics, Statistic
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,18 +87,20 @@ class InterExpert(Pruner):
         """Return I_le, float64 (E,)."""
         if self.importance == "loss":
             return statistics[LossIncrease()].clamp(min=0)
-        return errors_without_each(layer, self.errors(layer, statistics))
+        return reconstruction.errors_without_each(layer, self.errors(layer, statistics))
 
-    def errors(self, layer: MoELayer, statistics: LayerStatistics) -> Errors:
+    def errors(self, layer: MoELayer, statistics: LayerStatistics) -> reconstruction.Errors:
         """Return the function || Z - Z_kept ||_F of kept subsets."""
-        return Sample(layer, Rows.hidden(statistics[Rows(self.rows)])).judged_by(norms)
+        return reconstruction.Sample(layer, Rows.hidden(statistics[Rows(self.rows)])).judged_by(
+            norms
+        )
 
     def choose(
         self, layer: MoELayer, statistics: LayerStatistics, num_kept: int, guarded: Slots
     ) -> tuple[int, ...]:
         """Return the best set that was tried; every router group loses the same number."""
         experts, groups = layer.num_experts, layer.num_groups
-        free = removable(layer, guarded, self.least_per_group(layer, num_kept))
+        free = reconstruction.removable(layer, guarded, self.least_per_group(layer, num_kept))
         fixed = set(range(experts)) - set(free(range(experts)))
         generator = torch.Generator().manual_seed(self.seed)
         removals = Removals(experts, groups, (experts - num_kept) // groups, fixed, generator)
@@ -112,11 +110,7 @@ class InterExpert(Pruner):
         )[0]
 
     def allocate(
-        self,
-        layers: Sequence[MoELayer],
-        statistics: StatisticSet | None,
-        budget: Budget,
-        allocation: Allocation,
+        self, layers: Layers, statistics: Statistics, budget: Budget, allocation: Allocation
     ) -> list[int]:
         """Return kept experts: an important layer loses less."""
         if not self.nonuniform or not allocation.uniform:
@@ -225,7 +219,7 @@ class MoEI2(TwoStages):
     paper: ClassVar[str] = "arXiv 2411.01016"
 
     def second_stage(
-        self, layers: Sequence[MoELayer], views: Sequence[LayerStatistics], plan: Plan
+        self, layers: Layers, views: Sequence[LayerStatistics], plan: Plan
     ) -> IntraExpert:
         """Hand the importance over that stage 1 saw."""
         kept = {part.layer: list(part.kept) for part in plan.layers}

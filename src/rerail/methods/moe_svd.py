@@ -26,6 +26,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from rerail.compress.base import Layers, Statistics
 from rerail.compress.solvers import whitening
 from rerail.compress.solvers.blending import used
 from rerail.compress.solvers.ranks import Ranks, ranks_within
@@ -41,7 +42,7 @@ from rerail.plan.allocation import Allocation
 from rerail.plan.budget import Budget, dense_numbers
 from rerail.statistics.outliers import OutlierShare
 from rerail.statistics.routed import Count
-from rerail.statistics.statistic import LayerStatistics, Statistic, StatisticSet
+from rerail.statistics.statistic import LayerStatistics, Statistic
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,11 +91,7 @@ class MoESVD(Factoriser):
         return BankSpec("low_rank", layer.num_experts, (), {**sizes, **few}, {"rows": "shared"})
 
     def allocate(
-        self,
-        layers: Sequence[MoELayer],
-        statistics: StatisticSet | None,
-        budget: Budget,
-        allocation: Allocation,
+        self, layers: Layers, statistics: Statistics, budget: Budget, allocation: Allocation
     ) -> list[int]:
         """Return the numbers that each layer may store; all of them for the most sensitive."""
         counts, order = most_numbers(layers, budget, allocation), list(range(len(layers)))
@@ -138,7 +135,7 @@ def sensitivity(layer: MoELayer, statistics: LayerStatistics) -> float:
     return float((outliers * ranks).sum()) / max(total, 1)
 
 
-def spare(layers: Sequence[MoELayer], counts: Sequence[int], dense: Sequence[int]) -> list[int]:
+def spare(layers: Layers, counts: Sequence[int], dense: Sequence[int]) -> list[int]:
     """Return counts where some layers (by position) keep all numbers and the others pay for it.
 
     Raises:

@@ -20,21 +20,20 @@ lower id. Its test-time update of novices averages inputs, not outputs, and is l
 the layer makes. `novice=zero` is its ablation: the expert's share of the sum is dropped.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from rerail.compress.base import Compressor, Decision, untouched
+from rerail.compress.base import Compressor, Counts, Decision, Layers, Statistics, Views, untouched
 from rerail.compress.router_rows import best_slots
 from rerail.experts.base import BankSpec
 from rerail.moe.model import MoELayer
 from rerail.plan.allocation import Allocation, check_kept, experts_kept
 from rerail.plan.budget import Budget
 from rerail.statistics.routed import Count, GatedOutput, Moment, OutputSquares, OutputSumRouted
-from rerail.statistics.statistic import LayerStatistics, Statistic, StatisticSet
+from rerail.statistics.statistic import LayerStatistics, Statistic
 
 ROUNDING = 1e-6  # of the squares, which are of float32 outputs: less is no spread
 
@@ -61,11 +60,7 @@ class MoNE(Compressor):
         return base + gated if self.novice == "gate2_mean" else base
 
     def allocate(
-        self,
-        layers: Sequence[MoELayer],
-        statistics: StatisticSet | None,
-        budget: Budget,
-        allocation: Allocation,
+        self, layers: Layers, statistics: Statistics, budget: Budget, allocation: Allocation
     ) -> list[int]:
         """Return kept experts: at least one, since the router keeps all rows."""
         least, scores = [1] * len(layers), None
@@ -75,24 +70,24 @@ class MoNE(Compressor):
         check_kept(layers, counts, least)
         return counts
 
-    def decide(
-        self,
-        layers: Sequence[MoELayer],
-        statistics: Sequence[LayerStatistics],
-        counts: Sequence[int],
-    ) -> list[Decision]:
+    def decide(self, layers: Layers, statistics: Views, counts: Counts) -> list[Decision]:
         """Keep the highest scores; the others' novices are stored behind them."""
         decisions = []
         for layer, view, num_kept in zip(layers, statistics, counts, strict=True):
             kept = best_slots(self.score(view), num_kept)
-            others = [e for e in range(layer.num_experts) if e not in set(kept)]
-            place = {e: i for i, e in enumerate((*kept, *others))}
-            spec = BankSpec("novice", layer.num_experts, (), {"kept": kept})
-            slots = tuple(place[e] for e in range(layer.num_experts))
-            plan = replace(untouched(layer, spec), slots=slots)
-            novices = self.constants(view)[torch.tensor(others, dtype=torch.int64)].float()
-            decisions.append(Decision(plan, {"novices": novices}))
+            decisions.append(self.with_novices(layer, view, kept))
         return decisions
+
+    def with_novices(
+        self, layer: MoELayer, statistics: LayerStatistics, kept: tuple[int, ...]
+    ) -> Decision:
+        """Put novices in the place of all but some experts of a layer."""
+        others = [e for e in range(layer.num_experts) if e not in set(kept)]
+        place = {e: i for i, e in enumerate((*kept, *others))}
+        spec = BankSpec("novice", layer.num_experts, (), {"kept": kept})
+        slots = tuple(place[e] for e in range(layer.num_experts))
+        novices = self.constants(statistics)[torch.tensor(others, dtype=torch.int64)].float()
+        return Decision(replace(untouched(layer, spec), slots=slots), {"novices": novices})
 
     def score(self, statistics: LayerStatistics) -> Tensor:
         """Return var * freq, float64 (E,)."""

@@ -21,7 +21,6 @@ What allocations compare is the error without each single expert, which the pape
 """
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar, Literal
@@ -29,16 +28,9 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from rerail.compress.base import Layers, Statistics
 from rerail.compress.guard import Slots
-from rerail.compress.solvers.reconstruction import (
-    Errors,
-    Free,
-    Sample,
-    coarse_to_fine,
-    errors_without_each,
-    exhaustive,
-    removable,
-)
+from rerail.compress.solvers import reconstruction
 from rerail.compress.templates.pruner import Pruner
 from rerail.errors import OutOfReach
 from rerail.moe.model import MoELayer
@@ -46,7 +38,7 @@ from rerail.plan.allocation import Allocation
 from rerail.plan.budget import Budget
 from rerail.statistics.original import OriginalRows
 from rerail.statistics.rows import Rows
-from rerail.statistics.statistic import LayerStatistics, Statistic, StatisticSet
+from rerail.statistics.statistic import LayerStatistics, Statistic
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,19 +61,19 @@ class NAEE(Pruner):
     def measures(self) -> tuple[Statistic, ...]:
         return (Rows(self.rows),)
 
-    def errors(self, layer: MoELayer, statistics: LayerStatistics) -> Errors:
+    def errors(self, layer: MoELayer, statistics: LayerStatistics) -> reconstruction.Errors:
         """Return the function that judges kept subsets C."""
-        sample = Sample(layer, Rows.hidden(statistics[Rows(self.rows)]))
+        sample = reconstruction.Sample(layer, Rows.hidden(statistics[Rows(self.rows)]))
         return sample.judged_by(partial(sum_of_norms, batch=self.batch))
 
     def score(self, layer: MoELayer, statistics: LayerStatistics) -> Tensor:
         """Return the error without each single expert, float64 (E,)."""
-        return errors_without_each(layer, self.errors(layer, statistics))
+        return reconstruction.errors_without_each(layer, self.errors(layer, statistics))
 
     def choose(
         self, layer: MoELayer, statistics: LayerStatistics, num_kept: int, guarded: Slots
     ) -> tuple[int, ...]:
-        free = removable(layer, guarded, self.least_per_group(layer, num_kept))
+        free = reconstruction.removable(layer, guarded, self.least_per_group(layer, num_kept))
         return search(layer, self.errors(layer, statistics), num_kept, free, self.limit)
 
 
@@ -108,11 +100,7 @@ class ProgressiveNAEE(Pruner):
         return (rows, OriginalRows(self.rows)) if self.target == "original" else (rows,)
 
     def allocate(
-        self,
-        layers: Sequence[MoELayer],
-        statistics: StatisticSet | None,
-        budget: Budget,
-        allocation: Allocation,
+        self, layers: Layers, statistics: Statistics, budget: Budget, allocation: Allocation
     ) -> list[int]:
         """Refuse what compares layers."""
         if self.guard != "none" or allocation.compares:
@@ -122,22 +110,24 @@ class ProgressiveNAEE(Pruner):
             )
         return super().allocate(layers, statistics, budget, allocation)
 
-    def errors(self, layer: MoELayer, statistics: LayerStatistics) -> Errors:
+    def errors(self, layer: MoELayer, statistics: LayerStatistics) -> reconstruction.Errors:
         """Return the function that judges kept subsets C, by their offset from the target too."""
         rows, target = Rows.hidden(statistics[Rows(self.rows)]), None
         if self.target == "original":
             original = Rows.hidden(statistics[OriginalRows(self.rows)])
             target = layer.answer(original.to(layer.router_rows))
-        return Sample(layer, rows, target).judged_by(partial(sum_of_norms, batch=self.batch))
+        return reconstruction.Sample(layer, rows, target).judged_by(
+            partial(sum_of_norms, batch=self.batch)
+        )
 
     def score(self, layer: MoELayer, statistics: LayerStatistics) -> Tensor:
         """Return the error without each single expert, float64 (E,)."""
-        return errors_without_each(layer, self.errors(layer, statistics))
+        return reconstruction.errors_without_each(layer, self.errors(layer, statistics))
 
     def choose(
         self, layer: MoELayer, statistics: LayerStatistics, num_kept: int, guarded: Slots
     ) -> tuple[int, ...]:
-        free = removable(layer, guarded, self.least_per_group(layer, num_kept))
+        free = reconstruction.removable(layer, guarded, self.least_per_group(layer, num_kept))
         return search(layer, self.errors(layer, statistics), num_kept, free, self.limit)
 
 
@@ -149,10 +139,14 @@ def sum_of_norms(change: Tensor, batch: int) -> Tensor:
 
 
 def search(
-    layer: MoELayer, errors: Errors, num_kept: int, free: Free, limit: int
+    layer: MoELayer,
+    errors: reconstruction.Errors,
+    num_kept: int,
+    free: reconstruction.Free,
+    limit: int,
 ) -> tuple[int, ...]:
     """Try all subsets, or drop one expert at a time where there are more than `limit`."""
     experts = layer.num_experts
     if math.comb(experts, num_kept) <= limit:
-        return exhaustive(errors, experts, num_kept, free)
-    return coarse_to_fine(errors, experts, num_kept, free, least=layer.top_k)
+        return reconstruction.exhaustive(errors, experts, num_kept, free)
+    return reconstruction.coarse_to_fine(errors, experts, num_kept, free, least=layer.top_k)

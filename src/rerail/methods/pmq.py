@@ -30,18 +30,17 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
-from rerail.compress.base import Compressor, Decision
+from rerail.compress.base import Compressor, Counts, Decision, Layers, Statistics, Views
 from rerail.compress.solvers.bit_allocation import allocate_bits, block_errors, least_sum
 from rerail.compress.templates.quantiser import WIDTHS, Quantiser, layer_bits, quantised
 from rerail.errors import InputError, OutOfReach
 from rerail.experts.quantized import DENSE
-from rerail.moe.model import MoELayer
 from rerail.plan.allocation import Allocation, removed_shares
 from rerail.plan.budget import Bits, Budget
 from rerail.statistics.mass import RouterMass
 from rerail.statistics.routed import Count, Moment
 from rerail.statistics.rows import Rows
-from rerail.statistics.statistic import LayerStatistics, Statistic, StatisticSet
+from rerail.statistics.statistic import Statistic
 
 EXPONENTS = {"paper": (1.0, 1.0, 2.0), "repo": (1.0, 1.5, 1.0)}
 
@@ -98,11 +97,7 @@ class PMQ(Compressor):
         return [0, 1, 1] if paper else [0] * len(self.bits)
 
     def allocate(
-        self,
-        layers: Sequence[MoELayer],
-        statistics: StatisticSet | None,
-        budget: Budget,
-        allocation: Allocation,
+        self, layers: Layers, statistics: Statistics, budget: Budget, allocation: Allocation
     ) -> list[int]:
         """Return the bits that each layer's experts share.
 
@@ -119,12 +114,7 @@ class PMQ(Compressor):
                 )
         return layer_bits(layers, shares)
 
-    def decide(
-        self,
-        layers: Sequence[MoELayer],
-        statistics: Sequence[LayerStatistics],
-        counts: Sequence[int],
-    ) -> list[Decision]:
+    def decide(self, layers: Layers, statistics: Views, counts: Counts) -> list[Decision]:
         """Solve the integer program of each layer, and encode its experts."""
         decisions = []
         for layer, view, max_bits in zip(layers, statistics, counts, strict=True):

@@ -26,14 +26,8 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
+from rerail.compress.solvers import whitening
 from rerail.compress.solvers.ranks import Ranks, ranks_within
-from rerail.compress.solvers.whitening import (
-    Moments,
-    effective_ranks,
-    layer_moments,
-    low_rank,
-    moment_statistics,
-)
 from rerail.compress.templates.factoriser import Factoriser, Integers
 from rerail.experts.base import BankSpec
 from rerail.moe.model import MoELayer
@@ -60,7 +54,7 @@ class WhitenedSVD(Factoriser):
 
     @property
     def requires(self) -> tuple[Statistic, ...]:
-        return moment_statistics(self.whiten)
+        return whitening.moment_statistics(self.whiten)
 
     def sizes(
         self, layer: MoELayer, max_numbers: int, statistics: LayerStatistics | None = None
@@ -80,11 +74,11 @@ class WhitenedSVD(Factoriser):
         if self.spread == "uniform":
             return {}
         moments, stacks = self.moments(layer, statistics), layer.stack()._asdict()
-        return {n: effective_ranks(w, moments[n]).sqrt() for n, w in stacks.items()}
+        return {n: whitening.effective_ranks(w, moments[n]).sqrt() for n, w in stacks.items()}
 
-    def moments(self, layer: MoELayer, statistics: LayerStatistics) -> dict[str, Moments]:
+    def moments(self, layer: MoELayer, statistics: LayerStatistics) -> dict[str, whitening.Moments]:
         """Return C of each expert by matrix type."""
-        return layer_moments(layer, statistics, self.whiten, self.shrink, self.ridge)
+        return whitening.layer_moments(layer, statistics, self.whiten, self.shrink, self.ridge)
 
     def spec(self, layer: MoELayer, sizes: Integers) -> BankSpec:
         """Return the low-rank form."""
@@ -96,6 +90,6 @@ class WhitenedSVD(Factoriser):
         """Solve each expert."""
         moments, tensors = self.moments(layer, statistics), dict[str, Tensor]()
         for name, stack in layer.stack()._asdict().items():
-            u, v = low_rank(stack, moments[name], sizes[name])
+            u, v = whitening.low_rank(stack, moments[name], sizes[name])
             tensors |= {f"{name}.U": u, f"{name}.V": v}
         return tensors

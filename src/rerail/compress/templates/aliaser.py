@@ -11,15 +11,14 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from rerail.compress.base import Compressor, Decision, Scopes
+from rerail.compress.base import Compressor, Counts, Decision, Layers, Scopes, Statistics, Views
 from rerail.compress.router_rows import best_slots
 from rerail.errors import InputError, OutOfReach
 from rerail.experts.base import BankSpec
-from rerail.moe.model import MoELayer
 from rerail.plan.allocation import Allocation, check_kept, experts_kept
 from rerail.plan.budget import Budget
 from rerail.plan.plan import LayerPlan
-from rerail.statistics.statistic import LayerStatistics, StatisticSet
+from rerail.statistics.statistic import LayerStatistics
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,26 +53,20 @@ class Aliaser(Compressor):
         """Return (E,), what each expert does: what allocations compare across layers."""
 
     @abstractmethod
-    def distances(
-        self, layers: Sequence[MoELayer], statistics: Sequence[LayerStatistics]
-    ) -> Tensor:
+    def distances(self, layers: Layers, statistics: Sequence[LayerStatistics]) -> Tensor:
         """Return distances of the scope's experts (N, N), layer by layer."""
 
     @abstractmethod
     def score(self, contribution: Tensor, distances: Tensor) -> Tensor:
         """Return (N,), higher means prototype."""
 
-    def scopes(self, layers: Sequence[MoELayer]) -> Scopes:
+    def scopes(self, layers: Layers) -> Scopes:
         """Return windows of consecutive layers."""
         everyone = list(range(len(layers)))
         return [everyone[i : i + self.window] for i in everyone[:: self.window]]
 
     def allocate(
-        self,
-        layers: Sequence[MoELayer],
-        statistics: StatisticSet | None,
-        budget: Budget,
-        allocation: Allocation,
+        self, layers: Layers, statistics: Statistics, budget: Budget, allocation: Allocation
     ) -> list[int]:
         """Return counts of prototypes; at least `native`, and one: top_k is no bound."""
         for scope in self.scopes(layers):
@@ -90,12 +83,7 @@ class Aliaser(Compressor):
         check_kept(layers, counts, least)
         return counts
 
-    def decide(
-        self,
-        layers: Sequence[MoELayer],
-        statistics: Sequence[LayerStatistics],
-        counts: Sequence[int],
-    ) -> list[Decision]:
+    def decide(self, layers: Layers, statistics: Views, counts: Counts) -> list[Decision]:
         """Choose the scope's pool; every other slot goes to its nearest prototype, lower id first.
 
         A layer's bank names the prototypes that it reads, so that nothing is gathered in vain.
@@ -118,7 +106,7 @@ class Aliaser(Compressor):
         return decisions
 
     def _members(
-        self, layers: Sequence[MoELayer], owners: Sequence[int], pool: Sequence[int]
+        self, layers: Layers, owners: Sequence[int], pool: Sequence[int]
     ) -> list[tuple[tuple[int, int, float], ...]]:
         """Return what each prototype is made of: itself, or the mean of the slots it answers."""
         place = [(layer.index, e) for layer in layers for e in range(layers[0].num_experts)]

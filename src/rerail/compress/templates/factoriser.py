@@ -2,18 +2,18 @@
 
 import dataclasses
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
-from rerail.compress.base import Compressor, Decision, untouched
+from rerail.compress.base import Compressor, Counts, Decision, Layers, Statistics, Views, untouched
 from rerail.experts.base import BankSpec
 from rerail.moe.model import MoELayer
 from rerail.plan.allocation import Allocation, removed_shares
 from rerail.plan.budget import Budget, dense_numbers, numbers_kept
-from rerail.statistics.statistic import LayerStatistics, StatisticSet
+from rerail.statistics.statistic import LayerStatistics
 
 # sizes of a form by name: an int, or a tuple with one for each expert
 Integers = Mapping[str, Any]
@@ -57,16 +57,12 @@ class Factoriser(Compressor):
         """Return the stored form."""
 
     def allocate(
-        self,
-        layers: Sequence[MoELayer],
-        statistics: StatisticSet | None,
-        budget: Budget,
-        allocation: Allocation,
+        self, layers: Layers, statistics: Statistics, budget: Budget, allocation: Allocation
     ) -> list[int]:
         """Return the numbers that each layer may store."""
         return self.reached(layers, most_numbers(layers, budget, allocation))
 
-    def reached(self, layers: Sequence[MoELayer], counts: list[int]) -> list[int]:
+    def reached(self, layers: Layers, counts: list[int]) -> list[int]:
         """Return the counts, once sizes were found for every layer that changes.
 
         Raises:
@@ -77,12 +73,7 @@ class Factoriser(Compressor):
                 self.sizes(layer, max_numbers)
         return counts
 
-    def decide(
-        self,
-        layers: Sequence[MoELayer],
-        statistics: Sequence[LayerStatistics],
-        counts: Sequence[int],
-    ) -> list[Decision]:
+    def decide(self, layers: Layers, statistics: Views, counts: Counts) -> list[Decision]:
         """Solve each layer, unless it stays dense."""
         decisions = []
         for layer, view, max_numbers in zip(layers, statistics, counts, strict=True):
@@ -96,7 +87,7 @@ class Factoriser(Compressor):
         return decisions
 
 
-def most_numbers(layers: Sequence[MoELayer], budget: Budget, allocation: Allocation) -> list[int]:
+def most_numbers(layers: Layers, budget: Budget, allocation: Allocation) -> list[int]:
     """Return how many numbers each layer may store under a budget."""
     shares = removed_shares(layers, budget, allocation)
     return [

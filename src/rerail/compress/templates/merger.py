@@ -16,14 +16,14 @@ that cluster cannot: these refuse.
 """
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from rerail.compress.base import Compressor, Decision
+from rerail.compress.base import Compressor, Counts, Decision, Layers, Statistics, Views
 from rerail.compress.router_rows import best_slots, check_equal_groups
 from rerail.compress.solvers.grouping import Fused, group_members, shares_in_group, wide
 from rerail.errors import OutOfReach
@@ -34,7 +34,7 @@ from rerail.plan.allocation import Allocation, check_kept, experts_kept
 from rerail.plan.budget import Budget
 from rerail.plan.plan import ROWS, LayerPlan
 from rerail.statistics.routed import Count
-from rerail.statistics.statistic import LayerStatistics, StatisticSet
+from rerail.statistics.statistic import LayerStatistics
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,11 +99,7 @@ class Merger(Compressor):
         return tuple(sorted(order[first].tolist()))
 
     def allocate(
-        self,
-        layers: Sequence[MoELayer],
-        statistics: StatisticSet | None,
-        budget: Budget,
-        allocation: Allocation,
+        self, layers: Layers, statistics: Statistics, budget: Budget, allocation: Allocation
     ) -> list[int]:
         """Return the number of groups in each layer; at least the rows that top_k needs."""
         few, scores = self.router != "remap", None
@@ -118,7 +114,7 @@ class Merger(Compressor):
             check_equal_groups(layers, counts, allocation, "compressor.router=remap")
         return counts
 
-    def check_groups(self, layers: Sequence[MoELayer]) -> None:
+    def check_groups(self, layers: Layers) -> None:
         """Refuse grouped routers where centroids fall as the clusters will have it."""
         if not self.around_dominants and any(layer.num_groups > 1 for layer in layers):
             raise OutOfReach(
@@ -126,12 +122,7 @@ class Merger(Compressor):
                 "grouped router equal; allowed: ratios from 0 to 0, or compressor.router=remap"
             )
 
-    def decide(
-        self,
-        layers: Sequence[MoELayer],
-        statistics: Sequence[LayerStatistics],
-        counts: Sequence[int],
-    ) -> list[Decision]:
+    def decide(self, layers: Layers, statistics: Views, counts: Counts) -> list[Decision]:
         """Group each layer's experts, say what each group stores, and which router rows stay."""
         return [self.decide_layer(*each) for each in zip(layers, statistics, counts, strict=True)]
 

@@ -1,14 +1,13 @@
 """Narrowers: every expert is kept, with fewer channels. One function is open: `score`."""
 
 from abc import abstractmethod
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from rerail.compress.base import Compressor, Decision, untouched
+from rerail.compress.base import Compressor, Counts, Decision, Layers, Statistics, Views, untouched
 from rerail.errors import OutOfReach
 from rerail.experts.base import BankSpec
 from rerail.experts.narrow import Bank
@@ -16,7 +15,7 @@ from rerail.moe.fused_experts import expert_parameters
 from rerail.moe.model import MoELayer
 from rerail.plan.allocation import Allocation, removed_shares
 from rerail.plan.budget import Budget, dense_numbers, units_kept
-from rerail.statistics.statistic import LayerStatistics, StatisticSet
+from rerail.statistics.statistic import LayerStatistics
 
 _BIAS = "gate_up_proj_bias"
 
@@ -41,22 +40,13 @@ class Narrower(Compressor):
         """Return (E, I), higher means keep; a channel that was never active scores lowest."""
 
     def allocate(
-        self,
-        layers: Sequence[MoELayer],
-        statistics: StatisticSet | None,
-        budget: Budget,
-        allocation: Allocation,
+        self, layers: Layers, statistics: Statistics, budget: Budget, allocation: Allocation
     ) -> list[int]:
         """Return how many micro-experts each layer keeps: at least one."""
         shares = removed_shares(layers, budget, allocation)
         return [_channels_kept(la, share) for la, share in zip(layers, shares, strict=True)]
 
-    def decide(
-        self,
-        layers: Sequence[MoELayer],
-        statistics: Sequence[LayerStatistics],
-        counts: Sequence[int],
-    ) -> list[Decision]:
+    def decide(self, layers: Layers, statistics: Views, counts: Counts) -> list[Decision]:
         """Keep the highest scores of each layer."""
         decisions = []
         for layer, view, num_kept in zip(layers, statistics, counts, strict=True):

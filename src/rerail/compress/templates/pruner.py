@@ -5,14 +5,13 @@ experts between groups.
 """
 
 from abc import abstractmethod
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from rerail.compress.base import Compressor, Decision, Scopes
+from rerail.compress.base import Compressor, Counts, Decision, Layers, Scopes, Statistics, Views
 from rerail.compress.guard import (
     GuardMode,
     Slots,
@@ -26,7 +25,7 @@ from rerail.compress.router_rows import best_slots, check_equal_groups, masked, 
 from rerail.moe.model import MoELayer
 from rerail.plan.allocation import Allocation, check_kept, experts_kept
 from rerail.plan.budget import Budget
-from rerail.statistics.statistic import LayerStatistics, Statistic, StatisticSet
+from rerail.statistics.statistic import LayerStatistics, Statistic
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +67,7 @@ class Pruner(Compressor):
         """What choosing and guarding read."""
         return (*self.measures, *guard_statistics(self.guard))
 
-    def scopes(self, layers: Sequence[MoELayer]) -> Scopes:
+    def scopes(self, layers: Layers) -> Scopes:
         """Return all layers as one scope where a guard compares them."""
         return super().scopes(layers) if self.guard == "none" else [list(range(len(layers)))]
 
@@ -77,11 +76,7 @@ class Pruner(Compressor):
         return num_kept // layer.num_groups if self.router == "slice" else layer.least_per_group
 
     def allocate(
-        self,
-        layers: Sequence[MoELayer],
-        statistics: StatisticSet | None,
-        budget: Budget,
-        allocation: Allocation,
+        self, layers: Layers, statistics: Statistics, budget: Budget, allocation: Allocation
     ) -> list[int]:
         """Return kept experts; a guarded one competes as the best of its layer."""
         least, scores = [la.num_groups * la.least_per_group for la in layers], None
@@ -103,12 +98,7 @@ class Pruner(Compressor):
             check_equal_groups(layers, counts, allocation, "compressor.router=mask")
         return counts
 
-    def decide(
-        self,
-        layers: Sequence[MoELayer],
-        statistics: Sequence[LayerStatistics],
-        counts: Sequence[int],
-    ) -> list[Decision]:
+    def decide(self, layers: Layers, statistics: Views, counts: Counts) -> list[Decision]:
         """Choose in each layer, guarded slots included.
 
         Raises:

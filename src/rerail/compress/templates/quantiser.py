@@ -12,14 +12,14 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from rerail.compress.base import Compressor, Decision, untouched
+from rerail.compress.base import Compressor, Counts, Decision, Layers, Statistics, Views, untouched
 from rerail.errors import InputError, OutOfReach
 from rerail.experts.base import BankSpec
 from rerail.experts.quantized import DENSE, Bank, Coded, buckets, pack
 from rerail.moe.model import MoELayer
 from rerail.plan.allocation import Allocation, removed_shares
 from rerail.plan.budget import Bits, Budget, numbers_kept
-from rerail.statistics.statistic import LayerStatistics, StatisticSet
+from rerail.statistics.statistic import LayerStatistics
 
 WIDTHS = (1, 2, 3, 4, 8, DENSE)
 _AT_ONCE = 2**26  # numbers of matrices or moments that are encoded together
@@ -64,11 +64,7 @@ class Quantiser(Compressor):
         return ()
 
     def allocate(
-        self,
-        layers: Sequence[MoELayer],
-        statistics: StatisticSet | None,
-        budget: Budget,
-        allocation: Allocation,
+        self, layers: Layers, statistics: Statistics, budget: Budget, allocation: Allocation
     ) -> list[int]:
         """Return the bits that the experts of each layer share: a width that can be packed each."""
         for share in (shares := removed_shares(layers, budget, allocation)):
@@ -79,12 +75,7 @@ class Quantiser(Compressor):
                 )
         return layer_bits(layers, shares)
 
-    def decide(
-        self,
-        layers: Sequence[MoELayer],
-        statistics: Sequence[LayerStatistics],
-        counts: Sequence[int],
-    ) -> list[Decision]:
+    def decide(self, layers: Layers, statistics: Views, counts: Counts) -> list[Decision]:
         """Encode each layer's experts in the same bits."""
         decisions = []
         for layer, view, max_bits in zip(layers, statistics, counts, strict=True):
@@ -93,7 +84,7 @@ class Quantiser(Compressor):
         return decisions
 
 
-def layer_bits(layers: Sequence[MoELayer], shares: Sequence[float]) -> list[int]:
+def layer_bits(layers: Layers, shares: Sequence[float]) -> list[int]:
     """Return the sum of the bits that the experts of each layer may have, rounded down."""
     return [numbers_kept(DENSE * la.num_experts, s) for la, s in zip(layers, shares, strict=True)]
 

@@ -16,9 +16,13 @@ import torch
 from rerail.compress.base import (
     NO_HOOKS,
     Compressor,
+    Counts,
     Decision,
+    Layers,
     PlanHooks,
     Scopes,
+    Statistics,
+    Views,
     make_plan,
     with_notes,
 )
@@ -54,7 +58,7 @@ class TwoStages(Compressor):
             raise InputError(f"compressor.share={self.share} is outside [0, 1]")
 
     def second_stage(
-        self, layers: Sequence[MoELayer], views: Sequence[LayerStatistics], plan: Plan
+        self, layers: Layers, views: Sequence[LayerStatistics], plan: Plan
     ) -> Compressor:
         """Return the second stage once the first is planned; by default it is as it was.
 
@@ -70,16 +74,12 @@ class TwoStages(Compressor):
         """What both stages read."""
         return tuple(dict.fromkeys([*self.first.requires, *self.second.requires]))
 
-    def scopes(self, layers: Sequence[MoELayer]) -> Scopes:
+    def scopes(self, layers: Layers) -> Scopes:
         """Return the first stage's scopes."""
         return self.first.scopes(layers)
 
     def allocate(
-        self,
-        layers: Sequence[MoELayer],
-        statistics: StatisticSet | None,
-        budget: Budget,
-        allocation: Allocation,
+        self, layers: Layers, statistics: Statistics, budget: Budget, allocation: Allocation
     ) -> list[int]:
         """Return the first stage's counts, once the second is known to reach its part."""
         first = self._first_ratio(budget)
@@ -91,7 +91,7 @@ class TwoStages(Compressor):
         assert budget.removed is not None
         return Ratio(budget.removed * self.share)
 
-    def _check_second(self, layers: Sequence[MoELayer], budget: Budget, first: Ratio) -> None:
+    def _check_second(self, layers: Layers, budget: Budget, first: Ratio) -> None:
         """Check the second stage as if the first could remove its share exactly."""
         if self.share == 1 or budget.removed is None:
             return
@@ -104,18 +104,13 @@ class TwoStages(Compressor):
                 "stage; allowed: another ratio, or another compressor.share"
             ) from error
 
-    def decide(
-        self,
-        layers: Sequence[MoELayer],
-        statistics: Sequence[LayerStatistics],
-        counts: Sequence[int],
-    ) -> list[Decision]:
+    def decide(self, layers: Layers, statistics: Views, counts: Counts) -> list[Decision]:
         """Decide about the first stage of one scope."""
         return self.first.decide(layers, statistics, counts)
 
     def plan(
         self,
-        layers: Sequence[MoELayer],
+        layers: Layers,
         statistics: StatisticSet,
         budget: Budget,
         allocation: Allocation,
@@ -137,9 +132,7 @@ class TwoStages(Compressor):
         notes = [note for stage in plan.stages for note in stage.lineage.get("notes", ())]
         return dataclasses.replace(plan, lineage=with_notes(plan.lineage, notes))
 
-    def _rest(
-        self, layers: Sequence[MoELayer], students: Sequence[MoELayer], budget: Budget
-    ) -> float:
+    def _rest(self, layers: Layers, students: Sequence[MoELayer], budget: Budget) -> float:
         """Return what the second stage must remove of what the first one left."""
         removed = budget.removed or 0.0
         allowed = sum(numbers_kept(dense_numbers(la), removed) for la in layers)
@@ -147,7 +140,7 @@ class TwoStages(Compressor):
         return max(0.0, 1 - allowed / left)
 
 
-def student_layers(layers: Sequence[MoELayer], plan: Plan) -> tuple[MoELayer, ...]:
+def student_layers(layers: Layers, plan: Plan) -> tuple[MoELayer, ...]:
     """Return the layers of a plan's student; they share every Parameter that it leaves as it is.
 
     Raises:
@@ -174,7 +167,7 @@ def _shared(block: torch.nn.Module) -> torch.nn.Module:
 def restricted(
     statistics: StatisticSet,
     required: Sequence[Statistic],
-    layers: Sequence[MoELayer],
+    layers: Layers,
     students: Sequence[MoELayer],
     plan: Plan,
 ) -> StatisticSet:

@@ -1,14 +1,23 @@
 """Skippers: every expert is kept, some chosen slots are not computed. Open: `threshold`."""
 
 from abc import abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from rerail.compress.base import Compressor, Decision, make_plan, untouched
+from rerail.compress.base import (
+    Compressor,
+    Counts,
+    Decision,
+    Layers,
+    Statistics,
+    Views,
+    make_plan,
+    untouched,
+)
 from rerail.errors import InputError, OutOfReach
 from rerail.experts.base import BankSpec
 from rerail.experts.skip_policy import BINS, Bank
@@ -18,7 +27,7 @@ from rerail.plan.allocation import Allocation, Uniform
 from rerail.plan.budget import Budget, Skip
 from rerail.plan.plan import Plan
 from rerail.statistics.gate_ratios import GateTails
-from rerail.statistics.statistic import LayerStatistics, Statistic, StatisticSet
+from rerail.statistics.statistic import Statistic, StatisticSet
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,11 +67,7 @@ class Skipper(Compressor):
         return {}
 
     def allocate(
-        self,
-        layers: Sequence[MoELayer],
-        statistics: StatisticSet | None,
-        budget: Budget,
-        allocation: Allocation,
+        self, layers: Layers, statistics: Statistics, budget: Budget, allocation: Allocation
     ) -> list[int]:
         """Return how many activations each layer skips, protected tokens included.
 
@@ -94,12 +99,7 @@ class Skipper(Compressor):
             return below(tails, self.threshold(layer, tails))
         return round(share * lower * layer.top_k / (layer.top_k - 1))
 
-    def decide(
-        self,
-        layers: Sequence[MoELayer],
-        statistics: Sequence[LayerStatistics],
-        counts: Sequence[int],
-    ) -> list[Decision]:
+    def decide(self, layers: Layers, statistics: Views, counts: Counts) -> list[Decision]:
         """Put a policy around the experts that each layer has."""
         decisions = []
         for layer, view, num_skipped in zip(layers, statistics, counts, strict=True):
