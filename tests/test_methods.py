@@ -48,8 +48,9 @@ from rerail.methods.svd import WhitenedSVD
 from rerail.moe.model import MoELayer, MoEModel
 from rerail.plan.allocation import Uniform
 from rerail.plan.apply import apply_plan
-from rerail.plan.budget import Bits, Budget, Ratio, Sizes, Skip, dense_numbers, numbers_kept
+from rerail.plan.budget import Bits, Budget, Ratio, Skip, dense_numbers, numbers_kept
 from rerail.plan.plan import Plan
+from rerail.plan.sizes import Sizes
 from rerail.statistics.collect import collect
 from rerail.statistics.statistic import LayerStatistics, StatisticSet
 from rerail.teacher.teacher import LiveTeacher

@@ -12,8 +12,9 @@ from rerail.experts.base import BankSpec
 from rerail.methods.reap import MomentScore
 from rerail.plan.allocation import Uniform, experts_kept
 from rerail.plan.apply import apply_plan
-from rerail.plan.budget import Ratio, Sizes
+from rerail.plan.budget import Ratio
 from rerail.plan.plan import LayerPlan
+from rerail.plan.sizes import Sizes
 from rerail.statistics.statistic import StatisticSet, UndeclaredError
 
 

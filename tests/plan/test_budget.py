@@ -7,7 +7,8 @@ from families import tiny
 from rerail.errors import InputError, OutOfReach
 from rerail.moe.model import MoELayer
 from rerail.plan.allocation import GlobalScore, PerLayer, Uniform, check_kept, experts_kept
-from rerail.plan.budget import Ratio, Sizes, dense_numbers, numbers_kept, units_kept
+from rerail.plan.budget import Ratio, dense_numbers, numbers_kept, units_kept
+from rerail.plan.sizes import Sizes
 
 LAYERS = tiny("qwen3_moe", num_hidden_layers=3).layers
 
@@ -94,7 +95,8 @@ def test_counts_out_of_bounds_are_refused_with_the_reach(count: int) -> None:
 
 
 def test_sizes_speak_of_bytes_and_shares() -> None:
-    before, after = Sizes.made(1000, 800, 300, 800 * 16, 2), Sizes.made(600, 400, 290, 400 * 16, 2)
+    before = Sizes.from_counts(1000, 800, 300, 800 * 16, 2)
+    after = Sizes.from_counts(600, 400, 290, 400 * 16, 2)
     assert after.bytes == 1200
     assert after.removed_of_experts(before) == 0.5
     assert after.removed_of_model(before) == 0.4

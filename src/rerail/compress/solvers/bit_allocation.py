@@ -72,16 +72,16 @@ def _table(
     value[place[needs], 0] = 0.0
     back = np.zeros((len(costs), *value.shape), dtype=np.int32)
     for e, own in enumerate(costs):
-        found = np.full_like(value, np.inf)
+        least_cost = np.full_like(value, np.inf)
         for (i, state), (j, b) in itertools.product(enumerate(states), enumerate(bits)):
             if b > budget:
                 continue
             to = place[tuple(max(0, n - (k == j)) for k, n in enumerate(state))]
-            asked = value[i, : budget + 1 - b] + own[j]
-            better = asked < found[to, b:]
-            found[to, b:][better] = asked[better]
+            cost = value[i, : budget + 1 - b] + own[j]
+            better = cost < least_cost[to, b:]
+            least_cost[to, b:][better] = cost[better]
             back[e, to, b:][better] = i * len(bits) + j
-        value = found
+        value = least_cost
     return value, back
 
 

@@ -13,8 +13,9 @@ from rerail.moe.fused_experts import expert_parameters
 from rerail.moe.model import MoEModel
 from rerail.plan.allocation import GlobalScore, Uniform
 from rerail.plan.apply import apply_plan
-from rerail.plan.budget import Bits, Ratio, Sizes
+from rerail.plan.budget import Bits, Ratio
 from rerail.plan.plan import Plan
+from rerail.plan.sizes import Sizes
 from rerail.statistics.statistic import StatisticSet
 
 
