@@ -12,6 +12,9 @@ from rerail.errors import InputError, OutOfReach
 from rerail.moe.model import MoELayer
 from rerail.plan.budget import Budget, units_kept
 
+Layers = Sequence[MoELayer]
+Scores = Sequence[Tensor] | None  # one (E,) a layer; None before any are known
+
 
 class Allocation(ABC):
     """Says which share every layer loses; a template turns shares into counts of its own unit.
@@ -26,11 +29,7 @@ class Allocation(ABC):
 
     @abstractmethod
     def shares(
-        self,
-        layers: Sequence[MoELayer],
-        removed: float,
-        least: Sequence[int],
-        scores: Sequence[Tensor] | None = None,
+        self, layers: Layers, removed: float, least: Sequence[int], scores: Scores = None
     ) -> list[float]:
         """Return the removed share of each layer; a share of n in E experts is exactly n / E.
 
@@ -50,11 +49,7 @@ class Uniform(Allocation):
     uniform: ClassVar[bool] = True
 
     def shares(
-        self,
-        layers: Sequence[MoELayer],
-        removed: float,
-        least: Sequence[int],
-        scores: Sequence[Tensor] | None = None,
+        self, layers: Layers, removed: float, least: Sequence[int], scores: Scores = None
     ) -> list[float]:
         """Return the share that was asked for."""
         return [removed] * len(layers)
@@ -73,11 +68,7 @@ class GlobalScore(Allocation):
     floor: int = 1
 
     def shares(
-        self,
-        layers: Sequence[MoELayer],
-        removed: float,
-        least: Sequence[int],
-        scores: Sequence[Tensor] | None = None,
+        self, layers: Layers, removed: float, least: Sequence[int], scores: Scores = None
     ) -> list[float]:
         """Return shares whose experts sum to exactly the uniform total.
 
@@ -112,11 +103,7 @@ class PerLayer(Allocation):
     kept: tuple[int, ...] = ()
 
     def shares(
-        self,
-        layers: Sequence[MoELayer],
-        removed: float,
-        least: Sequence[int],
-        scores: Sequence[Tensor] | None = None,
+        self, layers: Layers, removed: float, least: Sequence[int], scores: Scores = None
     ) -> list[float]:
         """Return the shares that leave the listed counts.
 
@@ -135,11 +122,11 @@ class PerLayer(Allocation):
 
 
 def removed_shares(
-    layers: Sequence[MoELayer],
+    layers: Layers,
     budget: Budget,
     allocation: Allocation,
     least: Sequence[int] = (),
-    scores: Sequence[Tensor] | None = None,
+    scores: Scores = None,
 ) -> list[float]:
     """Return each layer's share of a budget that names one; others as for `Allocation.shares`."""
     assert budget.removed is not None  # only a skipper may be left to its own rule
@@ -147,18 +134,18 @@ def removed_shares(
 
 
 def experts_kept(
-    layers: Sequence[MoELayer],
+    layers: Layers,
     budget: Budget,
     allocation: Allocation,
     least: Sequence[int],
-    scores: Sequence[Tensor] | None = None,
+    scores: Scores = None,
 ) -> list[int]:
     """Return how many experts each layer keeps; arguments as for `removed_shares`."""
     shares = removed_shares(layers, budget, allocation, least, scores)
     return [units_kept(la.num_experts, share) for la, share in zip(layers, shares, strict=True)]
 
 
-def check_kept(layers: Sequence[MoELayer], counts: Sequence[int], least: Sequence[int]) -> None:
+def check_kept(layers: Layers, counts: Sequence[int], least: Sequence[int]) -> None:
     """Check kept counts before anything heavy.
 
     Raises:
@@ -173,7 +160,7 @@ def check_kept(layers: Sequence[MoELayer], counts: Sequence[int], least: Sequenc
             )
 
 
-def _shares_of(layers: Sequence[MoELayer], counts: Sequence[int]) -> list[float]:
+def _shares_of(layers: Layers, counts: Sequence[int]) -> list[float]:
     return [(la.num_experts - n) / la.num_experts for n, la in zip(counts, layers, strict=True)]
 
 
@@ -184,5 +171,5 @@ def _falling_shares(score: Tensor) -> Tensor:
     return shares.sort(descending=True).values
 
 
-def _highest_ratio(layers: Sequence[MoELayer], least: Sequence[int]) -> float:
+def _highest_ratio(layers: Layers, least: Sequence[int]) -> float:
     return 1 - sum(least) / sum(layer.num_experts for layer in layers)

@@ -115,4 +115,5 @@ def units_kept(units: int, removed: float, whole: float | None = None) -> int:
 
 def numbers_kept(numbers: int, removed: float) -> int:
     """Return the most numbers (or bits) that leave the share gone, exact where integers allow."""
-    return numbers - math.ceil(numbers * removed - 1e-6)
+    tolerance = max(1e-6, 1e-15 * numbers)  # of a product of doubles, also in the largest layers
+    return numbers - math.ceil(numbers * removed - tolerance)

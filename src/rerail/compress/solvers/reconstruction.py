@@ -1,8 +1,7 @@
 """Search by reconstruction: how far a layer's answer moves on sampled rows without some experts.
 
-Every expert answers the rows once, (n, E, H); a subset of
-experts is then judged by routing the rows anew (the model's own router, the others silenced) and
-adding the answers up again.
+Every expert answers the rows once, (n, E, H); a subset of experts is then judged by routing the
+rows anew (the model's own router, the others silenced) and adding the answers up again.
 """
 
 from collections.abc import Callable, Collection, Iterator, Sequence
