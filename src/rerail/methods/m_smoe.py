@@ -68,8 +68,8 @@ class MSMoE(Merger):
         return grouping.cosine(grouping.weight_gram(layer.router_rows))
 
     def solve(
-        self, layer: MoELayer, statistics: LayerStatistics, labels: Tensor, notes: list[str]
-    ) -> grouping.Fused | None:
+        self, layer: MoELayer, statistics: LayerStatistics, labels: Tensor
+    ) -> tuple[grouping.Fused, tuple[str, ...]] | None:
         """Return aligned weighted sums; None where nothing is aligned."""
         if self.align == "none":
             return None
@@ -87,4 +87,4 @@ class MSMoE(Merger):
             order = weight_matching(references[to], channel_features(expert, layout))
             return permuted(expert, layout, order)
 
-        return grouping.merged_experts(layer, labels, self.weights(statistics), aligned)
+        return grouping.merged_experts(layer, labels, self.weights(statistics), aligned), ()

@@ -69,7 +69,7 @@ class MergeMoE(Merger):
         for layer in layers:
             self.notes(layer, [self.inputs])
 
-    def notes(self, layer: MoELayer, inputs: Sequence[int]) -> list[str]:
+    def notes(self, layer: MoELayer, inputs: Sequence[int]) -> tuple[str, ...]:
         """Say which fits have fewer inputs than the expert has channels; refuse without a ridge."""
         need, short = layer.intermediate_size, [n for n in inputs if n < layer.intermediate_size]
         fact = (
@@ -81,7 +81,7 @@ class MergeMoE(Merger):
                 f"{fact} and compressor.ridge={self.ridge}; allowed: more calibration text, "
                 f"compressor.inputs of {need} or more, or a ridge above 0"
             )
-        return [f"{fact}; the ridge towards the average makes up for them"] if short else []
+        return (f"{fact}; the ridge towards the average makes up for them",) if short else ()
 
     def group(self, layer: MoELayer, statistics: LayerStatistics, num_stored: int) -> Tensor:
         """Let every other expert join the centre that it is most alike."""
@@ -95,8 +95,8 @@ class MergeMoE(Merger):
         return grouping.cosine(gram) if self.similarity_of == "cosine" else 2 * gram - both
 
     def solve(
-        self, layer: MoELayer, statistics: LayerStatistics, labels: Tensor, notes: list[str]
-    ) -> grouping.Fused | None:
+        self, layer: MoELayer, statistics: LayerStatistics, labels: Tensor
+    ) -> tuple[grouping.Fused, tuple[str, ...]]:
         """Return averaged gate and up, and the fitted down projections."""
         share = grouping.shares_in_group(labels, self.weights(statistics))
         merged = grouping.merged_experts(layer, labels, share)
@@ -110,8 +110,7 @@ class MergeMoE(Merger):
             sums = normal_equations(layer, members, share[members], expert, x, scale)
             down = merged["down_proj"][c].mT if flip else merged["down_proj"][c]
             down.copy_(ridge_solution(*sums, down, self.ridge))
-        notes += self.notes(layer, (columns > 0).sum(dim=0)[fits].tolist())
-        return merged
+        return merged, self.notes(layer, (columns > 0).sum(dim=0)[fits].tolist())
 
     def columns(self, layer: MoELayer, inputs: Tensor, labels: Tensor) -> Tensor:
         """Return (n, M): the factor of each input in each group's fit, 0 where it has no part."""

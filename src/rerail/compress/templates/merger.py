@@ -67,15 +67,11 @@ class Merger(Compressor):
         return self.usage(statistics)
 
     def solve(
-        self,
-        layer: MoELayer,
-        statistics: LayerStatistics,
-        labels: Tensor,
-        notes: list[str],
-    ) -> Fused | None:
-        """Return solved merged experts as fused tensors (M, ...); None for weighted sums.
+        self, layer: MoELayer, statistics: LayerStatistics, labels: Tensor
+    ) -> tuple[Fused, tuple[str, ...]] | None:
+        """Return solved merged experts as fused tensors (M, ...), and notes for the user.
 
-        It is not asked where every group is one expert. What a user should know goes into `notes`.
+        By default None, for weighted sums. It is not asked where every group is one expert.
         """
         return None
 
@@ -130,12 +126,13 @@ class Merger(Compressor):
         self, layer: MoELayer, statistics: LayerStatistics, num_stored: int
     ) -> Decision:
         """Decide about one layer."""
-        labels, notes = self.group(layer, statistics, num_stored), list[str]()
+        labels = self.group(layer, statistics, num_stored)
         single = num_stored == layer.num_experts
-        solved = None if single else self.solve(layer, statistics, labels, notes)
-        if solved is None:
+        solution = None if single else self.solve(layer, statistics, labels)
+        solved, notes = solution or ({}, ())
+        if solution is None:
             members = group_members(layer.index, labels, self.weights(statistics))
-            spec, solved = BankSpec("dense", num_stored, members), {}
+            spec = BankSpec("dense", num_stored, members)
         else:
             like = expert_parameters(layer.stock())
             solved = {name: t.to(like[name].dtype) for name, t in solved.items()}
@@ -143,7 +140,7 @@ class Merger(Compressor):
             spec = BankSpec("merged", num_stored, (), shapes)
         plan, rows = self.router_plan(layer, statistics, labels, spec)
         tensors = {name: t.cpu() for name, t in {**solved, **rows}.items()}
-        return Decision(plan, tensors, tuple(notes))
+        return Decision(plan, tensors, notes)
 
     def router_plan(
         self, layer: MoELayer, statistics: LayerStatistics, labels: Tensor, spec: BankSpec
