@@ -132,8 +132,9 @@ class InterExpert(Pruner):
                 f"top-k routing, router groups and the guard leave {sum(caps) * groups} to choose "
                 f"from; allowed ratios: 0 to {sum(caps) * groups / sum(experts):.4g}"
             )
-        share = torch.tensor(importance, dtype=torch.float64)
-        weights = 1 / (share / share.max().clamp(min=1e-300)).clamp(min=1e-9)
+        sums = torch.tensor(importance, dtype=torch.float64)
+        # scaled first, so that the bound on tiny importances is relative
+        weights = 1 / (sums / sums.max().clamp(min=1e-300)).clamp(min=1e-9)
         gone = dealt(weights, total, caps)
         return [n - groups * each for n, each in zip(experts, gone, strict=True)]
 

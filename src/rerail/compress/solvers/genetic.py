@@ -33,6 +33,7 @@ class Removals:
         """Return sets drawn from the unions of two parents, some with one member exchanged."""
         pairs = torch.randint(len(parents), (2, count), generator=self.generator)
         union = parents[pairs[0]] | parents[pairs[1]]
+        # noise is below 1, so that members of the union come before all others
         sets = self._highest(self._noise(count) + 2 * union)
         chosen = torch.randint(self.groups, (count, 1), generator=self.generator)
         size = self.experts // self.groups
@@ -40,6 +41,7 @@ class Removals:
         leaving, coming = here & sets, here & ~sets & self._free
         out = torch.where(leaving, self._noise(count), -1.0).argmax(dim=1)
         into = torch.where(coming, self._noise(count), -1.0).argmax(dim=1)
+        # all draws are made for all children: which ones mutate does not move the others' draws
         mutates = torch.rand(count, generator=self.generator) < mutation
         rows = (mutates & leaving.any(dim=1) & coming.any(dim=1)).nonzero().flatten()
         sets[rows, out[rows]] = False
@@ -56,6 +58,7 @@ class Removals:
         return torch.rand(count, self.experts, generator=self.generator)
 
     def _highest(self, keys: Tensor) -> Tensor:
+        # a fixed slot comes after every noise, and is never among the highest where enough are free
         keys = keys.masked_fill(~self._free, -1.0).view(len(keys), self.groups, -1)
         best = keys.topk(self.each, dim=2).indices
         highest = torch.zeros_like(keys, dtype=torch.bool).scatter_(2, best, True)

@@ -75,10 +75,10 @@ def _check_reach(
     )
 
 
-def filled(scores: Tensor, costs: Sequence[int], caps: Sequence[int], budget: int) -> list[int]:
-    """Return integers from 1 to their cap, in proportion to scores, that use the budget up.
+def filled(scores: Tensor, costs: Sequence[int], caps: Sequence[int], max_cost: int) -> list[int]:
+    """Return integers from 1 to their cap, in proportion to scores, that cost at most `max_cost`.
 
-    The real shares clamp(t * score, 1, cap) that cost just the budget are rounded down; what is
+    The real numbers clamp(t * score, 1, cap) that cost just as much are rounded down; what is
     left goes to the largest remainders, ties to the first. What remains is less than one cost.
     """
     cost, cap = torch.tensor(costs).double(), torch.tensor(caps).double()
@@ -87,14 +87,15 @@ def filled(scores: Tensor, costs: Sequence[int], caps: Sequence[int], budget: in
     def real(t: float) -> Tensor:
         return torch.minimum((t * score).clamp(min=1.0), cap)
 
+    # the cost rises with t; 200 halvings end at two neighbouring doubles, whatever the scale
     low, high = 0.0, float(cap.max() / score.min())
     for _ in range(200):
         middle = (low + high) / 2
-        low, high = (middle, high) if float(cost @ real(middle)) <= budget else (low, middle)
-    share = real(high) if float(cost @ real(high)) <= budget else real(low)
-    ranks = (share + 1e-9).floor()
-    left = budget - int(cost @ ranks)
-    for i in torch.argsort(share - ranks, descending=True, stable=True).tolist():
+        low, high = (middle, high) if float(cost @ real(middle)) <= max_cost else (low, middle)
+    exact = real(high) if float(cost @ real(high)) <= max_cost else real(low)
+    ranks = (exact + 1e-9).floor()  # an integer but for rounding is that integer
+    left = max_cost - int(cost @ ranks)
+    for i in torch.argsort(exact - ranks, descending=True, stable=True).tolist():
         if ranks[i] < cap[i] and costs[i] <= left:
             ranks[i] += 1
             left -= costs[i]

@@ -93,7 +93,7 @@ class Aliaser(Compressor):
         score = self.score(contribution, distances)
         pool = torch.tensor(best_slots(score, sum(counts), len(layers), self.native))
         owner = distances[:, pool].argmin(dim=1)
-        owner[pool] = torch.arange(len(pool))
+        owner[pool] = torch.arange(len(pool))  # also where a twin with a lower id is as near
         owners, size, decisions = owner.tolist(), layers[0].num_experts, []
         members = self._members(layers, owners, pool.tolist())
         for i, layer in enumerate(layers):

@@ -90,6 +90,7 @@ class Merger(Compressor):
         if self.around_dominants:
             return self.dominants(layer, statistics, num_stored)
         order = torch.argsort(self.usage(statistics), descending=True, stable=True)
+        # the lowest place in the order of use among a group's members is its most used one
         first = torch.full((num_stored,), len(labels))
         first.scatter_reduce_(0, labels[order], torch.arange(len(labels)), "amin")
         return tuple(sorted(order[first].tolist()))

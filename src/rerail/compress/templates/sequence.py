@@ -182,7 +182,7 @@ def restricted(
         cut[layer.index] = {}
         for statistic in required:
             tensor = view[statistic]
-            with torch.device("meta"):
+            with torch.device("meta"):  # shapes only, without memory
                 shapes = [statistic.empty(which).shape for which in (layer, student)]
             for axis, (before, after) in enumerate(zip(*shapes, strict=True)):
                 if before != after:
