@@ -23,10 +23,10 @@ def allocate_bits(
 ) -> tuple[int, ...]:
     """Return the bits of each expert.
 
-    Minimises sum_e cost[e, b_e] subject to sum_e b_e <= max_bits, with at least `least[i]` experts at
-    `bits[i]`. The table runs over experts, bits spent and experts still needed. Of equal costs the
-    fewest bits win, in total and (from the last expert on) each; where the limit is enough for the
-    widest everywhere, every expert has it, also one that costs nothing.
+    Minimises sum_e cost[e, b_e] subject to sum_e b_e <= max_bits, with at least `least[i]` experts
+    at `bits[i]`. The table runs over experts, bits spent and experts still needed. Of equal costs
+    the fewest bits win, in total and (from the last expert on) each; where the limit is enough for
+    the widest everywhere, every expert has it, also one that costs nothing.
 
     Args:
         cost: (E, B), the cost of expert e at bits[i].
