@@ -15,8 +15,8 @@ import pytest
 import torch
 
 from families import CONFIGS, tiny, tokens
-from rerail.compress.base import Compressor, make_plan
-from rerail.compress.templates.narrowing import micro_size
+from rerail.compress.base import Compressor, extended, make_plan
+from rerail.compress.templates.narrower import micro_size
 from rerail.distill.masters import masters
 from rerail.distill.router_distillation import RouterDistillation
 from rerail.distill.settings import RouterKD
@@ -48,8 +48,9 @@ from rerail.methods.svd import WhitenedSVD
 from rerail.moe.model import MoELayer, MoEModel
 from rerail.plan.allocation import Uniform
 from rerail.plan.apply import apply_plan
-from rerail.plan.budget import Bits, Budget, Ratio, Sizes, Skip
+from rerail.plan.budget import Bits, Budget, Ratio, Skip, dense_numbers, numbers_kept
 from rerail.plan.plan import Plan
+from rerail.plan.sizes import Sizes
 from rerail.statistics.collect import collect
 from rerail.statistics.statistic import LayerStatistics, StatisticSet
 from rerail.teacher.teacher import LiveTeacher
@@ -101,7 +102,7 @@ def all_but(*families: str) -> tuple[str, ...]:
 class Method:
     """One row: how a method is built, a ratio for the tiny models, and what makes it exact.
 
-    `capacity` gives the share of a layer at which nothing is lost, for `exact` where that is not
+    `capacity` gives the count of a layer at which nothing is lost, for `exact` where that is not
     the method itself. `unreachable` names the families that cannot reach the ratio; a preset of
     another row's class needs one family only.
     """
@@ -271,12 +272,11 @@ def test_ratio_zero_is_the_empty_plan_and_bit_equal(method: Method, family: str)
 def test_a_capacity_plan_changes_nothing(method: Method, family: str) -> None:
     teacher, compressor = tiny(family), method.exact or method.compressor
     views = [filled(family).of(layer, compressor.requires) for layer in teacher.layers]
-    shares = [method.capacity(layer) for layer in teacher.layers]
-    scope = compressor.plan_scope(teacher.layers, views, shares)
-    tensors = {f"layers.{name}": t for name, t in scope.tensors.items()}
-    student = apply_plan(teacher, Plan(scope.layers, {}, tensors))
-    assert len(scope.layers) == len(teacher.layers)
-    if all(part.bank.kind == "dense" for part in scope.layers):
+    counts = [method.capacity(layer) for layer in teacher.layers]
+    plan = extended(Plan(), compressor.decide(teacher.layers, views, counts))
+    student = apply_plan(teacher, plan)
+    assert len(plan.layers) == len(teacher.layers)
+    if all(part.bank.kind == "dense" for part in plan.layers):
         assert torch.equal(logits(student), logits(teacher))
     torch.testing.assert_close(logits(student), logits(teacher), atol=1e-4, rtol=1e-4)
 
@@ -347,7 +347,7 @@ def test_the_ratio_is_met_as_far_as_integers_allow(method: Method, family: str) 
     before, after = Sizes.of(teacher, 2), Sizes.predicted(teacher, plan, 2)
     assert plan.lineage["achieved"] == pytest.approx(after.removed_of_experts(before), abs=1e-12)
     if method.compressor.paradigm in ("editing", "sequence"):
-        allowed = sum(Ratio(method.removed).numbers_kept(layer) for layer in teacher.layers)
+        allowed = sum(numbers_kept(dense_numbers(la), method.removed) for la in teacher.layers)
         slack = sum(quantum(method, plan, la) for la in teacher.layers)
         channels = plan.layers[0].bank.kind == "narrow"  # of these, what goes is rounded down
         assert after.routed < allowed + (slack if channels else 1)
@@ -356,7 +356,7 @@ def test_the_ratio_is_met_as_far_as_integers_allow(method: Method, family: str) 
         for part in plan.layers:
             assert sum(part.bank.integers["bits"]) == method.asked.average * len(part.kept)
     elif method.compressor.budget is Skip:
-        for layer, count in zip(teacher.layers, plan.lineage["shares"], strict=True):
+        for layer, count in zip(teacher.layers, plan.lineage["counts"], strict=True):
             tails = filled(family).tensors[layer.index]["gate_tails"]
             share = 0.25 if method.asked.share is None else method.asked.share
             wanted = share * 2 * float(tails.sum())

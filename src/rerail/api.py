@@ -18,8 +18,9 @@ from rerail.moe.model import MoEModel
 from rerail.moe.source import ModelSource
 from rerail.plan.allocation import Allocation, Uniform
 from rerail.plan.apply import apply_plan
-from rerail.plan.budget import Ratio, Sizes
+from rerail.plan.budget import Ratio
 from rerail.plan.plan import Plan
+from rerail.plan.sizes import Sizes
 from rerail.statistics.collect import collect as collect_statistics
 from rerail.statistics.statistic import StatisticSet
 from rerail.teacher.teacher import CachedTeacher, speak

@@ -7,7 +7,7 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 
 from families import tiny
 from rerail.compress.solvers.bit_allocation import allocate_bits, block_errors, least_sum
-from rerail.compress.templates.quantising import round_to_nearest
+from rerail.compress.solvers.rounding import round_to_nearest
 from rerail.errors import OutOfReach
 from rerail.experts.quantized import dequantised
 from rerail.moe.fused_experts import ExpertWeights, expert_parameters

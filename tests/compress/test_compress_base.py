@@ -1,3 +1,5 @@
+import importlib
+import pkgutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -5,15 +7,29 @@ from typing import Any, ClassVar
 import pytest
 import torch
 
+import rerail.methods
 from families import tiny, tokens
-from rerail.compress.base import Compressor, ScopePlan, make_plan
+from rerail.compress.base import Compressor, Decision, make_plan
 from rerail.errors import OutOfReach
 from rerail.experts.base import BankSpec
+from rerail.methods.camera import Camera
+from rerail.methods.conmoe import ConMoE
+from rerail.methods.m_smoe import MSMoE
+from rerail.methods.mobe import MoBE
+from rerail.methods.moe_i2 import MoEI2
+from rerail.methods.moe_svd import MoESVD
+from rerail.methods.mone import MoNE
+from rerail.methods.naee import NAEE
+from rerail.methods.naee_skip import NAEESkip
+from rerail.methods.pmq import PMQ
 from rerail.methods.reap import MomentScore
-from rerail.plan.allocation import Uniform
+from rerail.methods.rtn import RTN
+from rerail.moe.model import MoEModel
+from rerail.plan.allocation import Allocation, GlobalScore, PerLayer, Uniform, experts_kept
 from rerail.plan.apply import apply_plan
-from rerail.plan.budget import Ratio, Sizes
+from rerail.plan.budget import Bits, Budget, Ratio, Skip
 from rerail.plan.plan import LayerPlan
+from rerail.plan.sizes import Sizes
 from rerail.statistics.statistic import StatisticSet, UndeclaredError
 
 
@@ -30,24 +46,21 @@ class Window(Compressor):
     def requires(self) -> tuple[()]:
         return ()
 
-    def check(self, *_: Any) -> None:
-        return
-
-    def allocate(self, layers: Any, statistics: Any, ratio: Ratio, allocation: Any) -> list[int]:
-        return [layer.num_experts - ratio.experts_removed(layer) for layer in layers]
+    def allocate(self, layers: Any, statistics: Any, budget: Ratio, allocation: Any) -> list[int]:
+        return experts_kept(layers, budget, allocation, [1] * len(layers))
 
     def scopes(self, layers: Sequence[Any]) -> list[list[int]]:
         numbers = list(range(len(layers)))
         return [numbers[i : i + self.width] for i in range(0, len(numbers), self.width)]
 
-    def plan_scope(self, layers: Any, statistics: Any, shares: Sequence[int]) -> ScopePlan:
-        pool = sum(shares)
+    def decide(self, layers: Any, statistics: Any, counts: Sequence[int]) -> list[Decision]:
+        pool = sum(counts)
         members = tuple(((layers[0].index, e, 1.0),) for e in range(pool))
         spec = BankSpec("dense", pool, members)
         everyone = tuple(range(8))
         slots = tuple(e % pool for e in everyone)
         parts = [LayerPlan(la.index, everyone, slots, "untouched", spec) for la in layers]
-        return ScopePlan(tuple(parts), {})
+        return [Decision(part) for part in parts]
 
 
 def test_a_scope_of_several_layers_counts_its_pool_once() -> None:
@@ -63,11 +76,54 @@ def test_a_scope_of_several_layers_counts_its_pool_once() -> None:
     assert torch.isfinite(student.model(tokens()).logits).all()
 
 
+def subclasses(parent: type[Compressor]) -> list[type[Compressor]]:
+    return [c for child in parent.__subclasses__() for c in (child, *subclasses(child))]
+
+
+def test_a_method_is_one_template_away_from_the_compressor() -> None:
+    for module in pkgutil.iter_modules(rerail.methods.__path__):
+        importlib.import_module(f"rerail.methods.{module.name}")
+    ours = [c for c in subclasses(Compressor) if c.__module__.startswith("rerail.")]
+    assert len(ours) > 30
+    for method in ours:
+        chain = [c for c in method.__mro__ if issubclass(c, Compressor)]
+        assert len(chain) <= 3, chain
+
+
+BUDGETS: list[tuple[Compressor, Budget, Allocation]] = [
+    (MomentScore(guard="super"), Ratio(0.5), GlobalScore()),
+    (NAEE(), Ratio(0.5), GlobalScore()),
+    (MSMoE(router="pooled"), Ratio(0.5), GlobalScore()),
+    (ConMoE(window=2), Ratio(0.5), GlobalScore()),
+    (MoNE(), Ratio(0.5), PerLayer((3, 5))),
+    (Camera(), Ratio(0.5), PerLayer((3, 5))),
+    (MoBE(), Ratio(0.5), PerLayer((3, 5))),
+    (MoESVD(dense_layers=1), Ratio(0.4), Uniform()),
+    (MoEI2(), Ratio(0.5), Uniform()),
+    (RTN(), Bits(4), Uniform()),
+    (PMQ(quantiser=RTN()), Bits(2), Uniform()),
+    (NAEESkip(), Skip(), Uniform()),
+]
+
+
+@pytest.mark.parametrize(("compressor", "budget", "allocation"), BUDGETS)
+def test_a_check_is_an_allocation_without_statistics_on_layers_without_weights(
+    compressor: Compressor, budget: Budget, allocation: Allocation
+) -> None:
+    teacher = tiny("qwen3_moe")
+    with torch.device("meta"):
+        empty = MoEModel(type(teacher.model)(teacher.config)).layers
+    compressor.check(empty, budget, allocation)
+    counts = compressor.allocate(empty, None, budget, allocation)
+    assert counts == compressor.allocate(teacher.layers, None, budget, allocation)
+    assert all(isinstance(count, int) and count >= 0 for count in counts)
+
+
 def test_the_lineage_says_how_a_plan_came_about() -> None:
     plan = make_plan(Window(), tiny("qwen3_moe").layers, StatisticSet(), Ratio(0.55), Uniform())
     assert plan.lineage["removed"] == 0.55
     assert plan.lineage["achieved"] == 0.5
-    assert plan.lineage["shares"] == [4, 4]
+    assert plan.lineage["counts"] == [4, 4]
     assert "Window(width=2)" in plan.lineage["compressor"]
 
 

@@ -7,17 +7,14 @@ import pytest
 import torch
 
 from families import tiny, tokens
-from rerail.compress.templates.genetic import GeneticPruner, Removals, dealt, evolve
-from rerail.compress.templates.reconstructing import Sample
+from rerail.compress.solvers.genetic import Removals, dealt, evolve
+from rerail.compress.solvers.reconstruction import Sample
 from rerail.errors import OutOfReach
+from rerail.methods.moe_i2 import InterExpert, norms
 from rerail.plan.allocation import PerLayer, Uniform
 from rerail.plan.budget import Ratio
 from rerail.statistics.collect import collect
 from rerail.statistics.rows import Rows
-
-
-class Pruner(GeneticPruner):
-    paper = "none"
 
 
 def removals(experts: int = 8, groups: int = 1, each: int = 3, fixed=()) -> Removals:
@@ -53,7 +50,7 @@ def test_children_come_from_the_union_of_two_parents_and_mutants_differ_by_one_e
 def test_the_search_finds_the_best_of_all_sets_and_returns_none_twice() -> None:
     model, held = filled("qwen3_moe")
     layer = model.layers[0]
-    pruner = Pruner(rows=64)
+    pruner = InterExpert(rows=64)
     sample = Sample(layer, Rows.hidden(held.of(layer, pruner.requires)[Rows(64)]))
     kept = [tuple(s) for s in combinations(range(8), 5)]
     whole = layer.answer(sample.hidden)
@@ -61,7 +58,7 @@ def test_the_search_finds_the_best_of_all_sets_and_returns_none_twice() -> None:
     best = kept[min(range(len(kept)), key=brute.__getitem__)]
 
     def errors(subsets):
-        return sample.errors(subsets, lambda change: pruner.measure({}, change))
+        return sample.errors(subsets, norms)
 
     torch.testing.assert_close(errors(kept), torch.tensor(brute).double(), rtol=1e-4, atol=1e-5)
     found = evolve(errors, removals(), 30, 10, 0.2, 0.3)
@@ -111,29 +108,29 @@ def test_an_important_layer_loses_fewer_experts_of_the_same_total() -> None:
     loud = model.layers[1]
     loud.experts.down_proj.mul_(3)
     held = collect(model, [(tokens(6, 12), torch.ones(6, 12, dtype=torch.bool))], [Rows(64)])
-    pruner = Pruner(rows=64)
+    pruner = InterExpert(rows=64)
     counts = pruner.allocate(model.layers, held, Ratio(0.5), Uniform())
     assert sum(counts) == 8
     assert counts[0] < counts[1]
     assert pruner.allocate(model.layers, held, Ratio(0.5), PerLayer((5, 3))) == [5, 3]
-    even = Pruner(rows=64, nonuniform=False)
+    even = InterExpert(rows=64, nonuniform=False)
     assert even.allocate(model.layers, held, Ratio(0.5), Uniform()) == [4, 4]
 
 
 def test_grouped_routers_lose_the_same_number_in_every_group() -> None:
     model, held = filled("deepseek_v3")
-    pruner = Pruner(rows=64)
+    pruner = InterExpert(rows=64)
     pruner.check(model.layers, Ratio(0.25), Uniform())
     counts = pruner.allocate(model.layers, held, Ratio(0.25), Uniform())
     assert sum(counts) == 12
     for layer, count in zip(model.layers, counts, strict=True):
-        kept = pruner.select(layer, held.of(layer, pruner.requires), count)
+        kept = pruner.choose(layer, held.of(layer, pruner.requires), count, frozenset())
         assert len(kept) == count
         assert sum(slot < 4 for slot in kept) == count // 2
 
 
 def test_what_top_k_needs_is_said_beforehand() -> None:
     layers = tiny("qwen3_moe").layers
-    Pruner().check(layers, Ratio(0.75), Uniform())
+    InterExpert().check(layers, Ratio(0.75), Uniform())
     with pytest.raises(OutOfReach, match=r"allowed ratios: 0 to 0\.75"):
-        Pruner().check(layers, Ratio(0.9), Uniform())
+        InterExpert().check(layers, Ratio(0.9), Uniform())

@@ -6,7 +6,7 @@ from families import CONFIGS, tiny, tokens
 from rerail.distill.masters import masters
 from rerail.errors import InputError
 from rerail.moe.model import MoEModel
-from rerail.plan.budget import Sizes
+from rerail.plan.sizes import Sizes
 from students import masked, merged, sliced
 
 QWEN3_30B_A3B = {

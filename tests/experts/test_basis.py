@@ -12,7 +12,8 @@ from rerail.moe.fused_experts import expert_parameters
 from rerail.moe.model import MoELayer, MoEModel
 from rerail.plan.allocation import Uniform
 from rerail.plan.apply import apply_plan
-from rerail.plan.budget import Ratio, Sizes
+from rerail.plan.budget import Ratio
+from rerail.plan.sizes import Sizes
 from rerail.statistics.statistic import StatisticSet
 
 

@@ -9,8 +9,8 @@ from rerail.experts.base import BankSpec
 from rerail.moe.fused_experts import expert_parameters
 from rerail.moe.model import MoEModel
 from rerail.plan.apply import apply_plan
-from rerail.plan.budget import Sizes
 from rerail.plan.plan import LayerPlan, Plan
+from rerail.plan.sizes import Sizes
 
 SLOTS = (0, 0, 1, 1, 2, 2, 3, 3)
 FAMILIES = ["qwen3_moe", "mixtral", "gpt_oss"]

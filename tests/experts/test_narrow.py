@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from families import tiny
-from rerail.compress.templates.narrowing import narrowed
+from rerail.compress.templates.narrower import narrowed
 from rerail.experts.base import build_bank
 from rerail.experts.narrow import Bank
 from rerail.moe.fused_experts import ExpertWeights, expert_parameters, shell_of

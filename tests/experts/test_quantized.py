@@ -7,8 +7,8 @@ from rerail.experts.quantized import Bank, Coded, dequantised, pack, unpack
 from rerail.moe.fused_experts import expert_parameters
 from rerail.moe.model import MoELayer
 from rerail.plan.apply import apply_plan
-from rerail.plan.budget import Sizes
 from rerail.plan.plan import LayerPlan, Plan
+from rerail.plan.sizes import Sizes
 
 MIXED = (16, 3, 1, 2, 8, 4, 3, 16)
 

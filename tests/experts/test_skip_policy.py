@@ -14,8 +14,8 @@ from rerail.experts.skip_policy import BINS, Bank, protected, rescaled, tails
 from rerail.moe.fitted import router_hash
 from rerail.moe.model import MoEModel
 from rerail.plan.apply import apply_plan
-from rerail.plan.budget import Sizes
 from rerail.plan.plan import LayerPlan, Plan
+from rerail.plan.sizes import Sizes
 from students import merged, sliced
 
 K = {"num_experts_per_tok": 4}

@@ -6,7 +6,7 @@ import torch
 from families import tiny, tokens
 from rerail.compress.base import make_plan
 from rerail.compress.sequential import sequential
-from rerail.compress.templates.narrowing import highest, micro_size, narrowed
+from rerail.compress.templates.narrower import highest, micro_size, narrowed
 from rerail.errors import InputError, OutOfReach
 from rerail.experts.base import build_bank
 from rerail.methods.camera import Camera

@@ -3,7 +3,7 @@ import torch
 
 from families import tiny, tokens
 from rerail.compress.base import make_plan
-from rerail.methods.cfes import CFES
+from rerail.methods.cfes import CFES, mean_distance
 from rerail.moe.model import MoEModel
 from rerail.plan.allocation import GlobalScore, Uniform
 from rerail.plan.budget import Ratio
@@ -47,14 +47,10 @@ def test_groups_then_members_are_judged_by_segment_means(size: int | None) -> No
 
 
 def test_what_cancels_within_a_segment_does_not_count() -> None:
-    method = CFES(segments=2, length=2)
-    keys = torch.tensor([[0.0, 1], [0, 1], [0, 2], [0, 2]])
-    tensor = torch.cat([keys, torch.zeros(4, 16)], dim=1)
-    layer = tiny("qwen3_moe").layers[0]
-    held = StatisticSet({0: {Segments(2, 2).name: tensor}}).of(layer, method.requires)
+    labels = torch.tensor([0, 0, 1, 1])
     change = torch.zeros(4, 2, 16)
     change[0, :, 0], change[1, :, 0] = 4.0, torch.tensor([4.0, -4.0])
-    assert method.measure(held, change).tolist() == pytest.approx([2, 0])
+    assert mean_distance(change, labels).tolist() == pytest.approx([2, 0])
 
 
 def test_the_group_size_is_the_root_of_the_experts() -> None:
@@ -64,8 +60,10 @@ def test_the_group_size_is_the_root_of_the_experts() -> None:
         asked.append([8 - len(kept) for kept in subsets])
         return torch.arange(float(len(subsets)))
 
-    layer = tiny("qwen3_moe").layers[0]
-    CFES().search(layer, errors, 7, list)
+    layer, method = tiny("qwen3_moe").layers[0], CFES()
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(CFES, "errors", lambda *_: errors)
+        method.choose(layer, StatisticSet().of(layer, ()), 7, frozenset())
     assert asked == [[3, 3, 2], [1, 1, 1]]
 
 

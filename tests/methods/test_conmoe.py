@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from families import CONFIGS, tiny, tokens
-from rerail.compress.base import check, make_plan
+from rerail.compress.base import make_plan
 from rerail.compress.solvers.distances import between_rows, between_weights
 from rerail.errors import InputError, OutOfReach
 from rerail.methods.conmoe import ConMoE, minmax
@@ -10,8 +10,9 @@ from rerail.moe.fused_experts import ExpertWeights
 from rerail.moe.model import MoEModel
 from rerail.plan.allocation import GlobalScore, Uniform
 from rerail.plan.apply import apply_plan
-from rerail.plan.budget import Ratio, Sizes
+from rerail.plan.budget import Ratio
 from rerail.plan.plan import Plan
+from rerail.plan.sizes import Sizes
 from rerail.statistics.collect import collect
 from rerail.statistics.statistic import StatisticSet
 
@@ -75,7 +76,7 @@ def test_opposite_experts_are_farthest_and_equal_or_zero_ones_are_nearest():
 def test_prototypes_have_the_highest_scores_and_answer_their_nearest(family, distance):
     model, method = tiny(family), ConMoE(distance=distance)
     view = filled(model).of(model.layers[0], method.requires)
-    apart = method.apart(model.layers[:1], [view])
+    apart = method.distances(model.layers[:1], [view])
     hard = torch.stack([min(apart[e, b] for b in range(8) if b != e) for e in range(8)])
     score = minmax(method.contribution(view)) * minmax(hard)
     order = sorted(range(8), key=lambda e: (-float(score[e]), e))
@@ -91,16 +92,16 @@ def test_ties_go_to_the_lower_id():
     view = filled(model).of(model.layers[0], method.requires)
 
     class Even(ConMoE):
-        def apart(self, layers, statistics):
+        def distances(self, layers, statistics):
             even = torch.ones(8, 8, dtype=torch.float64).fill_diagonal_(0)
             even[1, 2] = even[2, 1] = 0  # equal prototypes still answer themselves
             return even
 
-        def score(self, contribution, apart):
+        def score(self, contribution, distances):
             return torch.ones(8)
 
-    scope = Even().plan_scope(model.layers[:1], [view], [3])
-    [part] = scope.layers
+    [decision] = Even().decide(model.layers[:1], [view], [3])
+    part = decision.plan
     assert [m[0][1] for m in part.bank.members] == [0, 1, 2]
     assert part.slots == (0, 1, 2, 0, 0, 0, 0, 0)
 
@@ -196,12 +197,12 @@ def test_each_layer_has_its_own_prototypes_where_it_must():
     view = [filled(model).of(layer, plain.requires) for layer in model.layers]
 
     class Leaning(ConMoE):
-        def score(self, contribution, apart):
+        def score(self, contribution, distances):
             return torch.arange(16.0)
 
     for native, counts in ((0, [0, 4]), (1, [1, 3]), (2, [2, 2])):
-        scope = Leaning(window=2, native=native).plan_scope(model.layers, view, [2, 2])
-        pool = {m[0][:2] for part in scope.layers for m in part.bank.members}
+        decisions = Leaning(window=2, native=native).decide(model.layers, view, [2, 2])
+        pool = {m[0][:2] for decision in decisions for m in decision.plan.bank.members}
         assert [sum(layer == i for layer, _ in pool) for i in (0, 1)] == counts
 
 
@@ -225,14 +226,14 @@ def test_numbers_that_make_no_sense_are_refused():
         ConMoE(window=0)
     model = tiny("qwen3_moe")
     with pytest.raises(OutOfReach, match=r"allowed ratios: 0 to 0\.625"):
-        check(ConMoE(native=3), model.layers, Ratio(0.75), Uniform())
+        ConMoE(native=3).check(model.layers, Ratio(0.75), Uniform())
     other = tiny("qwen3_moe", moe_intermediate_size=12).layers[1]
     with pytest.raises(OutOfReach, match="cannot share experts"):
-        check(ConMoE(window=2), [model.layers[0], other], Ratio(0.5), Uniform())
+        ConMoE(window=2).check([model.layers[0], other], Ratio(0.5), Uniform())
 
 
 def test_layers_may_share_the_pool_unevenly_by_their_contributions():
     model = tiny("qwen3_moe")
     plan = make_plan(ConMoE(), model.layers, filled(model), Ratio(0.5), GlobalScore())
-    assert sum(plan.lineage["shares"]) == 8
-    assert [part.bank.stored for part in plan.layers] == plan.lineage["shares"]
+    assert sum(plan.lineage["counts"]) == 8
+    assert [part.bank.stored for part in plan.layers] == plan.lineage["counts"]

@@ -4,15 +4,16 @@ import pytest
 import torch
 
 from families import tiny, tokens
-from rerail.compress.base import make_plan
+from rerail.compress.base import extended, make_plan
 from rerail.errors import OutOfReach
 from rerail.methods.d2_moe import D2MoE
 from rerail.moe.fused_experts import expert_parameters
 from rerail.moe.model import MoEModel
 from rerail.plan.allocation import Uniform
 from rerail.plan.apply import apply_plan
-from rerail.plan.budget import Ratio, Sizes
+from rerail.plan.budget import Ratio
 from rerail.plan.plan import Plan
+from rerail.plan.sizes import Sizes
 from rerail.statistics.collect import collect
 from rerail.statistics.gradients import Fisher
 from rerail.statistics.routed import Count
@@ -34,10 +35,9 @@ def measured(family: str = "qwen3_moe") -> tuple[MoEModel, StatisticSet]:
     return model, collect(model, [(ids, torch.ones_like(ids, dtype=torch.bool))], wanted)
 
 
-def forced(method: D2MoE, model: MoEModel, held: StatisticSet, share: int = 10**9) -> Plan:
+def forced(method: D2MoE, model: MoEModel, held: StatisticSet, max_numbers: int = 10**9) -> Plan:
     views = [held.of(layer, method.requires) for layer in model.layers]
-    scope = method.plan_scope(model.layers, views, [share] * 2)
-    return Plan(scope.layers, {}, {f"layers.{n}": t for n, t in scope.tensors.items()})
+    return extended(Plan(), method.decide(model.layers, views, [max_numbers] * 2))
 
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss", "mixtral"])

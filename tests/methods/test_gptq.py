@@ -3,7 +3,7 @@ import torch
 
 from families import tiny, tokens
 from rerail.compress.base import make_plan
-from rerail.compress.templates.quantising import inverse_root, round_to_nearest
+from rerail.compress.solvers.rounding import inverse_root, round_to_nearest
 from rerail.experts.quantized import Coded, dequantised
 from rerail.methods.gptq import GPTQ
 from rerail.plan.allocation import Uniform

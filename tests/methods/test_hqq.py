@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from rerail.compress.templates.quantising import round_to_nearest
+from rerail.compress.solvers.rounding import round_to_nearest
 from rerail.experts.quantized import dequantised
 from rerail.methods.hqq import HQQ
 from rerail.methods.rtn import RTN

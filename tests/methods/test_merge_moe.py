@@ -3,12 +3,12 @@ import torch
 
 from families import tiny, tokens
 from rerail.compress.base import make_plan
+from rerail.compress.solvers.grouping import shares_in_group
 from rerail.compress.solvers.least_squares import (
     channel_activations,
     normal_equations,
     ridge_solution,
 )
-from rerail.compress.templates.merging import shares_in_group
 from rerail.errors import InputError
 from rerail.methods.merge_moe import MergeMoE
 from rerail.moe.fused_experts import expert_parameters
@@ -227,15 +227,14 @@ def test_similarity_is_of_gate_and_up_weights() -> None:
     layer = tiny("gpt_oss").layers[0]
     gate, up, _ = layer.stack()
     flat = torch.cat([up, gate], dim=1).flatten(1).double()
-    given = StatisticSet().of(layer, ())
     torch.testing.assert_close(
-        MergeMoE().similarity(layer, given),
+        MergeMoE().similarity(layer),
         torch.cosine_similarity(flat.unsqueeze(1), flat.unsqueeze(0), dim=-1),
         rtol=1e-5,
         atol=1e-6,
     )
     torch.testing.assert_close(
-        MergeMoE(similarity_of="l2").similarity(layer, given),
+        MergeMoE(similarity_of="l2").similarity(layer),
         -torch.cdist(flat, flat).square(),
         rtol=1e-4,
         atol=1e-4,

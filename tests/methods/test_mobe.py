@@ -13,7 +13,7 @@ from rerail.moe.fused_experts import expert_parameters
 from rerail.moe.model import MoELayer
 from rerail.plan.allocation import GlobalScore, Uniform
 from rerail.plan.apply import apply_plan
-from rerail.plan.budget import Ratio
+from rerail.plan.budget import Ratio, dense_numbers, numbers_kept
 from rerail.statistics.statistic import StatisticSet
 
 PAPER = MoBE(matrices="gate+up", rank="full", steps=5)
@@ -97,7 +97,7 @@ def test_sizes_use_the_budget_to_the_last_quantum_or_say_what_can_be_reached(
     method: MoBE, removed: float, family: str
 ) -> None:
     layer = tiny(family).layers[0]
-    budget, dense = Ratio(removed).numbers_kept(layer), layer.expert_size * 8
+    budget, dense = numbers_kept(dense_numbers(layer), removed), layer.expert_size * 8
     try:
         sizes = method.sizes(layer, budget)
     except OutOfReach as refused:
@@ -117,17 +117,17 @@ def test_the_reach_that_is_named_is_the_reach(family: str) -> None:
     layer = tiny(family).layers[0]
     for method in (MoBE(), MoBE(matrices="gate+up"), MoBE(bases=2)):
         with pytest.raises(OutOfReach, match="can be reached") as refused:
-            method.sizes(layer, Ratio(0.97).numbers_kept(layer))
+            method.sizes(layer, numbers_kept(dense_numbers(layer), 0.97))
         reach = float(str(refused.value).split("ratios from 0 to ")[1].split()[0])
-        assert method.sizes(layer, Ratio(reach - 1e-3).numbers_kept(layer))["rank"] == 1
+        assert method.sizes(layer, numbers_kept(dense_numbers(layer), reach - 1e-3))["rank"] == 1
         with pytest.raises(OutOfReach):
-            method.sizes(layer, Ratio(reach + 1e-3).numbers_kept(layer))
+            method.sizes(layer, numbers_kept(dense_numbers(layer), reach + 1e-3))
 
 
 def test_the_papers_form_cannot_go_below_seven_twelfths() -> None:
     layer = tiny("qwen3_moe", moe_intermediate_size=4).layers[0]
     with pytest.raises(OutOfReach, match="can be reached") as refused:
-        PAPER.sizes(layer, Ratio(0.5).numbers_kept(layer))
+        PAPER.sizes(layer, numbers_kept(dense_numbers(layer), 0.5))
     reach = float(str(refused.value).split("ratios from 0 to ")[1].split()[0])
     assert reach < 5 / 12
 
@@ -145,7 +145,7 @@ def test_a_rank_never_exceeds_what_a_block_has() -> None:
 
 def test_a_number_of_experts_that_four_does_not_divide_still_has_bases() -> None:
     layer = tiny("qwen3_moe", num_experts=14).layers[0]
-    assert MoBE().sizes(layer, Ratio(0.4).numbers_kept(layer))["bases"] == 2
+    assert MoBE().sizes(layer, numbers_kept(dense_numbers(layer), 0.4))["bases"] == 2
 
 
 def test_it_needs_no_data_and_no_random_numbers() -> None:

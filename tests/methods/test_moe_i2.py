@@ -1,21 +1,19 @@
 """MoE-I2 and chains: the split of the ratio, the ranks, and the views between the stages."""
 
-import dataclasses
-
 import pytest
 import torch
 
 from families import CONFIGS, tiny, tokens
 from rerail.compress.base import make_plan
-from rerail.compress.templates.sequence import Chain, restricted, student_layers
+from rerail.compress.router_rows import sliced
+from rerail.compress.templates.sequence import TwoStages, restricted, student_layers
 from rerail.errors import InputError, OutOfReach
 from rerail.methods.moe_i2 import InterExpert, IntraExpert, MoEI2
-from rerail.methods.naee import NAEE
 from rerail.methods.reap import MomentScore
 from rerail.methods.svd import WhitenedSVD
 from rerail.plan.allocation import Uniform
 from rerail.plan.apply import apply_plan
-from rerail.plan.budget import Ratio
+from rerail.plan.budget import Ratio, dense_numbers, numbers_kept
 from rerail.plan.plan import LayerPlan, Plan
 from rerail.statistics.ablation import LossIncrease
 from rerail.statistics.collect import collect
@@ -42,13 +40,13 @@ def made(family: str, compressor, removed: float = 0.5):
 class Noted(WhitenedSVD):
     """A second stage that took a fallback."""
 
-    def plan_scope(self, layers, statistics, shares):
-        planned = super().plan_scope(layers, statistics, shares)
-        return dataclasses.replace(planned, notes=(f"layer {layers[0].index} fell back",))
+    def decide(self, layers, statistics, counts):
+        notes = (f"layer {layers[0].index} fell back",)
+        return [d._replace(notes=notes) for d in super().decide(layers, statistics, counts)]
 
 
 def test_what_the_second_stage_has_to_say_is_said_by_the_whole_plan() -> None:
-    _, plan = made("qwen3_moe", Chain(first=MomentScore(), second=Noted()))
+    _, plan = made("qwen3_moe", TwoStages(first=MomentScore(), second=Noted()))
     assert plan.lineage["notes"] == ["layer 0 fell back", "layer 1 fell back"]
 
 
@@ -59,7 +57,7 @@ def test_both_stages_together_meet_the_ratio(family: str, share: float) -> None:
     experts = sum(len(part.kept) for part in plan.layers)
     groups = teacher.layers[0].num_groups
     assert experts == 16 - int(16 * 0.5 * share) // groups * groups
-    allowed = sum(Ratio(0.5).numbers_kept(layer) for layer in teacher.layers)
+    allowed = sum(numbers_kept(dense_numbers(layer), 0.5) for layer in teacher.layers)
     p, d = teacher.layers[0].intermediate_size, 16
     assert allowed - 2 * (3 * (p + d) + 1) < plan.stored(teacher.layers) <= allowed
     assert plan.lineage["removed"] == 0.5
@@ -78,7 +76,7 @@ def test_one_stage_alone() -> None:
     _, ranked = made("qwen3_moe", MoEI2(first=SMALL, share=0.0))
     assert ranked.layers == ()
     assert [len(part.slots) for part in ranked.then.layers] == [8, 8]
-    assert ranked.stored(teacher.layers) <= 2 * Ratio(0.5).numbers_kept(teacher.layers[0])
+    assert ranked.stored(teacher.layers) <= 2 * numbers_kept(dense_numbers(teacher.layers[0]), 0.5)
     with pytest.raises(InputError, match=r"share=1\.5 is outside \[0, 1\]"):
         MoEI2(share=1.5)
 
@@ -122,7 +120,7 @@ def test_importance_below_zero_counts_as_zero() -> None:
     layer = tiny("qwen3_moe").layers[0]
     statistic = LossIncrease()
     view = LayerStatistics({statistic.name: torch.tensor([-1.0, 2.0])}, (statistic,))
-    assert InterExpert(importance="loss").rank(layer, view).tolist() == [0.0, 2.0]
+    assert InterExpert(importance="loss").score(layer, view).tolist() == [0.0, 2.0]
 
 
 @pytest.mark.parametrize("importance", ["block", "loss"])
@@ -132,16 +130,16 @@ def test_ranks_use_the_whole_models_importance_of_the_survivors(importance: str)
     filled = collect(teacher, batches(), compressor.requires)
     plan = make_plan(compressor, teacher.layers, filled, Ratio(0.5), Uniform())
     views = [filled.of(layer, first.requires) for layer in teacher.layers]
-    prepared = compressor.prepared(teacher.layers, views, plan)
+    prepared = compressor.second_stage(teacher.layers, views, plan)
     for part, layer, view in zip(plan.layers, teacher.layers, views, strict=True):
-        expected = first.rank(layer, view)[list(part.kept)]
+        expected = first.score(layer, view)[list(part.kept)]
         assert torch.equal(prepared.importance[layer.index], expected)
     if importance == "block":
         layer = teacher.layers[0]
         hidden = Rows.hidden(views[0][Rows(64)])
         without = layer.answer(hidden, (0, 1, 2, 4, 5, 6, 7)) - layer.answer(hidden)
         torch.testing.assert_close(
-            first.rank(layer, views[0])[3], without.norm().double(), rtol=1e-4, atol=1e-6
+            first.score(layer, views[0])[3], without.norm().double(), rtol=1e-4, atol=1e-6
         )
 
 
@@ -163,9 +161,7 @@ def test_views_answer_as_the_layers_of_the_applied_plan(family: str) -> None:
 def test_statistics_are_cut_along_the_axes_that_count_slots() -> None:
     teacher = tiny("qwen3_moe")
     kept = {0: (0, 2, 3, 5, 7), 1: tuple(range(8))}
-    base = NAEE()
-    parts = [base.form(la, LayerStatistics({}, ()), kept[la.index])[0] for la in teacher.layers]
-    plan = Plan(tuple(parts))
+    plan = Plan(tuple(sliced(layer, kept[layer.index]) for layer in teacher.layers))
     wanted = (Count(), InputMoment(), LogitGram(), LayerMoment(), Rows(20))
     filled = collect(teacher, batches(), wanted)
     students = student_layers(teacher.layers, plan)
@@ -180,7 +176,7 @@ def test_statistics_are_cut_along_the_axes_that_count_slots() -> None:
     assert all(torch.equal(found[1][name], own[1][name]) for name in own[1])
 
 
-class ReapThenSVD(Chain):
+class ReapThenSVD(TwoStages):
     paper = "none"
 
 
@@ -210,7 +206,7 @@ def test_what_either_stage_cannot_reach_is_said_beforehand() -> None:
     layers = tiny("qwen3_moe").layers
     with pytest.raises(OutOfReach, match="allowed ratios"):
         MoEI2(share=1.0).check(layers, Ratio(0.9), Uniform())
-    with pytest.raises(OutOfReach, match=r"removed 0\.09, IntraExpert cannot .* for the second"):
+    with pytest.raises(OutOfReach, match=r"removed 0\.09, layer 0 cannot .* for the second"):
         MoEI2(share=0.1).check(layers, Ratio(0.9), Uniform())
     MoEI2(share=0.5).check(layers, Ratio(0.75), Uniform())
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from families import tiny, tokens
-from rerail.compress.base import check, make_plan
+from rerail.compress.base import extended, make_plan
 from rerail.compress.solvers.whitening import principal
 from rerail.errors import OutOfReach
 from rerail.methods.moe_svd import MoESVD, sensitivity
@@ -12,8 +12,9 @@ from rerail.moe.fused_experts import expert_parameters
 from rerail.moe.model import MoEModel
 from rerail.plan.allocation import Uniform
 from rerail.plan.apply import apply_plan
-from rerail.plan.budget import Ratio, Sizes
+from rerail.plan.budget import Ratio
 from rerail.plan.plan import Plan
+from rerail.plan.sizes import Sizes
 from rerail.statistics.collect import collect
 from rerail.statistics.outliers import OutlierShare
 from rerail.statistics.statistic import StatisticSet
@@ -74,8 +75,7 @@ def test_identical_experts_lose_nothing_at_full_rank(method: MoESVD) -> None:
         for t in tensors.values():
             t |= {n: t[n][:1].repeat(8, *[1] * (t[n].dim() - 1)) for n in list(t)}
     views = [StatisticSet(tensors).of(layer, method.requires) for layer in model.layers]
-    scope = method.plan_scope(model.layers, views, [10**9] * 2)
-    plan = Plan(scope.layers, {}, {f"layers.{n}": t for n, t in scope.tensors.items()})
+    plan = extended(Plan(), method.decide(model.layers, views, [10**9] * 2))
     for old, new in zip(model.layers, apply_plan(model, plan).layers, strict=True):
         for a, b in zip(old.stack(), new.stack(), strict=True):
             torch.testing.assert_close(b, a, atol=1e-4, rtol=1e-4)
@@ -112,7 +112,7 @@ def test_a_trimmed_form_that_is_smaller_than_asked_is_refused() -> None:
 def test_the_most_sensitive_layers_stay_to_the_bit_and_the_ratio_is_met(family: str) -> None:
     model, held = measured(family, 4)
     method = MoESVD(dense_layers=2)
-    check(method, model.layers, Ratio(0.3), Uniform())
+    method.check(model.layers, Ratio(0.3), Uniform())
     plan = make_plan(method, model.layers, held, Ratio(0.3), Uniform())
     views = [held.of(layer, method.requires) for layer in model.layers]
     found = {la.index: sensitivity(la, v) for la, v in zip(model.layers, views, strict=True)}

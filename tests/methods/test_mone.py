@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from families import tiny, tokens
-from rerail.compress.base import make_plan
+from rerail.compress.base import extended, make_plan
 from rerail.methods.mone import MoNE
 from rerail.moe.model import MoEModel
 from rerail.plan.allocation import Uniform
@@ -52,7 +52,7 @@ def outputs(model: MoEModel, layer: int = 0) -> list[tuple[torch.Tensor, torch.T
 
 def rank(method: MoNE, model: MoEModel, layer: int = 0) -> torch.Tensor:
     view = model.layers[layer]
-    return method.rank(view, filled(model).of(view, method.requires))
+    return method.score(filled(model).of(view, method.requires))
 
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "olmoe", "deepseek_v3", "gpt_oss"])
@@ -103,16 +103,17 @@ def test_an_expert_of_constant_output_goes_first_at_no_loss():
     found, before = filled(model), model.model(tokens(2, 12)).logits
     for i, layer in enumerate(model.layers):
         assert found.tensors[i]["count"][3] > 0
-        score = ALL[0].rank(layer, found.of(layer, ALL[0].requires))
+        score = ALL[0].score(found.of(layer, ALL[0].requires))
         assert score[3] == 0
     kept = tuple(e for e in range(8) if e != 3)
-    parts = [ALL[0].form(la, found.of(la, ALL[0].requires), kept) for la in model.layers]
-    for layer, (part, solved) in zip(model.layers, parts, strict=True):
+    views = [found.of(layer, ALL[0].requires) for layer in model.layers]
+    pairs = zip(model.layers, views, strict=True)
+    decisions = [ALL[0].with_novices(layer, view, kept) for layer, view in pairs]
+    for layer, decision in zip(model.layers, decisions, strict=True):
         bias = layer.experts.down_proj_bias[3]
-        torch.testing.assert_close(solved["novices"][0], bias, atol=1e-6, rtol=1e-5)
-        assert part.bank.integers == {"kept": kept}
-    tensors = {f"layers.{part.layer}.novices": solved["novices"] for part, solved in parts}
-    after = apply_plan(model, Plan(tuple(part for part, _ in parts), {}, tensors))
+        torch.testing.assert_close(decision.tensors["novices"][0], bias, atol=1e-6, rtol=1e-5)
+        assert decision.plan.bank.integers == {"kept": kept}
+    after = apply_plan(model, extended(Plan(), decisions))
     torch.testing.assert_close(after.model(tokens(2, 12)).logits, before, atol=1e-5, rtol=1e-5)
     plan = make_plan(MoNE(), model.layers, found, Ratio(0.25), Uniform())
     assert all(3 not in part.bank.integers["kept"] for part in plan.layers)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from families import tiny, tokens
-from rerail.compress.base import check, make_plan
+from rerail.compress.base import make_plan
 from rerail.compress.solvers.bit_allocation import allocate_bits, block_errors
 from rerail.errors import InputError, OutOfReach
 from rerail.methods.gptq import GPTQ
@@ -107,15 +107,15 @@ def test_the_papers_counts_hold_up_to_sixteen_experts() -> None:
 
 def test_what_cannot_be_reached_says_why() -> None:
     layers = tiny("qwen3_moe").layers
-    check(METHOD, layers, Bits(1.375), Uniform())
+    METHOD.check(layers, Bits(1.375), Uniform())
     for average in (1.3, 4):
         with pytest.raises(OutOfReach, match=rf"PMQ cannot reach {average} .* 1\.375 to 3"):
-            check(METHOD, layers, Bits(average), Uniform())
+            METHOD.check(layers, Bits(average), Uniform())
     crowded = dataclasses.replace(METHOD, min_counts=(4, 4, 4))
     with pytest.raises(OutOfReach, match=r"at least \[4, 4, 4\] of 8 experts"):
-        check(crowded, layers, Bits(2), Uniform())
+        crowded.check(layers, Bits(2), Uniform())
     with pytest.raises(OutOfReach, match="use allocation=uniform"):
-        check(METHOD, layers, Bits(2), PerLayer((4, 4)))
+        METHOD.check(layers, Bits(2), PerLayer((4, 4)))
 
 
 @pytest.mark.parametrize("bits", [(), (3, 2), (2, 2), (2, 5)])

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from families import tiny, tokens
-from rerail.compress.base import make_plan
+from rerail.compress.base import extended, make_plan
 from rerail.errors import InputError
 from rerail.methods.svd import WhitenedSVD
 from rerail.moe.fused_experts import expert_parameters
@@ -95,10 +95,8 @@ def test_full_rank_is_the_identity(family: str, dtype: torch.dtype) -> None:
     held = collect(model, [(ids, torch.ones_like(ids, dtype=torch.bool))], WANTED)
     views = [held.of(layer, WANTED) for layer in model.layers]
     method = WhitenedSVD()
-    scope = method.plan_scope(model.layers, views, [10**9] * 2)
-    student = apply_plan(
-        model, Plan(scope.layers, {}, {f"layers.{n}": t for n, t in scope.tensors.items()})
-    )
+    decisions = method.decide(model.layers, views, [10**9] * 2)
+    student = apply_plan(model, extended(Plan(), decisions))
     with torch.no_grad():
         gap = (student.hidden(tokens()) - model.hidden(tokens())).abs().max()
     assert gap < (1e-9 if dtype == torch.float64 else 1e-4)

@@ -10,8 +10,9 @@ from rerail.methods.reap import MomentScore
 from rerail.moe.model import MoEModel
 from rerail.plan.allocation import PerLayer, Uniform
 from rerail.plan.apply import apply_plan
-from rerail.plan.budget import Ratio, Sizes
+from rerail.plan.budget import Ratio
 from rerail.plan.plan import LayerPlan, Plan
+from rerail.plan.sizes import Sizes
 from rerail.statistics.collect import collect
 
 

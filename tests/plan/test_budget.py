@@ -6,15 +6,16 @@ import torch
 from families import tiny
 from rerail.errors import InputError, OutOfReach
 from rerail.moe.model import MoELayer
-from rerail.plan.allocation import GlobalScore, PerLayer, Uniform, check_kept
-from rerail.plan.budget import Ratio, Sizes
+from rerail.plan.allocation import GlobalScore, PerLayer, Uniform, check_kept, experts_kept
+from rerail.plan.budget import Bits, Budget, Ratio, Skip, dense_numbers, numbers_kept, units_kept
+from rerail.plan.sizes import Sizes
 
 LAYERS = tiny("qwen3_moe", num_hidden_layers=3).layers
 
 
 def keep(allocation: Any, removed: float, scores: Any = None, least: int = 2) -> list[int]:
     scores = [torch.ones(8)] * 3 if scores is None else scores
-    return allocation.keep(LAYERS, Ratio(removed), scores, [least] * 3)
+    return experts_kept(LAYERS, Ratio(removed), allocation, [least] * 3, scores)
 
 
 @pytest.mark.parametrize("removed", [-0.1, 1, 1.5, float("nan")])
@@ -39,13 +40,43 @@ def experts(count: int) -> MoELayer:
 def test_removed_experts_are_exact_where_integers_allow(
     count: int, removed: float, expected: int
 ) -> None:
-    assert Ratio(removed).experts_removed(experts(count)) == expected
+    assert count - units_kept(count, removed) == expected
 
 
 def test_numbers_kept_are_exact_where_integers_allow() -> None:
     layer = experts(10)
-    assert Ratio(0.3).numbers_kept(layer) == 7 * layer.expert_size
-    assert Ratio(1 / 3).numbers_kept(layer) == 10 * layer.expert_size * 2 // 3
+    assert numbers_kept(dense_numbers(layer), 0.3) == 7 * layer.expert_size
+    assert numbers_kept(dense_numbers(layer), 1 / 3) == 10 * layer.expert_size * 2 // 3
+
+
+@pytest.mark.parametrize("count", [1, 7, 8, 60, 64, 128, 160, 384])
+def test_shares_of_a_layer_are_exact_in_every_unit(count: int) -> None:
+    layer = experts(count)
+    for left in range(count + 1):
+        [share] = PerLayer((left,)).shares([layer], 0.5, [1])
+        assert units_kept(count, share) == left
+        assert units_kept(24 * count, share) == 24 * left
+        for size in (1, layer.expert_size, 3 * 7168 * 2048):
+            assert numbers_kept(size * count, share) == size * left
+
+
+@pytest.mark.parametrize("average", [1, 1.75, 2, 2.3, 3, 4, 8, 16])
+def test_bits_are_rounded_down_and_exact_where_integers_allow(average: float) -> None:
+    removed = Bits(average).removed
+    for count in (8, 10, 60, 128):
+        bits = numbers_kept(16 * count, removed)
+        assert bits <= count * average + 1e-6 < bits + 1
+
+
+@pytest.mark.parametrize(
+    ("budget", "quantity", "removed"),
+    [(Ratio(0.3), "ratio", 0.3), (Bits(4), "bits", 0.75), (Skip(0.5), "skip", 0.5)],
+)
+def test_a_budget_names_its_quantity_its_share_and_how_it_is_asked_for(
+    budget: Budget, quantity: str, removed: float
+) -> None:
+    assert (budget.quantity, budget.removed) == (quantity, removed)
+    assert repr(budget).split("(")[0] in budget.choices
 
 
 def test_uniform_keeps_the_same_share_of_every_layer() -> None:
@@ -94,7 +125,8 @@ def test_counts_out_of_bounds_are_refused_with_the_reach(count: int) -> None:
 
 
 def test_sizes_speak_of_bytes_and_shares() -> None:
-    before, after = Sizes.made(1000, 800, 300, 800 * 16, 2), Sizes.made(600, 400, 290, 400 * 16, 2)
+    before = Sizes.from_counts(1000, 800, 300, 800 * 16, 2)
+    after = Sizes.from_counts(600, 400, 290, 400 * 16, 2)
     assert after.bytes == 1200
     assert after.removed_of_experts(before) == 0.5
     assert after.removed_of_model(before) == 0.4

@@ -7,9 +7,8 @@ import pytest
 import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
-from result_rows import cell
 
-from rerail.compress.templates.factoring import Integers
+from rerail.compress.templates.factoriser import Integers
 from rerail.config.presets import config_root
 from rerail.distill.schedule import Schedule
 from rerail.errors import InputError
@@ -19,6 +18,7 @@ from rerail.report.paper import beside, data, printed
 from rerail.report.report import render
 from rerail.run.cell import Cell
 from rerail.run.compose import to_cell
+from result_rows import cell
 
 QWEN = "Qwen/Qwen3-30B-A3B-Instruct-2507"
 MIXTRAL = "mistralai/Mixtral-8x7B-Instruct-v0.1"

@@ -13,26 +13,48 @@ from rerail.errors import OutOfReach
 from rerail.experts.base import BankSpec
 from rerail.moe.model import MoELayer
 from rerail.plan.allocation import Allocation
-from rerail.plan.budget import Budget, Ratio
+from rerail.plan.budget import Budget, Ratio, dense_numbers
 from rerail.plan.plan import LayerPlan, Plan
 from rerail.statistics.statistic import LayerStatistics, Statistic, StatisticSet
 
+Layers = Sequence[MoELayer]
+Views = Sequence[LayerStatistics]
+Counts = Sequence[int]
+Statistics = StatisticSet | None  # None before any are known
 Scopes = list[list[int]]
 Progress = Callable[[Scopes], Iterable[list[int]]]
 # statistics of some layers, measured on the student of the plan so far
 Remeasure = Callable[[Plan, Sequence[MoELayer]], StatisticSet]
 
 
-@dataclass(frozen=True)
-class ScopePlan:
-    """The decision about one scope, with the tensors it solved for, named `<layer>.<name>`.
+class Decision(NamedTuple):
+    """The decision about one layer, and what it was made with.
 
-    Notes say what a user should know (a fallback that was taken); they go into the lineage.
+    Attributes:
+        plan: of the layer.
+        tensors: solved tensors by short name.
+        notes: what a user should know (a fallback that was taken); they go into the lineage.
     """
 
-    layers: tuple[LayerPlan, ...]
-    tensors: Mapping[str, Tensor]
+    plan: LayerPlan
+    tensors: Mapping[str, Tensor] = MappingProxyType({})
     notes: tuple[str, ...] = ()
+
+
+class PlanHooks(NamedTuple):
+    """What a caller adds to planning.
+
+    Attributes:
+        remeasure: gives a sequential method its statistics scope by scope; None plans from those
+            of the original model.
+        progress: wraps the scopes, to show a bar.
+    """
+
+    remeasure: Remeasure | None = None
+    progress: Progress = lambda scopes: scopes
+
+
+NO_HOOKS = PlanHooks()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,170 +66,146 @@ class Compressor(ABC):
         budget: what it is swept by.
         driver: `one_shot` plans from the original model's statistics; `sequential` measures each
             scope on the model whose earlier scopes are compressed already.
+        allocations: which ones it can follow: `any`, `fixed` ones (that compare no scores of
+            different layers) or only `uniform`.
     """
 
     paradigm: ClassVar[str]
     paper: ClassVar[str]
-    budget: ClassVar[type] = Ratio
+    budget: ClassVar[type[Budget]] = Ratio
     driver: ClassVar[Literal["one_shot", "sequential"]] = "one_shot"
+    allocations: ClassVar[Literal["any", "fixed", "uniform"]] = "any"
 
     @property
-    @abstractmethod
     def requires(self) -> tuple[Statistic, ...]:
-        """The statistics that planning reads, all of them and no others."""
-
-    @abstractmethod
-    def check(self, layers: Sequence[MoELayer], ratio: Any, allocation: Allocation) -> None:
-        """Raise InputError where the ratio cannot be reached; layers may lie on the meta device."""
+        """The statistics that planning reads, all of them and no others; none by default."""
+        return ()
 
     @abstractmethod
     def allocate(
-        self,
-        layers: Sequence[MoELayer],
-        statistics: StatisticSet,
-        ratio: Any,
-        allocation: Allocation,
+        self, layers: Layers, statistics: Statistics, budget: Budget, allocation: Allocation
     ) -> list[int]:
-        """Return each layer's share, in the template's unit (experts kept, or numbers stored)."""
+        """Return each layer's count in the template's unit (experts, numbers, bits ...).
+
+        Args:
+            layers: of the original model; without statistics they may lie on the meta device.
+            statistics: None before any are known: scores then count as equal.
+            budget: of the kind that `budget` names.
+            allocation: how layers share it.
+
+        Raises:
+            OutOfReach: the budget cannot be reached; the sentence names the interval that can.
+        """
 
     @abstractmethod
-    def plan_scope(
-        self,
-        layers: Sequence[MoELayer],
-        statistics: Sequence[LayerStatistics],
-        shares: Sequence[int],
-    ) -> ScopePlan:
-        """Decide about one scope of layers."""
+    def decide(self, layers: Layers, statistics: Views, counts: Counts) -> list[Decision]:
+        """Decide about the layers of one scope; a layer without a decision stays as it is."""
 
-    def scopes(self, layers: Sequence[MoELayer]) -> Scopes:
+    def scopes(self, layers: Layers) -> Scopes:
         """Return positions of layers that are planned together; by default one by one."""
         return [[i] for i in range(len(layers))]
 
+    def check(self, layers: Layers, budget: Budget, allocation: Allocation) -> None:
+        """Check a budget before anything heavy; layers may lie on the meta device.
 
-class Decision(NamedTuple):
-    """The decision about one layer, the tensors it solved for by short name, and notes."""
+        Raises:
+            InputError: a setting cannot be used with these layers.
+            OutOfReach: the method is swept by another budget, cannot follow the allocation, or
+                cannot reach the budget.
+        """
+        name = type(self).__name__
+        if budget.quantity != self.budget.quantity:
+            raise OutOfReach(
+                f"{name} is swept by {self.budget.quantity}, not by {budget.quantity}; allowed: "
+                f"{self.budget.choices}"
+            )
+        lists = ", or allocation=per_layer for shares of each layer"
+        refused = {"any": False, "fixed": allocation.compares, "uniform": not allocation.uniform}
+        if refused[self.allocations]:
+            raise OutOfReach(
+                f"allocation {allocation} counts experts, and {name} keeps them all; use "
+                f"allocation=uniform{lists if self.allocations == 'fixed' else ''}"
+            )
+        self.allocate(layers, None, budget, allocation)
 
-    plan: LayerPlan
-    tensors: Mapping[str, Tensor] = MappingProxyType({})
-    notes: tuple[str, ...] = ()
-
-
-class LayerWise(Compressor):
-    """A compressor that decides about every layer on its own."""
-
-    @abstractmethod
-    def decide(self, layer: MoELayer, statistics: LayerStatistics, share: int) -> Decision | None:
-        """Decide about one layer; None leaves it as it is."""
-
-    def plan_scope(
+    def plan(
         self,
-        layers: Sequence[MoELayer],
-        statistics: Sequence[LayerStatistics],
-        shares: Sequence[int],
-    ) -> ScopePlan:
-        """Decide layer by layer."""
-        made = [
-            one
-            for each in zip(layers, statistics, shares, strict=True)
-            if (one := self.decide(*each)) is not None
-        ]
-        return ScopePlan(
-            tuple(one.plan for one in made),
-            {f"{one.plan.layer}.{n}": t for one in made for n, t in one.tensors.items()},
-            tuple(note for one in made for note in one.notes),
-        )
+        layers: Layers,
+        statistics: StatisticSet,
+        budget: Budget,
+        allocation: Allocation,
+        hooks: PlanHooks = NO_HOOKS,
+    ) -> Plan:
+        """Return the plan for a budget that was checked; its lineage has counts and notes."""
+        counts = self.allocate(layers, statistics, budget, allocation)
+        plan, notes = Plan(), list[str]()
+        for scope in hooks.progress(self.scopes(layers)):
+            chosen = [layers[i] for i in scope]
+            if hooks.remeasure is not None and self.driver == "sequential":
+                statistics = hooks.remeasure(plan, chosen)
+            views = [statistics.of(layer, self.requires) for layer in chosen]
+            decisions = self.decide(chosen, views, [counts[i] for i in scope])
+            notes += [note for decision in decisions for note in decision.notes]
+            plan = extended(plan, decisions)
+        return dataclasses.replace(plan, lineage=with_notes({"counts": counts}, notes))
+
+
+def make_plan(  # noqa: PLR0913
+    compressor: Compressor,
+    layers: Layers,
+    statistics: StatisticSet,
+    budget: Budget,
+    allocation: Allocation,
+    remeasure: Remeasure | None = None,
+    progress: Progress = NO_HOOKS.progress,
+) -> Plan:
+    """Check a budget and return the plan of a compressor; a budget of 0 gives the empty plan.
+
+    Its lineage says what was asked for (`removed`), how many units each layer got (`counts`) and
+    what integers made of it (`achieved`, the removed share of the bytes of routed experts).
+
+    Args:
+        compressor: the method.
+        layers: of the original model.
+        statistics: on the original model.
+        budget: what is asked for.
+        allocation: how layers share it.
+        remeasure: see `PlanHooks`.
+        progress: see `PlanHooks`.
+
+    Raises:
+        InputError: the budget cannot be reached.
+    """
+    lineage: dict[str, Any] = {"compressor": repr(compressor), "removed": budget.removed}
+    lineage["allocation"] = repr(allocation)
+    if budget.removed == 0:
+        return Plan((), lineage)
+    compressor.check(layers, budget, allocation)
+    hooks = PlanHooks(remeasure, progress)
+    plan = compressor.plan(layers, statistics, budget, allocation, hooks)
+    plan.validate(layers)
+    dense = sum(dense_numbers(layer) for layer in layers)
+    lineage["achieved"] = 1 - plan.stored_bits(layers, 16) / (16 * dense)
+    return dataclasses.replace(plan, lineage={**lineage, **plan.lineage})
+
+
+def extended(plan: Plan, decisions: Sequence[Decision]) -> Plan:
+    """Return the plan with further decisions, their tensors named `layers.<index>.<name>`."""
+    tensors = {
+        f"layers.{decision.plan.layer}.{name}": tensor.cpu()
+        for decision in decisions
+        for name, tensor in decision.tensors.items()
+    }
+    layers = (*plan.layers, *(decision.plan for decision in decisions))
+    return dataclasses.replace(plan, layers=layers, tensors={**plan.tensors, **tensors})
+
+
+def with_notes(lineage: Mapping[str, Any], notes: Sequence[str]) -> dict[str, Any]:
+    """Return the lineage with what a user should know, where there is something."""
+    return {**lineage, "notes": list(notes)} if notes else dict(lineage)
 
 
 def untouched(layer: MoELayer, spec: BankSpec) -> LayerPlan:
     """Return the plan that stores experts anew, one for each row, and keeps the router."""
     everyone = tuple(range(layer.num_experts))
     return LayerPlan(layer.index, everyone, everyone, "untouched", spec)
-
-
-def check(
-    compressor: Compressor, layers: Sequence[MoELayer], ratio: Budget, allocation: Allocation
-) -> None:
-    """Check a budget before anything heavy.
-
-    Raises:
-        InputError: the compressor is swept by another budget, or cannot reach this one.
-    """
-    if not isinstance(ratio, compressor.budget):
-        raise OutOfReach(
-            f"{type(compressor).__name__} is swept by {compressor.budget.__name__.lower()}, not by "
-            f"{type(ratio).__name__.lower()}; {_HOW[compressor.budget.__name__]}"
-        )
-    compressor.check(layers, ratio, allocation)
-
-
-_HOW = {
-    "Ratio": "allowed: ratio=half, quarter ... or ratio.removed=0.3",
-    "Bits": "allowed: ratio=bits8, bits4, bits3, bits2",
-    "Skip": "allowed: skip=rule, skip=quarter ... or skip.share=0.3",
-}
-
-
-def make_plan(  # noqa: PLR0913
-    compressor: Compressor,
-    layers: Sequence[MoELayer],
-    statistics: StatisticSet,
-    ratio: Budget,
-    allocation: Allocation,
-    remeasure: Remeasure | None = None,
-    progress: Progress = lambda scopes: scopes,
-) -> Plan:
-    """Return the plan of a compressor; ratio 0 gives the empty plan.
-
-    Its lineage says what was asked for (`removed`) and what integers made of it (`achieved`, the
-    removed share of the bytes of routed experts).
-
-    Args:
-        compressor: the method.
-        layers: of the original model.
-        statistics: on the original model.
-        ratio: what is asked for.
-        allocation: how layers share it.
-        remeasure: gives a sequential method its statistics scope by scope; without it, it plans
-            from the original model's.
-        progress: wraps the scopes, to show a bar.
-
-    Raises:
-        InputError: the ratio cannot be reached.
-    """
-    lineage: dict[str, Any] = {"compressor": repr(compressor), "removed": ratio.removed}
-    lineage["allocation"] = repr(allocation)
-    if ratio.removed == 0:
-        return Plan((), lineage)
-    check(compressor, layers, ratio, allocation)
-    if isinstance(compressor, Staged):
-        return compressor.staged(layers, statistics, ratio, allocation)
-    shares = compressor.allocate(layers, statistics, ratio, allocation)
-    plan, notes = Plan(), list[str]()
-    for scope in progress(compressor.scopes(layers)):
-        chosen = [layers[i] for i in scope]
-        if remeasure is not None and compressor.driver == "sequential":
-            statistics = remeasure(plan, chosen)
-        views = [statistics.of(layer, compressor.requires) for layer in chosen]
-        planned = compressor.plan_scope(chosen, views, [shares[i] for i in scope])
-        notes += planned.notes
-        tensors = {f"layers.{name}": t.cpu() for name, t in planned.tensors.items()}
-        plan = Plan((*plan.layers, *planned.layers), lineage, {**plan.tensors, **tensors})
-    plan.validate(layers)
-    dense = sum(layer.expert_size * layer.num_experts for layer in layers)
-    achieved = 1 - plan.stored_bits(layers, 16) / (16 * dense)
-    lineage |= {"shares": shares, "achieved": achieved} | ({"notes": notes} if notes else {})
-    return dataclasses.replace(plan, lineage=lineage)
-
-
-class Staged(Compressor):
-    """A compressor whose plan has several stages."""
-
-    @abstractmethod
-    def staged(
-        self,
-        layers: Sequence[MoELayer],
-        statistics: StatisticSet,
-        ratio: Budget,
-        allocation: Allocation,
-    ) -> Plan:
-        """Return the chain of plans."""

@@ -10,8 +10,8 @@ from typing import Any
 from rerail.errors import InputError
 from rerail.files import write_json
 from rerail.moe.model import MoEModel
-from rerail.plan.budget import Sizes
 from rerail.plan.plan import Plan
+from rerail.plan.sizes import Sizes
 from rerail.versions import version_of
 
 NAME = "compression.json"

@@ -15,7 +15,7 @@ from rerail.moe.families import traits_of
 from rerail.moe.fused_experts import expert_parameters, shell_of
 from rerail.moe.model import MoELayer, MoEModel
 from rerail.moe.router import MaskedRouter
-from rerail.plan.apply import tell_config
+from rerail.plan.apply import write_expert_count
 
 
 def check_native(student: MoEModel, densify: bool = False) -> None:
@@ -178,7 +178,7 @@ def stock_model(student: MoEModel, densify: bool = False) -> MoEModel:
         layer.swap(_pick(layer.stock() if width is None else narrow_stock(layer), rows))
         if isinstance(layer.router, MaskedRouter):
             _slice_masked(layer, rows)
-    tell_config(plain)
+    write_expert_count(plain)
     return plain
 
 

@@ -17,22 +17,17 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from rerail.compress.templates.pruning import Pruner
+from rerail.compress.templates.pruner import Pruner
 from rerail.moe.fused_experts import ExpertWeights
 from rerail.moe.model import MoELayer
-from rerail.statistics.statistic import LayerStatistics, Statistic
+from rerail.statistics.statistic import LayerStatistics
 
 
 @dataclass(frozen=True, kw_only=True)
 class AIMER(Pruner):
-    """The method; it has no options of its own."""
+    """Keeps the experts whose weights differ most in size."""
 
     paper: ClassVar[str] = "arXiv 2603.18492"
-
-    @property
-    def measures(self) -> tuple[Statistic, ...]:
-        """Nothing."""
-        return ()
 
     def score(self, layer: MoELayer, statistics: LayerStatistics) -> Tensor:
         """Return 1 / s_e, float64 (E,)."""

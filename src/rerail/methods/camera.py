@@ -25,7 +25,7 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
-from rerail.compress.templates.narrowing import Narrower
+from rerail.compress.templates.narrower import Narrower
 from rerail.errors import InputError
 from rerail.moe.model import MoELayer
 from rerail.statistics.moments import MiddleEnergy, MiddlePeak
@@ -34,7 +34,7 @@ from rerail.statistics.statistic import LayerStatistics, Statistic
 
 @dataclass(frozen=True, kw_only=True)
 class Camera(Narrower):
-    """The method.
+    """Keeps the micro-experts of the highest energy.
 
     Attributes:
         alpha: in [0, 1], how much the largest activation counts beside their sum.
@@ -46,13 +46,11 @@ class Camera(Narrower):
     driver: ClassVar[Literal["one_shot", "sequential"]] = "sequential"
 
     def __post_init__(self) -> None:
-        """Check the interval."""
         if not 0 <= self.alpha <= 1:
             raise InputError(f"compressor.alpha={self.alpha} is outside [0, 1]")
 
     @property
     def requires(self) -> tuple[Statistic, ...]:
-        """The sum, the maximum, or both."""
         sums = (MiddleEnergy(),) if self.alpha < 1 else ()
         return (*sums, MiddlePeak()) if self.alpha > 0 else sums
 

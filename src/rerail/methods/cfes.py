@@ -25,26 +25,23 @@ the discrepancy without each single expert.
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from rerail.compress.templates.reconstructing import (
-    Errors,
-    Free,
-    Reconstructor,
-    Sample,
-    coarse_to_fine,
-)
+from rerail.compress.guard import Slots
+from rerail.compress.solvers import reconstruction
+from rerail.compress.templates.pruner import Pruner
 from rerail.moe.model import MoELayer
 from rerail.statistics.segments import Segments
 from rerail.statistics.statistic import LayerStatistics, Statistic
 
 
 @dataclass(frozen=True, kw_only=True)
-class CFES(Reconstructor):
-    """The method, as far as it is known.
+class CFES(Pruner):
+    """The search over groups, then members, as far as it is known.
 
     Attributes:
         segments: how many segments are sampled.
@@ -60,23 +57,34 @@ class CFES(Reconstructor):
 
     @property
     def measures(self) -> tuple[Statistic, ...]:
-        """Sampled segments of the experts' inputs."""
         return (Segments(self.segments, self.length),)
 
-    def sample(self, layer: MoELayer, statistics: LayerStatistics) -> Sample:
-        """Return the layer's answers on the sampled segments."""
-        return Sample(layer, Segments.hidden(statistics[self.measures[0]]))
+    def score(self, layer: MoELayer, statistics: LayerStatistics) -> Tensor:
+        """Return D without each single expert, float64 (E,)."""
+        return reconstruction.errors_without_each(layer, self.errors(layer, statistics))
 
-    def measure(self, statistics: LayerStatistics, change: Tensor) -> Tensor:
-        """Return the mean distance of segment means."""
-        labels = Segments.labels(statistics[self.measures[0]])
-        members = torch.nn.functional.one_hot(labels).to(change).T
-        means = members / members.sum(dim=1, keepdim=True)
-        moved: Tensor = torch.tensordot(means, change, dims=1)
-        return moved.square().sum(dim=2).double().sqrt().mean(dim=0)
-
-    def search(self, layer: MoELayer, errors: Errors, count: int, free: Free) -> tuple[int, ...]:
+    def choose(
+        self, layer: MoELayer, statistics: LayerStatistics, num_kept: int, guarded: Slots
+    ) -> tuple[int, ...]:
         """Drop one expert at a time, groups before members."""
-        experts = layer.num_experts
-        size = self.size or round(math.sqrt(experts))
-        return coarse_to_fine(errors, experts, count, free, size, layer.top_k)
+        free = reconstruction.removable(layer, guarded, self.least_per_group(layer, num_kept))
+        size = self.size or round(math.sqrt(layer.num_experts))
+        errors, experts = self.errors(layer, statistics), layer.num_experts
+        return reconstruction.coarse_to_fine(errors, experts, num_kept, free, size, layer.top_k)
+
+    def errors(self, layer: MoELayer, statistics: LayerStatistics) -> reconstruction.Errors:
+        """Return the function D of kept subsets."""
+        segments = statistics[self.measures[0]]
+        measure = partial(mean_distance, labels=Segments.labels(segments))
+        return reconstruction.Sample(layer, Segments.hidden(segments)).judged_by(measure)
+
+
+def mean_distance(change: Tensor, labels: Tensor) -> Tensor:
+    """Return the mean norm of segment means, for changes (n, C, H) by C subsets: float64 (C,).
+
+    Labels (n,) say which segment a row is of.
+    """
+    members = torch.nn.functional.one_hot(labels).to(change).T
+    means = members / members.sum(dim=1, keepdim=True)
+    moved: Tensor = torch.tensordot(means, change, dims=1)
+    return moved.square().sum(dim=2).double().sqrt().mean(dim=0)

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from rerail.compress.solvers.distances import between_rows, between_weights
-from rerail.compress.templates.aliasing import Aliaser
+from rerail.compress.templates.aliaser import Aliaser
 from rerail.moe.model import MoELayer
 from rerail.statistics.dense import OutputSum, TokenCount
 from rerail.statistics.routed import Count, Moment, OutputSumRouted
@@ -41,7 +41,7 @@ MEANS: dict[str, tuple[Statistic, Statistic]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class ConMoE(Aliaser):
-    """The method.
+    """Lets prototypes that are used much and hard to replace answer for the others.
 
     Attributes:
         distance: what of two experts is compared.
@@ -53,26 +53,27 @@ class ConMoE(Aliaser):
 
     @property
     def requires(self) -> tuple[Statistic, ...]:
-        """REAP's moment and count, and the outputs that are compared."""
         return tuple(dict.fromkeys([Moment(1, 1), Count(), *MEANS.get(self.distance, ())]))
 
     def contribution(self, statistics: LayerStatistics) -> Tensor:
         """Return A, float64 (E,); 0 for an expert that was never routed to."""
         return statistics[Moment(1, 1)] / statistics[Count()].clamp(min=1)
 
-    def apart(self, layers: Sequence[MoELayer], statistics: Sequence[LayerStatistics]) -> Tensor:
+    def distances(
+        self, layers: Sequence[MoELayer], statistics: Sequence[LayerStatistics]
+    ) -> Tensor:
         """Return d, float64 (N, N)."""
         if self.distance == "weight":
             return between_weights([layer.stack() for layer in layers])
         if self.distance == "router_row":
             return between_rows(torch.cat([layer.router_rows.cpu() for layer in layers]))
         total, count = MEANS[self.distance]
-        means = [held[total] / held[count].clamp(min=1).unsqueeze(1) for held in statistics]
+        means = [view[total] / view[count].clamp(min=1).unsqueeze(1) for view in statistics]
         return between_rows(torch.cat(means))
 
-    def score(self, contribution: Tensor, apart: Tensor) -> Tensor:
+    def score(self, contribution: Tensor, distances: Tensor) -> Tensor:
         """Return minmax(A) minmax(r)."""
-        hard = apart.clone().fill_diagonal_(torch.inf).min(dim=1).values
+        hard = distances.clone().fill_diagonal_(torch.inf).min(dim=1).values
         return minmax(contribution) * minmax(hard)
 
 

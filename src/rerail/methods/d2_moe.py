@@ -29,11 +29,13 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from rerail.compress.solvers import whitening
 from rerail.compress.solvers.blending import blended, by_matrix, narrowed, used
-from rerail.compress.solvers.whitening import low_rank, refitted, stack_rows
-from rerail.compress.templates.factoring import Integers, RankFactoriser, Ranks, dense_numbers
+from rerail.compress.solvers.ranks import Ranks, ranks_within
+from rerail.compress.templates.factoriser import Factoriser, Integers
 from rerail.experts.base import BankSpec
 from rerail.moe.model import MoELayer
+from rerail.plan.budget import dense_numbers
 from rerail.statistics.gradients import Fisher
 from rerail.statistics.moments import MiddleMoment
 from rerail.statistics.routed import Count
@@ -41,23 +43,31 @@ from rerail.statistics.statistic import LayerStatistics, Statistic
 
 
 @dataclass(frozen=True, kw_only=True)
-class D2MoE(RankFactoriser):
-    """The method; attributes as above."""
+class D2MoE(Factoriser):
+    """Stores a base and low-rank deltas.
+
+    Attributes:
+        weights, rows, base_prune: see above.
+        whiten: weigh errors by the text; false is plain SVD, without data.
+        shrink, ridge: how moments are made safe, see `whitening.Moments`.
+    """
 
     weights: Literal["fisher", "fisher_only", "frequency", "mean"] = "fisher"
     rows: Literal["own", "shared"] = "own"
     base_prune: float = 0.0
+    whiten: bool = True
+    shrink: float = 0.25
+    ridge: float = 1e-6
 
     paper: ClassVar[str] = "arXiv 2502.17298"
 
     @property
     def requires(self) -> tuple[Statistic, ...]:
-        """Counts, moments and the Fisher information, as far as the options need them."""
         counted = self.weights in ("fisher", "frequency") or self.rows == "shared"
         wanted: list[Statistic] = [Count()] if counted or self.base_prune else []
         wanted += [Fisher()] if self.weights.startswith("fisher") else []
         wanted += [MiddleMoment()] if self.base_prune else []
-        return tuple(dict.fromkeys([*wanted, *self.moments_required]))
+        return tuple(dict.fromkeys([*wanted, *whitening.moment_statistics(self.whiten)]))
 
     def ranks(self, layer: MoELayer) -> tuple[int, dict[str, Ranks]]:
         """Return the base's size and one rank a matrix, or a matrix type."""
@@ -70,18 +80,18 @@ class D2MoE(RankFactoriser):
         return fixed, {m: Ranks(n * out + inner, inner, None) for m, (out, inner) in sides.items()}
 
     def sizes(
-        self, layer: MoELayer, budget: int, statistics: LayerStatistics | None = None
+        self, layer: MoELayer, max_numbers: int, statistics: LayerStatistics | None = None
     ) -> Integers:
         """Return ranks, and the channels that stay where some go."""
-        found = super().sizes(layer, budget, statistics)
+        ranks = ranks_within(layer, max_numbers, *self.ranks(layer), {})
         if not self.base_prune or statistics is None:
-            return found
+            return ranks
         energy = statistics[MiddleMoment()].diagonal(dim1=1, dim2=2).double()
         weight = layer.stack().down.float().square().sum(dim=1).cpu().double()
         score = (used(statistics[Count()]).unsqueeze(1) * energy * weight).sum(dim=0)
         order = torch.argsort(score, descending=True, stable=True).tolist()
         left = len(order) - int(len(order) * self.base_prune)
-        return {**found, "channels": tuple(sorted(order[:left]))}
+        return {**ranks, "channels": tuple(sorted(order[:left]))}
 
     def spec(self, layer: MoELayer, sizes: Integers) -> BankSpec:
         """Return the delta form."""
@@ -91,7 +101,8 @@ class D2MoE(RankFactoriser):
         self, layer: MoELayer, statistics: LayerStatistics, sizes: Integers
     ) -> dict[str, Tensor]:
         """Solve the base, then the deltas against it."""
-        stacks, moments = layer.stack(), self.moments(layer, statistics)
+        stacks = layer.stack()
+        moments = whitening.layer_moments(layer, statistics, self.whiten, self.shrink, self.ridge)
         fisher = self.weights.startswith("fisher")
         precision = by_matrix(layer, statistics[Fisher()]) if fisher else None
         by_use = self.weights in ("fisher", "frequency")
@@ -106,11 +117,13 @@ class D2MoE(RankFactoriser):
             wide = torch.promote_types(stack.dtype, torch.float32)
             delta = stack.to(wide) - base.to(wide)
             if self.rows == "own":
-                u, v = low_rank(delta, moments[name], sizes[name])
+                u, v = whitening.low_rank(delta, moments[name], sizes[name])
             else:
                 layer_moment = moments[name].layer(delta.device)
-                v = stack_rows(delta, used(statistics[Count()]), layer_moment, sizes[name])
-                u = refitted(delta, v, moments[name])
+                v = whitening.stack_rows(
+                    delta, used(statistics[Count()]), layer_moment, sizes[name]
+                )
+                u = whitening.refitted(delta, v, moments[name])
             parts = {"base": base, "U": u.to(wide), "V": v.to(wide)}
             tensors |= {f"{name}.{part}": t for part, t in parts.items()}
         return tensors

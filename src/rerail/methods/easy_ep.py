@@ -24,7 +24,7 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
-from rerail.compress.templates.pruning import Pruner
+from rerail.compress.templates.pruner import Pruner
 from rerail.moe.model import MoELayer
 from rerail.statistics.routed import Deviation
 from rerail.statistics.statistic import LayerStatistics, Statistic
@@ -32,7 +32,7 @@ from rerail.statistics.statistic import LayerStatistics, Statistic
 
 @dataclass(frozen=True, kw_only=True)
 class EasyEP(Pruner):
-    """The method; `router=mask` by default."""
+    """Keeps the experts that add most where the layer changes most; `router=mask` by default."""
 
     router: Literal["slice", "mask"] = "mask"
 
@@ -40,7 +40,6 @@ class EasyEP(Pruner):
 
     @property
     def measures(self) -> tuple[Statistic, ...]:
-        """Gated output norms, weighed by how far the layer turns the token."""
         return (Deviation(),)
 
     def score(self, layer: MoELayer, statistics: LayerStatistics) -> Tensor:

@@ -7,7 +7,7 @@ U^T U = (H + damp I)^-1:
     q_i = Q(w_i),   e = (w_i - q_i) / U_ii,   w_j -= e U_ij for j > i.
 
 H is divided by the mean of its live diagonal, so that damp = `percdamp` is relative to it. A dead
-input (H_ii = 0) gets H_ii = 1 and its column becomes 0. The grid Q (see `quantising.grid`) of a
+input (H_ii = 0) gets H_ii = 1 and its column becomes 0. The grid Q (see `rounding.grid`) of a
 group of G columns is fitted on the updated weights when its first column is reached. Updates reach
 the end of a block of about 128 columns at once and the later ones after the block, which changes
 nothing. H ~ I gives round to nearest.
@@ -28,7 +28,8 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from rerail.compress.templates.quantising import Quantiser, coded, grid, inverse_root
+from rerail.compress.solvers.rounding import coded, grid, inverse_root
+from rerail.compress.templates.quantiser import Quantiser
 from rerail.experts.quantized import Coded
 from rerail.moe.model import MoELayer
 from rerail.statistics.moments import InputMoment, MiddleMoment
@@ -38,7 +39,7 @@ from rerail.statistics.statistic import LayerStatistics, Statistic
 
 @dataclass(frozen=True, kw_only=True)
 class GPTQ(Quantiser):
-    """The method.
+    """Rounds column by column and moves each error to the columns still to come.
 
     Attributes:
         percdamp: damping, relative to the mean diagonal.
@@ -56,31 +57,30 @@ class GPTQ(Quantiser):
 
     @property
     def requires(self) -> tuple[Statistic, ...]:
-        """Moments of both inputs, and how many tokens they are of."""
         return (Count(), InputMoment(), MiddleMoment())
 
     def moments(self, layer: MoELayer, statistics: LayerStatistics) -> Mapping[str, Tensor]:
         """Return H by matrix, damped where tokens are few and zero where there are too few."""
         count = statistics[Count()]
-        found = {"gate": statistics[InputMoment()], "down": statistics[MiddleMoment()]}
-        for name, moment in found.items():
+        moments = {"gate": statistics[InputMoment()], "down": statistics[MiddleMoment()]}
+        for name, moment in moments.items():
             mean = moment.diagonal(dim1=1, dim2=2).mean(dim=1)
             more = self.scarce * mean * (count < 4 * moment.shape[1]).to(mean)
             eye = torch.eye(moment.shape[1], dtype=moment.dtype, device=moment.device)
             usable = (count >= self.least).to(mean).view(-1, 1, 1)
-            found[name] = (moment + more.view(-1, 1, 1) * eye) * usable
-        return found | {"up": found["gate"]}
+            moments[name] = (moment + more.view(-1, 1, 1) * eye) * usable
+        return moments | {"up": moments["gate"]}
 
     def remarks(self, layer: MoELayer, statistics: LayerStatistics) -> tuple[str, ...]:
         """Name the experts that had too few tokens."""
         count, need = statistics[Count()], 4 * max(layer.hidden_size, layer.intermediate_size)
         few = (count < max(1, self.least)).nonzero().flatten().tolist()
         scarce = [e for e in (count < need).nonzero().flatten().tolist() if e not in few]
-        said = (
+        remarks = (
             (few, f"{max(1, self.least)} calibration tokens and were rounded to nearest"),
             (scarce, f"{need} calibration tokens and were damped more"),
         )
-        return tuple(f"experts {which} had fewer than {what}" for which, what in said if which)
+        return tuple(f"experts {which} had fewer than {what}" for which, what in remarks if which)
 
     def encode(self, stack: Tensor, moment: Tensor | None, bits: int) -> Coded:
         """Quantise the columns of (n, out, in) in order, held as rows (n, in, out)."""

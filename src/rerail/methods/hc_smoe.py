@@ -21,7 +21,7 @@ import torch
 from scipy.cluster.hierarchy import cut_tree, linkage
 from torch import Tensor
 
-from rerail.compress.templates.merging import Merger
+from rerail.compress.templates.merger import Merger
 from rerail.moe.model import MoELayer
 from rerail.statistics.dense import OutputSum, TokenCount
 from rerail.statistics.routed import Count
@@ -30,7 +30,7 @@ from rerail.statistics.statistic import LayerStatistics, Statistic
 
 @dataclass(frozen=True, kw_only=True)
 class HCSMoE(Merger):
-    """The method.
+    """Merges clusters of experts with alike mean outputs.
 
     Attributes:
         linkage: how clusters are compared; the paper's choice is `average`.
@@ -44,14 +44,13 @@ class HCSMoE(Merger):
 
     @property
     def requires(self) -> tuple[Statistic, ...]:
-        """Mean outputs of all experts on all tokens, and usage counts."""
         return (OutputSum(), TokenCount(), Count())
 
-    def group(self, layer: MoELayer, statistics: LayerStatistics, count: int) -> Tensor:
+    def group(self, layer: MoELayer, statistics: LayerStatistics, num_stored: int) -> Tensor:
         """Return cluster labels (E,), numbered by their lowest member."""
         mean = statistics[OutputSum()] / statistics[TokenCount()].clamp(min=1).unsqueeze(1)
         tree = linkage(mean.numpy(), method=self.linkage, metric="euclidean")
-        return torch.from_numpy(cut_tree(tree, n_clusters=count).flatten().copy()).long()
+        return torch.from_numpy(cut_tree(tree, n_clusters=num_stored).flatten().copy()).long()
 
     def weights(self, statistics: LayerStatistics) -> Tensor:
         """Return usage counts, or ones."""

@@ -21,13 +21,14 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from rerail.compress.templates.quantising import Quantiser, by_groups, coded, round_to_nearest
+from rerail.compress.solvers.rounding import by_groups, coded, round_to_nearest
+from rerail.compress.templates.quantiser import Quantiser
 from rerail.experts.quantized import Coded
 
 
 @dataclass(frozen=True, kw_only=True)
 class HQQ(Quantiser):
-    """The method.
+    """Refines the zero of each group until few errors are large.
 
     Attributes:
         steps: at most this many updates of the zero.

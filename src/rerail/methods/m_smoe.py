@@ -26,14 +26,9 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
+from rerail.compress.solvers import grouping
 from rerail.compress.solvers.alignment import channel_features, permuted, weight_matching
-from rerail.compress.templates.merging import (
-    DominantMerger,
-    Fused,
-    cosine,
-    merged_experts,
-    weight_gram,
-)
+from rerail.compress.templates.merger import Merger
 from rerail.moe.fused_experts import expert_parameters
 from rerail.moe.model import MoELayer
 from rerail.statistics.routed import Count
@@ -42,8 +37,8 @@ from rerail.statistics.statistic import LayerStatistics, Statistic
 
 
 @dataclass(frozen=True, kw_only=True)
-class MSMoE(DominantMerger):
-    """The method.
+class MSMoE(Merger):
+    """Merges experts into the dominant one that the router treats most alike.
 
     Attributes:
         similarity_of: router `logits` over the text (the paper) or router `rows`.
@@ -55,36 +50,41 @@ class MSMoE(DominantMerger):
     align: Literal["dominant", "first", "none"] = "dominant"
 
     paper: ClassVar[str] = "arXiv 2310.01334"
+    around_dominants: ClassVar[bool] = True
 
     @property
     def requires(self) -> tuple[Statistic, ...]:
-        """Usage counts, and the Gram matrix of router logits."""
         return (Count(), LogitGram()) if self.similarity_of == "logits" else (Count(),)
 
+    def group(self, layer: MoELayer, statistics: LayerStatistics, num_stored: int) -> Tensor:
+        """Give every other expert to the dominant one that it is most alike."""
+        dominants = self.dominants(layer, statistics, num_stored)
+        return grouping.labels_around(self.similarity(layer, statistics), dominants)
+
     def similarity(self, layer: MoELayer, statistics: LayerStatistics) -> Tensor:
-        """Return the cosines of router logits, or of router rows."""
+        """Return s (E, E), the cosines of router logits, or of router rows."""
         if self.similarity_of == "logits":
-            return cosine(statistics[LogitGram()].double())
-        return cosine(weight_gram(layer.router_rows))
+            return grouping.cosine(statistics[LogitGram()].double())
+        return grouping.cosine(grouping.weight_gram(layer.router_rows))
 
     def solve(
-        self, layer: MoELayer, statistics: LayerStatistics, labels: Tensor, notes: list[str]
-    ) -> Fused | None:
+        self, layer: MoELayer, statistics: LayerStatistics, labels: Tensor
+    ) -> tuple[grouping.Fused, tuple[str, ...]] | None:
         """Return aligned weighted sums; None where nothing is aligned."""
         if self.align == "none":
             return None
-        held, layout = expert_parameters(layer.stock()), layer.layout
+        stock, layout = expert_parameters(layer.stock()), layer.layout
         chosen = self.dominants(layer, statistics, int(labels.max()) + 1)
         references: dict[int, Tensor] = {}
 
-        def aligned(slot: int, expert: Fused) -> Fused:
+        def aligned(slot: int, expert: grouping.Fused) -> grouping.Fused:
             to = 0 if self.align == "first" else chosen[int(labels[slot])]
             if slot == to:
                 return expert
             if to not in references:
-                whole = {name: p.detach()[to] for name, p in held.items()}
+                whole = {name: p.detach()[to] for name, p in stock.items()}
                 references[to] = channel_features(whole, layout)
             order = weight_matching(references[to], channel_features(expert, layout))
             return permuted(expert, layout, order)
 
-        return merged_experts(layer, labels, self.weights(statistics), aligned)
+        return grouping.merged_experts(layer, labels, self.weights(statistics), aligned), ()

@@ -23,31 +23,31 @@ with columns scaled by their summed gate weight. The paper compresses a range of
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
+from rerail.compress.solvers import grouping
 from rerail.compress.solvers.least_squares import normal_equations, ridge_solution
-from rerail.compress.templates.merging import (
-    DominantMerger,
-    Fused,
-    cosine,
-    merged_experts,
-    shares_in_group,
-    weight_gram,
-)
+from rerail.compress.templates.merger import Merger
 from rerail.errors import InputError
 from rerail.moe.model import MoELayer
 from rerail.plan.allocation import Allocation
+from rerail.plan.budget import Budget
 from rerail.statistics.routed import Count
 from rerail.statistics.rows import Rows
 from rerail.statistics.statistic import LayerStatistics, Statistic
 
 
 @dataclass(frozen=True, kw_only=True)
-class MergeMoE(DominantMerger):
-    """The method; `inputs` is how many inputs are sampled in each layer, the rest as above."""
+class MergeMoE(Merger):
+    """Merges experts into the most used ones and refits their down projections.
+
+    Attributes:
+        similarity_of, ridge, tokens: see above.
+        inputs: n, how many are sampled in each layer.
+    """
 
     similarity_of: Literal["cosine", "l2"] = "cosine"
     ridge: float = 0.1
@@ -55,46 +55,51 @@ class MergeMoE(DominantMerger):
     inputs: int = 4096
 
     paper: ClassVar[str] = "arXiv 2510.14436"
+    around_dominants: ClassVar[bool] = True
 
     @property
     def requires(self) -> tuple[Statistic, ...]:
-        """Usage counts, and inputs of the layer."""
         return (Count(), Rows(self.inputs))
 
-    def check(self, layers: Sequence[MoELayer], ratio: Any, allocation: Allocation) -> None:
-        """Check the counts, and that a fit without ridge can have enough inputs."""
+    def check(self, layers: Sequence[MoELayer], budget: Budget, allocation: Allocation) -> None:
+        """Check the budget, and that a fit without ridge can have enough inputs."""
         if self.ridge < 0:
             raise InputError(f"compressor.ridge={self.ridge}; allowed: 0 or more")
-        super().check(layers, ratio, allocation)
+        super().check(layers, budget, allocation)
         for layer in layers:
             self.notes(layer, [self.inputs])
 
-    def notes(self, layer: MoELayer, found: Sequence[int]) -> list[str]:
+    def notes(self, layer: MoELayer, inputs: Sequence[int]) -> tuple[str, ...]:
         """Say which fits have fewer inputs than the expert has channels; refuse without a ridge."""
-        need, short = layer.intermediate_size, [n for n in found if n < layer.intermediate_size]
+        need, short = layer.intermediate_size, [n for n in inputs if n < layer.intermediate_size]
         fact = (
-            f"layer {layer.index}: {len(short)} of {len(found)} least squares fits have fewer "
-            f"than {need} inputs (fewest: {min(found, default=0)})"
+            f"layer {layer.index}: {len(short)} of {len(inputs)} least squares fits have fewer "
+            f"than {need} inputs (fewest: {min(inputs, default=0)})"
         )
         if short and self.ridge == 0:
             raise InputError(
                 f"{fact} and compressor.ridge={self.ridge}; allowed: more calibration text, "
                 f"compressor.inputs of {need} or more, or a ridge above 0"
             )
-        return [f"{fact}; the ridge towards the average makes up for them"] if short else []
+        return (f"{fact}; the ridge towards the average makes up for them",) if short else ()
 
-    def similarity(self, layer: MoELayer, statistics: LayerStatistics) -> Tensor:
+    def group(self, layer: MoELayer, statistics: LayerStatistics, num_stored: int) -> Tensor:
+        """Let every other expert join the centre that it is most alike."""
+        centres = self.dominants(layer, statistics, num_stored)
+        return grouping.labels_around(self.similarity(layer), centres)
+
+    def similarity(self, layer: MoELayer) -> Tensor:
         """Return cosines, or negative squared distances, of [W_U ; W_G]."""
-        gram = weight_gram(*layer.stack()[:2])
+        gram = grouping.weight_gram(*layer.stack()[:2])
         both = gram.diagonal().unsqueeze(1) + gram.diagonal()
-        return cosine(gram) if self.similarity_of == "cosine" else 2 * gram - both
+        return grouping.cosine(gram) if self.similarity_of == "cosine" else 2 * gram - both
 
     def solve(
-        self, layer: MoELayer, statistics: LayerStatistics, labels: Tensor, notes: list[str]
-    ) -> Fused | None:
+        self, layer: MoELayer, statistics: LayerStatistics, labels: Tensor
+    ) -> tuple[grouping.Fused, tuple[str, ...]]:
         """Return averaged gate and up, and the fitted down projections."""
-        share = shares_in_group(labels, self.weights(statistics))
-        merged = merged_experts(layer, labels, share)
+        share = grouping.shares_in_group(labels, self.weights(statistics))
+        merged = grouping.merged_experts(layer, labels, share)
         inputs = Rows.hidden(statistics[Rows(self.inputs)]).to(merged["down_proj"])
         columns, flip = self.columns(layer, inputs, labels), layer.layout.transposed
         fits = torch.nonzero(torch.bincount(labels) > 1).flatten().tolist()
@@ -105,8 +110,7 @@ class MergeMoE(DominantMerger):
             sums = normal_equations(layer, members, share[members], expert, x, scale)
             down = merged["down_proj"][c].mT if flip else merged["down_proj"][c]
             down.copy_(ridge_solution(*sums, down, self.ridge))
-        notes += self.notes(layer, (columns > 0).sum(dim=0)[fits].tolist())
-        return merged
+        return merged, self.notes(layer, (columns > 0).sum(dim=0)[fits].tolist())
 
     def columns(self, layer: MoELayer, inputs: Tensor, labels: Tensor) -> Tensor:
         """Return (n, M): the factor of each input in each group's fit, 0 where it has no part."""
@@ -114,6 +118,6 @@ class MergeMoE(DominantMerger):
             return inputs.new_ones(len(inputs), int(labels.max()) + 1)
         index, gates = layer.route(inputs.to(layer.router_rows.dtype))
         gates = gates.to(inputs) if self.tokens == "gated" else torch.ones_like(gates).to(inputs)
-        found = inputs.new_zeros(len(inputs), int(labels.max()) + 1)
-        found.scatter_add_(1, labels.to(index.device)[index], gates)
-        return found if self.tokens == "gated" else found.clamp(max=1)
+        factors = inputs.new_zeros(len(inputs), int(labels.max()) + 1)
+        factors.scatter_add_(1, labels.to(index.device)[index], gates)
+        return factors if self.tokens == "gated" else factors.clamp(max=1)

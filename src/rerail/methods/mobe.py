@@ -24,17 +24,17 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from rerail.compress.solvers.fitting import best_by_adam
-from rerail.compress.templates.factoring import Factoriser, Integers
+from rerail.compress.templates.factoriser import Factoriser, Integers
 from rerail.errors import OutOfReach
 from rerail.experts.base import BankSpec
 from rerail.experts.basis import mixed
 from rerail.moe.model import MoELayer
-from rerail.statistics.statistic import LayerStatistics, Statistic
+from rerail.statistics.statistic import LayerStatistics
 
 
 @dataclass(frozen=True, kw_only=True)
 class MoBE(Factoriser):
-    """The method.
+    """Fits a few bases, and mixtures of them, to all matrices of a type.
 
     Attributes:
         matrices: which matrix types are factorised.
@@ -54,12 +54,7 @@ class MoBE(Factoriser):
 
     paper: ClassVar[str] = "arXiv 2508.05257"
 
-    @property
-    def requires(self) -> tuple[Statistic, ...]:
-        """No statistic."""
-        return ()
-
-    def sizes(self, layer: MoELayer, budget: int, statistics: object = None) -> Integers:
+    def sizes(self, layer: MoELayer, max_numbers: int, statistics: object = None) -> Integers:
         """Return bases m and rank r such that all factorised types fit."""
         n, p, d, _ = layer.dims
         types, dense = len(self.matrices.split("+")), layer.expert_size * n
@@ -68,7 +63,7 @@ class MoBE(Factoriser):
         quarter = next(m for m in divisors if m <= max(1, n // 4))
         free = divisors if self.rank == "full" else [quarter]
         for m in [self.bases] if self.bases else free:
-            left = (budget - untouched) // types - n * m
+            left = (max_numbers - untouched) // types - n * m
             fits, cap = left // (n * p + m * d), min(n // m * p, d)
             r = min(fits, cap) if self.rank == "solve" else min(p, d)
             if m in divisors and 1 <= r <= fits:
@@ -77,8 +72,8 @@ class MoBE(Factoriser):
         least = untouched + types * (n * p * r + m * r * d + n * m)
         raise OutOfReach(
             f"MoBE with matrices={self.matrices}, rank={self.rank}, bases={self.bases} cannot "
-            f"store layer {layer.index} in {budget / dense:.4g} of its numbers; bases must divide "
-            f"{n}, and ratios from 0 to {max(0.0, 1 - least / dense):.4g} can be reached"
+            f"store layer {layer.index} in {max_numbers / dense:.4g} of its numbers; bases must "
+            f"divide {n}, and ratios from 0 to {max(0.0, 1 - least / dense):.4g} can be reached"
         )
 
     def spec(self, layer: MoELayer, sizes: Integers) -> BankSpec:

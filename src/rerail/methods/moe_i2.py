@@ -28,50 +28,158 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import ClassVar, Literal
 
+import torch
 from torch import Tensor
 
-from rerail.compress.solvers.whitening import low_rank
-from rerail.compress.templates.factoring import Integers, RankFactoriser, Ranks, dense_numbers
-from rerail.compress.templates.genetic import GeneticPruner
-from rerail.compress.templates.sequence import Chain
+from rerail.compress.base import Layers, Statistics
+from rerail.compress.guard import Slots, guarded_slots
+from rerail.compress.solvers import reconstruction
+from rerail.compress.solvers.genetic import Removals, dealt, evolve
+from rerail.compress.solvers.ranks import Ranks, ranks_within
+from rerail.compress.solvers.whitening import layer_moments, low_rank, moment_statistics
+from rerail.compress.templates.factoriser import Factoriser, Integers
+from rerail.compress.templates.pruner import Pruner
+from rerail.compress.templates.sequence import TwoStages
+from rerail.errors import OutOfReach
 from rerail.experts.base import BankSpec
 from rerail.moe.model import MoELayer
+from rerail.plan.allocation import Allocation
+from rerail.plan.budget import Budget, dense_numbers, units_kept
 from rerail.plan.plan import Plan
 from rerail.statistics.ablation import LossIncrease
+from rerail.statistics.rows import Rows
 from rerail.statistics.statistic import LayerStatistics, Statistic
 
 
 @dataclass(frozen=True, kw_only=True)
-class InterExpert(GeneticPruner):
-    """Stage 1."""
+class InterExpert(Pruner):
+    """Stage 1: a search for the removed set that changes the answer least on sampled rows.
+
+    Attributes:
+        importance: whose change counts, the `block`'s output or the `loss`.
+        rows: n, how many inputs of the experts are sampled.
+        population: removed sets in the first generation, and children in each further one.
+        generations: how many follow the first.
+        parents: share of the population that has children: the best of all so far.
+        mutation: probability that a child exchanges one member.
+        seed: of the search in each layer.
+        nonuniform: deal what goes out over layers in inverse proportion to their importance;
+            false, or another allocation than uniform, lets that say.
+    """
 
     importance: Literal["block", "loss"] = "block"
+    rows: int = 512
+    population: int = 24
+    generations: int = 12
+    parents: float = 0.2
+    mutation: float = 0.3
+    seed: int = 0
+    nonuniform: bool = True
+
+    paper: ClassVar[str] = "arXiv 2411.01016"
 
     @property
     def measures(self) -> tuple[Statistic, ...]:
-        """Sampled inputs, and the loss where it counts."""
         loss = (LossIncrease(),) if self.importance == "loss" else ()
-        return (*super().measures, *loss)
+        return (Rows(self.rows), *loss)
 
-    def rank(self, layer: MoELayer, statistics: LayerStatistics) -> Tensor:
+    def score(self, layer: MoELayer, statistics: LayerStatistics) -> Tensor:
         """Return I_le, float64 (E,)."""
         if self.importance == "loss":
             return statistics[LossIncrease()].clamp(min=0)
-        return super().rank(layer, statistics)
+        return reconstruction.errors_without_each(layer, self.errors(layer, statistics))
+
+    def errors(self, layer: MoELayer, statistics: LayerStatistics) -> reconstruction.Errors:
+        """Return the function || Z - Z_kept ||_F of kept subsets."""
+        return reconstruction.Sample(layer, Rows.hidden(statistics[Rows(self.rows)])).judged_by(
+            norms
+        )
+
+    def choose(
+        self, layer: MoELayer, statistics: LayerStatistics, num_kept: int, guarded: Slots
+    ) -> tuple[int, ...]:
+        """Return the best set that was tried; every router group loses the same number."""
+        experts, groups = layer.num_experts, layer.num_groups
+        free = reconstruction.removable(layer, guarded, self.least_per_group(layer, num_kept))
+        fixed = set(range(experts)) - set(free(range(experts)))
+        generator = torch.Generator().manual_seed(self.seed)
+        removals = Removals(experts, groups, (experts - num_kept) // groups, fixed, generator)
+        errors = self.errors(layer, statistics)
+        return evolve(
+            errors, removals, self.population, self.generations, self.parents, self.mutation
+        )[0]
+
+    def allocate(
+        self, layers: Layers, statistics: Statistics, budget: Budget, allocation: Allocation
+    ) -> list[int]:
+        """Return kept experts: an important layer loses less."""
+        if not self.nonuniform or not allocation.uniform:
+            return super().allocate(layers, statistics, budget, allocation)
+        guarded: list[Slots] = [frozenset()] * len(layers)
+        importance = [1.0] * len(layers)
+        if statistics is not None:
+            views = [statistics.of(layer, self.requires) for layer in layers]
+            guarded = guarded_slots(views, self.guard)
+            scores = [self.score(layer, view) for layer, view in zip(layers, views, strict=True)]
+            importance = [float(score.clamp(min=0).sum()) for score in scores]
+        groups, experts = layers[0].num_groups, [layer.num_experts for layer in layers]
+        caps = [_spare(layer, slots) for layer, slots in zip(layers, guarded, strict=True)]
+        removed = budget.removed or 0.0
+        total = (sum(experts) - units_kept(sum(experts), removed)) // groups
+        if total > sum(caps):
+            raise OutOfReach(
+                f"{type(self).__name__} cannot remove {total * groups} of {sum(experts)} experts: "
+                f"top-k routing, router groups and the guard leave {sum(caps) * groups} to choose "
+                f"from; allowed ratios: 0 to {sum(caps) * groups / sum(experts):.4g}"
+            )
+        sums = torch.tensor(importance, dtype=torch.float64)
+        # scaled first, so that the bound on tiny importances is relative
+        weights = 1 / (sums / sums.max().clamp(min=1e-300)).clamp(min=1e-9)
+        gone = dealt(weights, total, caps)
+        return [n - groups * each for n, each in zip(experts, gone, strict=True)]
+
+
+def norms(change: Tensor) -> Tensor:
+    """Return the Frobenius norms of changes (n, C, H) by C subsets: float64 (C,)."""
+    norm: Tensor = torch.linalg.vector_norm(change, dim=(0, 2), dtype=torch.float64)
+    return norm
+
+
+def _spare(layer: MoELayer, guarded: Slots) -> int:
+    """Return how many experts every router group can lose."""
+    size = layer.num_experts // layer.num_groups
+    fixed = [sum(slot // size == g for slot in guarded) for g in range(layer.num_groups)]
+    return size - max(layer.least_per_group, *fixed)
 
 
 @dataclass(frozen=True, kw_only=True)
-class IntraExpert(RankFactoriser):
-    """Stage 2; `importance` (M,) of a layer's survivors, by layer index, comes from stage 1."""
+class IntraExpert(Factoriser):
+    """Stage 2: a rank for each survivor by its importance.
 
-    whiten: bool = False
+    Attributes:
+        alpha: exponent of the importance.
+        whiten: weigh errors by the text; false is plain SVD, without data.
+        shrink, ridge: how moments are made safe, see `whitening.Moments`.
+        importance: I (M_l,) of a layer's survivors, by layer index; comes from stage 1.
+    """
+
     alpha: float = 0.15
+    whiten: bool = False
+    shrink: float = 0.25
+    ridge: float = 1e-6
     importance: Mapping[int, Tensor] = field(default_factory=dict, repr=False, compare=False)
+
+    paper: ClassVar[str] = "arXiv 2411.01016"
 
     @property
     def requires(self) -> tuple[Statistic, ...]:
-        """Moments, if it whitens."""
-        return self.moments_required
+        return moment_statistics(self.whiten)
+
+    def sizes(
+        self, layer: MoELayer, max_numbers: int, statistics: LayerStatistics | None = None
+    ) -> Integers:
+        """Return ranks R_le that use the numbers up."""
+        return ranks_within(layer, max_numbers, *self.ranks(layer), self.scores(layer))
 
     def ranks(self, layer: MoELayer) -> tuple[int, dict[str, Ranks]]:
         """Biases stay; one rank serves the three matrices of an expert."""
@@ -79,15 +187,14 @@ class IntraExpert(RankFactoriser):
         biases, cap = dense_numbers(layer) - 3 * n * p * d, max(1, (p * d - 1) // (p + d))
         return biases, {"rank": Ranks(3 * (p + d), cap, n)}
 
-    def scores(self, layer: MoELayer, statistics: LayerStatistics) -> dict[str, Tensor]:
-        """Return (I + eps)^alpha; equal where no importance is known."""
-        held = self.importance.get(layer.index)
-        if held is None or not held.max() > 0:
+    def scores(self, layer: MoELayer) -> dict[str, Tensor]:
+        """Return (I + eps)^alpha; nothing where no importance is known."""
+        own = self.importance.get(layer.index)
+        if own is None or not own.max() > 0:
             return {}
-        return {"rank": ((held / held.max()).clamp(min=0) + 1e-6) ** self.alpha}
+        return {"rank": ((own / own.max()).clamp(min=0) + 1e-6) ** self.alpha}
 
     def spec(self, layer: MoELayer, sizes: Integers) -> BankSpec:
-        """Return the low-rank form."""
         ranks = {name: sizes["rank"] for name in ("gate", "up", "down")}  # noqa: C420
         return BankSpec("low_rank", layer.num_experts, (), ranks, {"rows": "own"})
 
@@ -95,14 +202,16 @@ class IntraExpert(RankFactoriser):
         self, layer: MoELayer, statistics: LayerStatistics, sizes: Integers
     ) -> dict[str, Tensor]:
         """Solve each matrix of each expert."""
-        moments, found = self.moments(layer, statistics), dict[str, Tensor]()
+        moments = layer_moments(layer, statistics, self.whiten, self.shrink, self.ridge)
+        tensors: dict[str, Tensor] = {}
         for name, stack in layer.stack()._asdict().items():
-            found[f"{name}.U"], found[f"{name}.V"] = low_rank(stack, moments[name], sizes["rank"])
-        return found
+            u, v = low_rank(stack, moments[name], sizes["rank"])
+            tensors |= {f"{name}.U": u, f"{name}.V": v}
+        return tensors
 
 
 @dataclass(frozen=True, kw_only=True)
-class MoEI2(Chain):
+class MoEI2(TwoStages):
     """Both stages."""
 
     first: InterExpert = field(default_factory=InterExpert)
@@ -110,11 +219,11 @@ class MoEI2(Chain):
 
     paper: ClassVar[str] = "arXiv 2411.01016"
 
-    def prepared(
-        self, layers: Sequence[MoELayer], views: Sequence[LayerStatistics], plan: Plan
+    def second_stage(
+        self, layers: Layers, views: Sequence[LayerStatistics], plan: Plan
     ) -> IntraExpert:
         """Hand the importance over that stage 1 saw."""
         kept = {part.layer: list(part.kept) for part in plan.layers}
-        ranks = {la.index: self.first.rank(la, v) for la, v in zip(layers, views, strict=True)}
-        cut = {i: rank[kept.get(i, slice(None))] for i, rank in ranks.items()}
+        scores = {la.index: self.first.score(la, v) for la, v in zip(layers, views, strict=True)}
+        cut = {i: score[kept.get(i, slice(None))] for i, score in scores.items()}
         return replace(self.second, importance=cut)

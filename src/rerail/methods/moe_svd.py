@@ -11,7 +11,7 @@ Per layer and matrix type, W_e L_e = P_e S_e Q_e^T with L_e L_e^T = C_e, the mom
    and the weights whose mixtures come closest to all U_i.
 4. `dense_layers`: so many layers with the highest S = sum_e f_e r_e a_e stay as they are and the
    others pay for them: f_e share of tokens, r_e = #{s >= 0.01 s_max} averaged over the matrices,
-   a_e share of outliers in the inputs (see `stats.outliers`).
+   a_e share of outliers in the inputs (see `statistics.outliers`).
 
 Stored: V shared r in + E r out; trimmed r in + k r out + E k. The paper's equations were not seen:
 the steps are its pseudocode's, the details of 3 and 4 those of an unofficial replica, which keeps
@@ -26,40 +26,55 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from rerail.compress.base import Layers, Statistics
 from rerail.compress.solvers import whitening
 from rerail.compress.solvers.blending import used
-from rerail.compress.templates.factoring import (
+from rerail.compress.solvers.ranks import Ranks, ranks_within
+from rerail.compress.templates.factoriser import (
+    Factoriser,
     Integers,
-    RankFactoriser,
-    Ranks,
-    dense_numbers,
-    spare,
+    most_numbers,
 )
+from rerail.errors import OutOfReach
 from rerail.experts.base import BankSpec
 from rerail.moe.model import MoELayer
 from rerail.plan.allocation import Allocation
-from rerail.plan.budget import Ratio
+from rerail.plan.budget import Budget, dense_numbers
 from rerail.statistics.outliers import OutlierShare
 from rerail.statistics.routed import Count
-from rerail.statistics.statistic import LayerStatistics, Statistic, StatisticSet
+from rerail.statistics.statistic import LayerStatistics, Statistic
 
 
 @dataclass(frozen=True, kw_only=True)
-class MoESVD(RankFactoriser):
-    """The method; attributes as above."""
+class MoESVD(Factoriser):
+    """Stores shared rows, and columns of each expert or of few.
+
+    Attributes:
+        rows, refit_u, distinct, dense_layers: see above.
+        whiten: weigh errors by the text; false is plain SVD, without data.
+        shrink, ridge: how moments are made safe, see `whitening.Moments`.
+    """
 
     rows: Literal["frequent", "stack"] = "frequent"
     refit_u: bool = False
     distinct: int | None = None
     dense_layers: int = 0
+    whiten: bool = True
+    shrink: float = 0.25
+    ridge: float = 1e-6
 
     paper: ClassVar[str] = "OpenReview acJ3vdFljk"
 
     @property
     def requires(self) -> tuple[Statistic, ...]:
-        """Counts, moments, and outliers where layers are chosen."""
         outliers = (OutlierShare(),) if self.dense_layers else ()
-        return tuple(dict.fromkeys((Count(), *self.moments_required, *outliers)))
+        return tuple(dict.fromkeys((Count(), *whitening.moment_statistics(self.whiten), *outliers)))
+
+    def sizes(
+        self, layer: MoELayer, max_numbers: int, statistics: LayerStatistics | None = None
+    ) -> Integers:
+        """Return ranks that use the numbers up."""
+        return ranks_within(layer, max_numbers, *self.ranks(layer), {})
 
     def ranks(self, layer: MoELayer) -> tuple[int, dict[str, Ranks]]:
         """Return one rank a matrix type."""
@@ -75,26 +90,23 @@ class MoESVD(RankFactoriser):
         few = {"distinct": min(self.distinct, layer.num_experts)} if self.distinct else {}
         return BankSpec("low_rank", layer.num_experts, (), {**sizes, **few}, {"rows": "shared"})
 
-    def check(self, layers: Sequence[MoELayer], ratio: Ratio, allocation: Allocation) -> None:
-        """Find ranks for the layers that change; which ones they are is not known yet."""
-        budgets, first = self.budgets(layers, ratio, allocation), range(self.dense_layers)
-        self.check_budgets(layers, spare(layers, budgets, first))
-
     def allocate(
-        self, layers: Sequence[MoELayer], held: StatisticSet, ratio: Ratio, allocation: Allocation
+        self, layers: Layers, statistics: Statistics, budget: Budget, allocation: Allocation
     ) -> list[int]:
         """Return the numbers that each layer may store; all of them for the most sensitive."""
-        budgets, order = self.budgets(layers, ratio, allocation), list(range(len(layers)))
-        if self.dense_layers:
-            found = [sensitivity(layer, held.of(layer, self.requires)) for layer in layers]
-            order.sort(key=lambda i: -found[i])
-        return spare(layers, budgets, order[: self.dense_layers])
+        counts, order = most_numbers(layers, budget, allocation), list(range(len(layers)))
+        if self.dense_layers and statistics is not None:  # else which ones is not known yet
+            views = [statistics.of(layer, self.requires) for layer in layers]
+            high = [-sensitivity(layer, view) for layer, view in zip(layers, views, strict=True)]
+            order.sort(key=high.__getitem__)
+        return self.reached(layers, spare(layers, counts, order[: self.dense_layers]))
 
     def factor(
         self, layer: MoELayer, statistics: LayerStatistics, sizes: Integers
     ) -> dict[str, Tensor]:
         """Solve the shared rows, then the columns."""
-        count, moments = statistics[Count()], self.moments(layer, statistics)
+        count = statistics[Count()]
+        moments = whitening.layer_moments(layer, statistics, self.whiten, self.shrink, self.ridge)
         refit, tensors = self.refit_u or self.rows == "stack", dict[str, Tensor]()
         for name, stack in layer.stack()._asdict().items():
             v = self.shared(stack, moments[name], count, sizes[name])
@@ -121,3 +133,21 @@ def sensitivity(layer: MoELayer, statistics: LayerStatistics) -> float:
     spectra = [torch.linalg.svdvals(stack.float()).cpu() for stack in layer.stack()]
     ranks = sum((s >= 0.01 * s[:, :1]).double().sum(dim=1) / 3 for s in spectra)
     return float((outliers * ranks).sum()) / max(total, 1)
+
+
+def spare(layers: Layers, counts: Sequence[int], dense: Sequence[int]) -> list[int]:
+    """Return counts where some layers (by position) keep all numbers and the others pay for it.
+
+    Raises:
+        OutOfReach: nothing would be left for the others.
+    """
+    whole = {i: dense_numbers(layers[i]) for i in dense}
+    rest = sum(n for i, n in enumerate(counts) if i not in whole)
+    left = sum(counts) - sum(whole.values())
+    if left <= 0:
+        share = 1 - sum(whole.values()) / sum(dense_numbers(layer) for layer in layers)
+        raise OutOfReach(
+            f"{len(whole)} of {len(layers)} layers cannot stay dense at this ratio; ratios from 0 "
+            f"to less than {share:.4g} can be reached"
+        )
+    return [whole[i] if i in whole else n * left // rest for i, n in enumerate(counts)]

@@ -20,16 +20,18 @@ lower id. Its test-time update of novices averages inputs, not outputs, and is l
 the layer makes. `novice=zero` is its ablation: the expert's share of the sum is dropped.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from rerail.compress.templates.pruning import Formed, Selector, best
+from rerail.compress.base import Compressor, Counts, Decision, Layers, Statistics, Views, untouched
+from rerail.compress.router_rows import best_slots
 from rerail.experts.base import BankSpec
 from rerail.moe.model import MoELayer
-from rerail.plan.plan import LayerPlan
+from rerail.plan.allocation import Allocation, check_kept, experts_kept
+from rerail.plan.budget import Budget
 from rerail.statistics.routed import Count, GatedOutput, Moment, OutputSquares, OutputSumRouted
 from rerail.statistics.statistic import LayerStatistics, Statistic
 
@@ -37,8 +39,8 @@ ROUNDING = 1e-6  # of the squares, which are of float32 outputs: less is no spre
 
 
 @dataclass(frozen=True, kw_only=True)
-class MoNE(Selector):
-    """The method.
+class MoNE(Compressor):
+    """Keeps the experts of the highest scores and puts constants in the place of the others.
 
     Attributes:
         novice: the constant: `mean`, `gate2_mean` or `zero`.
@@ -48,20 +50,46 @@ class MoNE(Selector):
     novice: Literal["mean", "gate2_mean", "zero"] = "mean"
     freq_mode: Literal["sum", "mean"] = "sum"
 
+    paradigm: ClassVar[str] = "pruning"
     paper: ClassVar[str] = "arXiv 2507.00390"
 
     @property
     def requires(self) -> tuple[Statistic, ...]:
-        """Counts, gate mass, first and second moments of outputs."""
         base = (Count(), Moment(1, 0), OutputSumRouted(), OutputSquares())
         gated = (Moment(2, 0), GatedOutput(2))
         return base + gated if self.novice == "gate2_mean" else base
 
-    def least(self, layer: MoELayer) -> int:
-        """One: the router keeps all rows, so top_k is no bound."""
-        return 1
+    def allocate(
+        self, layers: Layers, statistics: Statistics, budget: Budget, allocation: Allocation
+    ) -> list[int]:
+        """Return kept experts: at least one, since the router keeps all rows."""
+        least, scores = [1] * len(layers), None
+        if statistics is not None and allocation.compares:
+            scores = [self.score(statistics.of(layer, self.requires)) for layer in layers]
+        counts = experts_kept(layers, budget, allocation, least, scores)
+        check_kept(layers, counts, least)
+        return counts
 
-    def rank(self, layer: MoELayer, statistics: LayerStatistics) -> Tensor:
+    def decide(self, layers: Layers, statistics: Views, counts: Counts) -> list[Decision]:
+        """Keep the highest scores; the others' novices are stored behind them."""
+        decisions = []
+        for layer, view, num_kept in zip(layers, statistics, counts, strict=True):
+            kept = best_slots(self.score(view), num_kept)
+            decisions.append(self.with_novices(layer, view, kept))
+        return decisions
+
+    def with_novices(
+        self, layer: MoELayer, statistics: LayerStatistics, kept: tuple[int, ...]
+    ) -> Decision:
+        """Put novices in the place of all but some experts of a layer."""
+        others = [e for e in range(layer.num_experts) if e not in set(kept)]
+        place = {e: i for i, e in enumerate((*kept, *others))}
+        spec = BankSpec("novice", layer.num_experts, (), {"kept": kept})
+        slots = tuple(place[e] for e in range(layer.num_experts))
+        novices = self.constants(statistics)[torch.tensor(others, dtype=torch.int64)].float()
+        return Decision(replace(untouched(layer, spec), slots=slots), {"novices": novices})
+
+    def score(self, statistics: LayerStatistics) -> Tensor:
         """Return var * freq, float64 (E,)."""
         count = statistics[Count()].double()
         total, squares = statistics[OutputSumRouted()], statistics[OutputSquares()]
@@ -71,21 +99,6 @@ class MoNE(Selector):
         spread = (about_mean.sum(dim=1) / (count - 1).clamp(min=1)).sqrt()
         mass = statistics[Moment(1, 0)]
         return spread * (mass if self.freq_mode == "sum" else mass / count.clamp(min=1))
-
-    def select(self, layer: MoELayer, statistics: LayerStatistics, count: int) -> tuple[int, ...]:
-        """Return the slots of the highest scores."""
-        return best(self.rank(layer, statistics), count)
-
-    def form(self, layer: MoELayer, statistics: LayerStatistics, kept: tuple[int, ...]) -> Formed:
-        """Return kept experts and novices."""
-        others = [e for e in range(layer.num_experts) if e not in set(kept)]
-        place = {e: i for i, e in enumerate((*kept, *others))}
-        slots = tuple(place[e] for e in range(layer.num_experts))
-        spec = BankSpec("novice", layer.num_experts, (), {"kept": kept})
-        everyone = tuple(range(layer.num_experts))
-        novices = self.constants(statistics)[torch.tensor(others, dtype=torch.int64)].float()
-        part = LayerPlan(layer.index, everyone, slots, "untouched", spec)
-        return part, {"novices": novices}
 
     def constants(self, statistics: LayerStatistics) -> Tensor:
         """Return N_e, float64 (E, H)."""

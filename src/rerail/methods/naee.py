@@ -21,32 +21,28 @@ What allocations compare is the error without each single expert, which the pape
 """
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from rerail.compress.templates.reconstructing import (
-    Errors,
-    Free,
-    Reconstructor,
-    Sample,
-    coarse_to_fine,
-    exhaustive,
-)
+from rerail.compress.base import Layers, Statistics
+from rerail.compress.guard import Slots
+from rerail.compress.solvers import reconstruction
+from rerail.compress.templates.pruner import Pruner
 from rerail.errors import OutOfReach
 from rerail.moe.model import MoELayer
 from rerail.plan.allocation import Allocation
-from rerail.plan.budget import Ratio
+from rerail.plan.budget import Budget
 from rerail.statistics.original import OriginalRows
 from rerail.statistics.rows import Rows
 from rerail.statistics.statistic import LayerStatistics, Statistic
 
 
 @dataclass(frozen=True, kw_only=True)
-class NAEE(Reconstructor):
+class NAEE(Pruner):
     """The layer-wise search.
 
     Attributes:
@@ -63,58 +59,94 @@ class NAEE(Reconstructor):
 
     @property
     def measures(self) -> tuple[Statistic, ...]:
-        """Sampled inputs of the experts."""
         return (Rows(self.rows),)
 
-    def sample(self, layer: MoELayer, statistics: LayerStatistics) -> Sample:
-        """Return the layer's answers on the sampled inputs."""
-        return Sample(layer, Rows.hidden(statistics[Rows(self.rows)]))
+    def errors(self, layer: MoELayer, statistics: LayerStatistics) -> reconstruction.Errors:
+        """Return the function that judges kept subsets C."""
+        sample = reconstruction.Sample(layer, Rows.hidden(statistics[Rows(self.rows)]))
+        return sample.judged_by(partial(sum_of_norms, batch=self.batch))
 
-    def measure(self, statistics: LayerStatistics, change: Tensor) -> Tensor:
-        """Return the sum of the batches' norms."""
-        squares = torch.linalg.vector_norm(change, dim=2).double().square()
-        norms = [part.sum(dim=0).sqrt() for part in torch.split(squares, self.batch)]
-        return torch.stack(norms).sum(dim=0)
+    def score(self, layer: MoELayer, statistics: LayerStatistics) -> Tensor:
+        """Return the error without each single expert, float64 (E,)."""
+        return reconstruction.errors_without_each(layer, self.errors(layer, statistics))
 
-    def search(self, layer: MoELayer, errors: Errors, count: int, free: Free) -> tuple[int, ...]:
-        """Try all subsets, or drop one expert at a time."""
-        experts = layer.num_experts
-        if math.comb(experts, count) <= self.limit:
-            return exhaustive(errors, experts, count, free)
-        return coarse_to_fine(errors, experts, count, free, least=layer.top_k)
+    def choose(
+        self, layer: MoELayer, statistics: LayerStatistics, num_kept: int, guarded: Slots
+    ) -> tuple[int, ...]:
+        free = reconstruction.removable(layer, guarded, self.least_per_group(layer, num_kept))
+        return search(layer, self.errors(layer, statistics), num_kept, free, self.limit)
 
 
 @dataclass(frozen=True, kw_only=True)
-class ProgressiveNAEE(NAEE):
+class ProgressiveNAEE(Pruner):
     """The search on a pruned prefix, layer by layer.
 
     Attributes:
+        rows, batch, limit: as for `NAEE`.
         target: Z is the original model's answer, or the unpruned layer's own on the new inputs.
     """
 
+    rows: int = 512
+    batch: int = 128
+    limit: int = 2000
     target: Literal["original", "own"] = "original"
 
+    paper: ClassVar[str] = "arXiv 2402.14800"
     driver: ClassVar[Literal["one_shot", "sequential"]] = "sequential"
 
     @property
     def measures(self) -> tuple[Statistic, ...]:
-        """Sampled inputs of the experts, and the same tokens' in the original model."""
         rows = Rows(self.rows)
         return (rows, OriginalRows(self.rows)) if self.target == "original" else (rows,)
 
-    def check(self, layers: Sequence[MoELayer], ratio: Ratio, allocation: Allocation) -> None:
+    def allocate(
+        self, layers: Layers, statistics: Statistics, budget: Budget, allocation: Allocation
+    ) -> list[int]:
         """Refuse what compares layers."""
-        if self.guard != "none" or not allocation.fixed:
+        if self.guard != "none" or allocation.compares:
             raise OutOfReach(
                 f"progressive NAEE cannot reach guard={self.guard} with {allocation}: it measures "
                 "one layer at a time; allowed: guard=none with allocation=uniform or per_layer"
             )
-        super().check(layers, ratio, allocation)
+        return super().allocate(layers, statistics, budget, allocation)
 
-    def sample(self, layer: MoELayer, statistics: LayerStatistics) -> Sample:
-        """Return the layer's answers on the prefix's inputs, with their offset from the target."""
-        rows = Rows.hidden(statistics[Rows(self.rows)])
-        if self.target == "own":
-            return Sample(layer, rows)
-        original = Rows.hidden(statistics[OriginalRows(self.rows)])
-        return Sample(layer, rows, layer.answer(original.to(layer.router_rows)))
+    def errors(self, layer: MoELayer, statistics: LayerStatistics) -> reconstruction.Errors:
+        """Return the function that judges kept subsets C, by their offset from the target too."""
+        rows, target = Rows.hidden(statistics[Rows(self.rows)]), None
+        if self.target == "original":
+            original = Rows.hidden(statistics[OriginalRows(self.rows)])
+            target = layer.answer(original.to(layer.router_rows))
+        return reconstruction.Sample(layer, rows, target).judged_by(
+            partial(sum_of_norms, batch=self.batch)
+        )
+
+    def score(self, layer: MoELayer, statistics: LayerStatistics) -> Tensor:
+        """Return the error without each single expert, float64 (E,)."""
+        return reconstruction.errors_without_each(layer, self.errors(layer, statistics))
+
+    def choose(
+        self, layer: MoELayer, statistics: LayerStatistics, num_kept: int, guarded: Slots
+    ) -> tuple[int, ...]:
+        free = reconstruction.removable(layer, guarded, self.least_per_group(layer, num_kept))
+        return search(layer, self.errors(layer, statistics), num_kept, free, self.limit)
+
+
+def sum_of_norms(change: Tensor, batch: int) -> Tensor:
+    """Return sum_batches || . ||_F of changes (n, C, H) of the answer by C subsets: (C,)."""
+    squares = torch.linalg.vector_norm(change, dim=2).double().square()
+    norms = [part.sum(dim=0).sqrt() for part in torch.split(squares, batch)]
+    return torch.stack(norms).sum(dim=0)
+
+
+def search(
+    layer: MoELayer,
+    errors: reconstruction.Errors,
+    num_kept: int,
+    free: reconstruction.Free,
+    limit: int,
+) -> tuple[int, ...]:
+    """Try all subsets, or drop one expert at a time where there are more than `limit`."""
+    experts = layer.num_experts
+    if math.comb(experts, num_kept) <= limit:
+        return reconstruction.exhaustive(errors, experts, num_kept, free)
+    return reconstruction.coarse_to_fine(errors, experts, num_kept, free, least=layer.top_k)

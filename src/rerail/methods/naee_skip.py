@@ -24,13 +24,13 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from rerail.compress.templates.skipping import Skipper, nearest
+from rerail.compress.templates.skipper import Skipper, nearest
 from rerail.moe.model import MoELayer
 
 
 @dataclass(frozen=True, kw_only=True)
 class NAEESkip(Skipper):
-    """The method.
+    """Skips a chosen expert whose tail of gate weights is small.
 
     Attributes:
         beta: what of the calibration tails is the threshold.

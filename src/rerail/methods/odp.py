@@ -27,14 +27,14 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from rerail.compress.templates.skipping import Skipper, nearest
+from rerail.compress.templates.skipper import Skipper, nearest
 from rerail.errors import InputError
 from rerail.moe.model import MoELayer
 
 
 @dataclass(frozen=True, kw_only=True)
 class ODP(Skipper):
-    """The method.
+    """Skips small gate weights, but not of tokens that receive much attention.
 
     Attributes:
         protect: share of a sequence's tokens that keep all their experts.
@@ -45,11 +45,10 @@ class ODP(Skipper):
     paper: ClassVar[str] = "arXiv 2410.06270"
 
     def __post_init__(self) -> None:
-        """Check the interval."""
         if not 0 <= self.protect <= 1:
             raise InputError(f"compressor.protect={self.protect} is outside [0, 1]")
 
-    def words(self) -> Mapping[str, str]:
+    def policy_options(self) -> Mapping[str, str]:
         """Return the protected share."""
         return {"protect": repr(float(self.protect))}
 

@@ -30,22 +30,24 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
+from rerail.compress.base import Compressor, Counts, Decision, Layers, Statistics, Views
 from rerail.compress.solvers.bit_allocation import allocate_bits, block_errors, least_sum
-from rerail.compress.templates.quantising import WIDTHS, Packing, Quantiser
+from rerail.compress.templates.quantiser import WIDTHS, Quantiser, layer_bits, quantised
 from rerail.errors import InputError, OutOfReach
-from rerail.moe.model import MoELayer
-from rerail.plan.budget import Bits
+from rerail.experts.quantized import DENSE
+from rerail.plan.allocation import Allocation, removed_shares
+from rerail.plan.budget import Bits, Budget
 from rerail.statistics.mass import RouterMass
 from rerail.statistics.routed import Count, Moment
 from rerail.statistics.rows import Rows
-from rerail.statistics.statistic import LayerStatistics, Statistic
+from rerail.statistics.statistic import Statistic
 
 EXPONENTS = {"paper": (1.0, 1.0, 2.0), "repo": (1.0, 1.5, 1.0)}
 
 
 @dataclass(frozen=True, kw_only=True)
-class PMQ(Packing):
-    """The method.
+class PMQ(Compressor):
+    """Shares bits out among the experts of a layer, most to those whose loss costs most.
 
     Attributes:
         quantiser: what encodes the experts once their bits are known.
@@ -53,6 +55,7 @@ class PMQ(Packing):
         exponents, mass: see above.
         min_counts: fewest experts of each width; None is 0, 1, 1 for bits 1, 2, 3 and E <= 16.
         rows, batch: T', and how many of them share a norm.
+        run: `materialised` expands the experts once, `lazy` at every forward.
     """
 
     quantiser: Quantiser
@@ -62,11 +65,14 @@ class PMQ(Packing):
     min_counts: Sequence[int] | None = None
     rows: int = 4096
     batch: int | None = None
+    run: Literal["materialised", "lazy"] = "materialised"
 
+    paradigm: ClassVar[str] = "quantisation"
     paper: ClassVar[str] = "arXiv 2410.06270"
+    budget: ClassVar[type[Budget]] = Bits
+    allocations: ClassVar[Literal["any", "fixed", "uniform"]] = "uniform"
 
     def __post_init__(self) -> None:
-        """Check candidates and counts."""
         some, needs = list(self.bits), self.min_counts
         if not some or some != sorted(set(some) & set(WIDTHS)):
             raise InputError(f"compressor.bits={some} must be ascending and out of {list(WIDTHS)}")
@@ -74,13 +80,7 @@ class PMQ(Packing):
             raise InputError(f"compressor.min_counts={needs} must be one count for each of {some}")
 
     @property
-    def coder(self) -> Quantiser:
-        """The quantiser."""
-        return self.quantiser
-
-    @property
     def requires(self) -> tuple[Statistic, ...]:
-        """Frequency, mass, rows, and what the quantiser reads."""
         own: tuple[Statistic, ...] = (Count(), self.mass_read, Rows(self.rows))
         return tuple(dict.fromkeys(own + self.quantiser.requires))
 
@@ -96,22 +96,34 @@ class PMQ(Packing):
         paper = experts <= 16 and tuple(self.bits) == (1, 2, 3)
         return [0, 1, 1] if paper else [0] * len(self.bits)
 
-    def check_layer(self, layer: MoELayer, ratio: Bits) -> None:
-        """The cheapest assignment must fit, and the average may not be above all candidates."""
-        needs = self.least(n := layer.num_experts)
-        lowest = least_sum(n, self.bits, needs) / n
-        if sum(needs) > n or not lowest - 1e-9 <= ratio.average <= self.bits[-1]:
-            raise OutOfReach(
-                f"PMQ cannot reach {ratio.average:g} bits on average: at least {needs} of {n} "
-                f"experts have {list(self.bits)}; allowed: {lowest:.4g} to {self.bits[-1]}"
-            )
+    def allocate(
+        self, layers: Layers, statistics: Statistics, budget: Budget, allocation: Allocation
+    ) -> list[int]:
+        """Return the bits that each layer's experts share.
 
-    def bits_of(self, layer: MoELayer, statistics: LayerStatistics, share: int) -> tuple[int, ...]:
-        """Solve the integer program of one layer."""
-        hidden = Rows.hidden(statistics[Rows(self.rows)])
-        error = block_errors(layer, hidden, self.bits, self.quantiser.group, self.batch)
-        cost = self.cost(statistics[Count()], statistics[self.mass_read], error, layer.top_k)
-        return allocate_bits(cost, self.bits, share, self.least(layer.num_experts))
+        The cheapest assignment must fit, and the average may not be above all candidates.
+        """
+        shares = removed_shares(layers, budget, allocation)
+        for layer, share in zip(layers, shares, strict=True):
+            needs, average = self.least(n := layer.num_experts), DENSE * (1 - share)
+            lowest = least_sum(n, self.bits, needs) / n
+            if sum(needs) > n or not lowest - 1e-9 <= average <= self.bits[-1] + 1e-9:
+                raise OutOfReach(
+                    f"PMQ cannot reach {average:g} bits on average: at least {needs} of {n} "
+                    f"experts have {list(self.bits)}; allowed: {lowest:.4g} to {self.bits[-1]}"
+                )
+        return layer_bits(layers, shares)
+
+    def decide(self, layers: Layers, statistics: Views, counts: Counts) -> list[Decision]:
+        """Solve the integer program of each layer, and encode its experts."""
+        decisions = []
+        for layer, view, max_bits in zip(layers, statistics, counts, strict=True):
+            hidden = Rows.hidden(view[Rows(self.rows)])
+            error = block_errors(layer, hidden, self.bits, self.quantiser.group, self.batch)
+            cost = self.cost(view[Count()], view[self.mass_read], error, layer.top_k)
+            bits = allocate_bits(cost, self.bits, max_bits, self.least(layer.num_experts))
+            decisions.append(quantised(layer, view, bits, self.quantiser, self.run))
+        return decisions
 
     def cost(self, count: Tensor, mass: Tensor, error: Tensor, top_k: int) -> Tensor:
         """Return phi^alpha w^beta eps^gamma, float64 (E, B)."""

@@ -29,7 +29,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from rerail.compress.templates.pruning import Pruner
+from rerail.compress.templates.pruner import Pruner
 from rerail.moe.model import MoELayer
 from rerail.statistics.routed import Count, Moment
 from rerail.statistics.statistic import LayerStatistics, Statistic
@@ -37,7 +37,7 @@ from rerail.statistics.statistic import LayerStatistics, Statistic
 
 @dataclass(frozen=True, kw_only=True)
 class MomentScore(Pruner):
-    """The moment score; REAP by its defaults, its relatives by other powers.
+    """Keeps the experts of the highest S_e; REAP by its defaults, its relatives by other powers.
 
     Attributes:
         mean: divide by the count of routed tokens (b = 1).
@@ -53,7 +53,6 @@ class MomentScore(Pruner):
 
     @property
     def measures(self) -> tuple[Statistic, ...]:
-        """The one moment, and the count where it divides."""
         moment = Moment(self.gate_power, self.norm_power)
         return (moment, Count()) if self.mean else (moment,)
 

@@ -15,13 +15,14 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from rerail.compress.templates.quantising import Quantiser, round_to_nearest
+from rerail.compress.solvers.rounding import round_to_nearest
+from rerail.compress.templates.quantiser import Quantiser
 from rerail.experts.quantized import Coded
 
 
 @dataclass(frozen=True, kw_only=True)
 class RTN(Quantiser):
-    """The method."""
+    """Rounds every number to its nearest code."""
 
     paper: ClassVar[str] = "baseline (round to nearest)"
 

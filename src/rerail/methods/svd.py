@@ -26,29 +26,42 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
-from rerail.compress.solvers.whitening import effective_ranks, low_rank
-from rerail.compress.templates.factoring import Integers, RankFactoriser, Ranks, dense_numbers
+from rerail.compress.solvers import whitening
+from rerail.compress.solvers.ranks import Ranks, ranks_within
+from rerail.compress.templates.factoriser import Factoriser, Integers
 from rerail.experts.base import BankSpec
 from rerail.moe.model import MoELayer
+from rerail.plan.budget import dense_numbers
 from rerail.statistics.statistic import LayerStatistics, Statistic
 
 
 @dataclass(frozen=True, kw_only=True)
-class WhitenedSVD(RankFactoriser):
-    """The method.
+class WhitenedSVD(Factoriser):
+    """Replaces each matrix by the factors that change its answers least.
 
     Attributes:
         spread: how ranks compare inside a layer: `uniform` or by `spectrum`.
+        whiten: weigh errors by the text; false is plain SVD, without data.
+        shrink, ridge: how moments are made safe, see `whitening.Moments`.
     """
 
     spread: Literal["uniform", "spectrum"] = "uniform"
+    whiten: bool = True
+    shrink: float = 0.25
+    ridge: float = 1e-6
 
     paper: ClassVar[str] = "arXiv 2403.07378"
 
     @property
     def requires(self) -> tuple[Statistic, ...]:
-        """Input and middle moments, and counts; nothing without whitening."""
-        return self.moments_required
+        return whitening.moment_statistics(self.whiten)
+
+    def sizes(
+        self, layer: MoELayer, max_numbers: int, statistics: LayerStatistics | None = None
+    ) -> Integers:
+        """Return ranks that use the numbers up."""
+        scores = {} if statistics is None else self.scores(layer, statistics)
+        return ranks_within(layer, max_numbers, *self.ranks(layer), scores)
 
     def ranks(self, layer: MoELayer) -> tuple[int, dict[str, Ranks]]:
         """Biases stay; each matrix has a rank of its own, r (out + in) numbers."""
@@ -61,7 +74,11 @@ class WhitenedSVD(RankFactoriser):
         if self.spread == "uniform":
             return {}
         moments, stacks = self.moments(layer, statistics), layer.stack()._asdict()
-        return {n: effective_ranks(w, moments[n]).sqrt() for n, w in stacks.items()}
+        return {n: whitening.effective_ranks(w, moments[n]).sqrt() for n, w in stacks.items()}
+
+    def moments(self, layer: MoELayer, statistics: LayerStatistics) -> dict[str, whitening.Moments]:
+        """Return C of each expert by matrix type."""
+        return whitening.layer_moments(layer, statistics, self.whiten, self.shrink, self.ridge)
 
     def spec(self, layer: MoELayer, sizes: Integers) -> BankSpec:
         """Return the low-rank form."""
@@ -73,6 +90,6 @@ class WhitenedSVD(RankFactoriser):
         """Solve each expert."""
         moments, tensors = self.moments(layer, statistics), dict[str, Tensor]()
         for name, stack in layer.stack()._asdict().items():
-            u, v = low_rank(stack, moments[name], sizes[name])
+            u, v = whitening.low_rank(stack, moments[name], sizes[name])
             tensors |= {f"{name}.U": u, f"{name}.V": v}
         return tensors

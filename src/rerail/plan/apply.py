@@ -29,7 +29,7 @@ def apply_plan(teacher: MoEModel, plan: Plan) -> MoEModel:
 def _apply_stage(teacher: MoEModel, plan: Plan) -> MoEModel:
     student = teacher.with_shared_parameters()
     apply_to_layers(student.layers, plan)
-    tell_config(student)
+    write_expert_count(student)
     watch_attention(student.model, student.layers)
     return student
 
@@ -59,7 +59,7 @@ def _apply_layer(
         owner._parameters[name] = nn.Parameter(rows, requires_grad=False)
 
 
-def tell_config(student: MoEModel) -> None:
+def write_expert_count(student: MoEModel) -> None:
     """Write a uniform new expert count into a model's own config, where it has one."""
     rows = {layer.num_experts for layer in student.layers}
     if len(rows) != 1:

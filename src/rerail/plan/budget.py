@@ -1,11 +1,27 @@
-"""Budgets and sizes: what is asked for, and what it comes to."""
+"""Budgets: what share of which quantity goes, and its completion to whole units."""
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar, Protocol
 
 from rerail.errors import InputError
-from rerail.moe.model import MoELayer, MoEModel
-from rerail.plan.plan import Plan
+from rerail.moe.model import MoELayer
+
+
+class Budget(Protocol):
+    """What share of which quantity a method takes away.
+
+    Attributes:
+        quantity: what the share is of.
+        choices: how a user asks for it, for messages.
+    """
+
+    quantity: ClassVar[str]
+    choices: ClassVar[str]
+
+    @property
+    def removed(self) -> float | None:
+        """The share that goes, in [0, 1); None lets the method's own rule decide."""
 
 
 @dataclass(frozen=True)
@@ -20,23 +36,16 @@ class Ratio:
     removed: float
     counts: str = "routed"
 
+    quantity: ClassVar[str] = "ratio"
+    choices: ClassVar[str] = "ratio=half, quarter ... or ratio.removed=0.3; in Python Ratio(0.3)"
+
     def __post_init__(self) -> None:
-        """Check the interval."""
         if not 0 <= self.removed < 1:
             raise InputError(
                 f"ratio {self.removed} is outside [0, 1): it is the removed share of routed experts"
             )
         if self.counts != "routed":
             raise InputError(f"ratio counts {self.counts!r}, which is not known; allowed: 'routed'")
-
-    def experts_removed(self, layer: MoELayer) -> int:
-        """Return int(E * ratio), as REAP counts; exact where integers allow, else rounded down."""
-        return math.floor(layer.num_experts * self.removed + 1e-9)
-
-    def numbers_kept(self, layer: MoELayer) -> int:
-        """Return how many of the layer's numbers may stay, rounded down."""
-        dense = layer.expert_size * layer.num_experts
-        return dense - math.ceil(dense * self.removed - 1e-6)
 
 
 @dataclass(frozen=True)
@@ -49,8 +58,10 @@ class Bits:
 
     average: float
 
+    quantity: ClassVar[str] = "bits"
+    choices: ClassVar[str] = "ratio=bits8, bits4, bits3, bits2; in Python Bits(4)"
+
     def __post_init__(self) -> None:
-        """Check the interval."""
         if not 1 <= self.average <= 16:
             raise InputError(f"ratio.average={self.average} bits is outside [1, 16]")
 
@@ -70,65 +81,39 @@ class Skip:
 
     share: float | None = None
 
+    quantity: ClassVar[str] = "skip"
+    choices: ClassVar[str] = "skip=rule, skip=quarter ... or skip.share=0.3; in Python Skip(0.3)"
+
     def __post_init__(self) -> None:
-        """Check the interval."""
         if self.share is not None and not 0 <= self.share < 1:
             raise InputError(f"skip.share={self.share} is outside [0, 1)")
 
     @property
     def removed(self) -> float | None:
-        """The share, for the column of ratios."""
+        """The share itself."""
         return self.share
 
 
-Budget = Ratio | Bits | Skip
+def dense_numbers(layer: MoELayer) -> int:
+    """Return how many numbers a layer's experts have where they are stored in full."""
+    return layer.expert_size * layer.num_experts
 
 
-@dataclass(frozen=True)
-class Sizes:
-    """What a model weighs.
+def units_kept(units: int, removed: float, whole: float | None = None) -> int:
+    """Return how many equal units stay where int(whole * removed) go, as papers count experts.
 
-    Attributes:
-        total: numbers in the checkpoint.
-        routed: numbers in stored routed experts.
-        active: numbers used for one token.
-        bytes: of the checkpoint.
-        routed_bytes: of its routed experts.
+    The tolerance makes it exact where integers allow: 0.7 of 10 is 7, though 10 * 0.7 is less.
+
+    Args:
+        units: how many there are.
+        removed: the share that goes.
+        whole: what the share is of, in units; by default all of them. It is more where something
+            belongs to no unit.
     """
+    return units - math.floor((units if whole is None else whole) * removed + 1e-9)
 
-    total: int
-    routed: int
-    active: int
-    bytes: int
-    routed_bytes: int
 
-    @classmethod
-    def of(cls, model: MoEModel, itemsize: int) -> "Sizes":
-        """Count a model from its tensors; a dense number takes `itemsize` bytes."""
-        total, routed = model.parameters_total(), model.parameters_routed()
-        bits = model.bits_routed(8 * itemsize)
-        return cls.made(total, routed, model.parameters_active(), bits, itemsize)
-
-    @classmethod
-    def made(cls, total: int, routed: int, active: int, bits: int, itemsize: int) -> "Sizes":
-        """Put sizes together from numbers, and from the bits of routed experts."""
-        stored = -(-bits // 8)
-        return cls(total, routed, active, (total - routed) * itemsize + stored, stored)
-
-    @classmethod
-    def predicted(cls, teacher: MoEModel, plan: Plan, itemsize: int) -> "Sizes":
-        """Return the sizes of a plan's student; the teacher may lie on the meta device."""
-        before, layers = cls.of(teacher, itemsize), teacher.layers
-        routed, rows = plan.stored(layers), plan.rows_removed(layers)
-        total = before.total - (before.routed - routed) - rows
-        bits = plan.stored_bits(layers, 8 * itemsize)
-        active = total - routed + round(plan.used(layers))
-        return cls.made(total, routed, active, bits, itemsize)
-
-    def removed_of_experts(self, teacher: "Sizes") -> float:
-        """Return the removed share of the bytes of routed experts."""
-        return 1 - self.routed_bytes / teacher.routed_bytes
-
-    def removed_of_model(self, teacher: "Sizes") -> float:
-        """Return the removed share of the bytes of the whole model."""
-        return 1 - self.bytes / teacher.bytes
+def numbers_kept(numbers: int, removed: float) -> int:
+    """Return the most numbers (or bits) that leave the share gone, exact where integers allow."""
+    tolerance = max(1e-6, 1e-15 * numbers)  # of a product of doubles, also in the largest layers
+    return numbers - math.ceil(numbers * removed - tolerance)

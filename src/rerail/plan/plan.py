@@ -78,10 +78,10 @@ class Plan:
     ) -> "Plan":
         """Inverse of `to_json`, also after a trip through text."""
         layers = tuple(_layer_from(entry) for entry in data["layers"])
-        held = dict(tensors or {})
-        later = {n.removeprefix("then."): held.pop(n) for n in list(held) if n.startswith("then.")}
+        own = dict(tensors or {})
+        later = {n.removeprefix("then."): own.pop(n) for n in list(own) if n.startswith("then.")}
         then = cls.from_json(data["then"], later) if "then" in data else None
-        return cls(layers, dict(data["lineage"]), held, then)
+        return cls(layers, dict(data["lineage"]), own, then)
 
     def save(self, path: Path) -> None:
         """Write `path` (JSON with its hash) and, for solved tensors, a safetensors file."""
@@ -125,40 +125,40 @@ class Plan:
 
     def stored(self, layers: Sequence[MoELayer]) -> int:
         """Return how many numbers the student's routed experts will store; no weight is read."""
-        found: Stored = {}
+        stored: Stored = {}
         for layer in layers:
             part, dims = self._last(layer)
             if part is None:
-                found |= layer.stored()
+                stored |= layer.stored()
             else:
-                found |= bank_class(part.bank.kind).predicted(part.bank, layer.index, dims)
-        return sum(found.values())
+                stored |= bank_class(part.bank.kind).predicted(part.bank, layer.index, dims)
+        return sum(stored.values())
 
     def stored_bits(self, layers: Sequence[MoELayer], width: int) -> int:
         """Return in how many bits, where a dense number takes `width` of them."""
-        found: Stored = {}
+        stored: Stored = {}
         for layer in layers:
             part, dims = self._last(layer)
             if part is None:
-                found |= layer.stored_bits(width)
+                stored |= layer.stored_bits(width)
             else:
                 bank = bank_class(part.bank.kind)
-                found |= bank.predicted_bits(part.bank, layer.index, dims, width)
-        return sum(found.values())
+                stored |= bank.predicted_bits(part.bank, layer.index, dims, width)
+        return sum(stored.values())
 
     def used(self, layers: Sequence[MoELayer]) -> float:
         """Return the numbers of routed experts that the student will read for one token."""
-        found = 0.0
+        numbers = 0.0
         for layer in layers:
             part, dims = self._last(layer)
             if part is None:
-                found += layer.used(layer.top_k)
+                numbers += layer.used(layer.top_k)
             else:
                 bank = bank_class(part.bank.kind)
                 stored = bank.predicted(part.bank, layer.index, dims)
                 shared, each = bank.used(part.bank, dims, stored)
-                found += shared + layer.top_k * each
-        return found
+                numbers += shared + layer.top_k * each
+        return numbers
 
     def _last(self, layer: MoELayer) -> tuple[LayerPlan | None, Dims]:
         """Return what finally holds a layer, and the sizes of the experts that it was made from."""

@@ -101,11 +101,11 @@ def _validate_tensors(part: "LayerPlan", layer: MoELayer, tensors: Mapping[str, 
     expected = bank_class(part.bank.kind).shapes(part.bank, layer.dims)
     if part.router == "pooled":
         expected = expected | {"router.rows": (len(part.kept), layer.router_rows.shape[1])}
-    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    if found != expected:
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    if shapes != expected:
         raise InputError(
             f"layer {part.layer}: a bank of kind {part.bank.kind!r} needs the tensors {expected}, "
-            f"not {found}"
+            f"not {shapes}"
         )
 
 

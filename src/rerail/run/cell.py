@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import rerail.auto  # noqa: F401  (package checkpoints load like any other)
-from rerail.compress.base import Compressor, check
+from rerail.compress.base import Compressor
 from rerail.distill.masters import check_gates
 from rerail.distill.schedule import Schedule
 from rerail.distill.settings import RouterKD
@@ -133,7 +133,7 @@ class Cell:
             )
         meta = self.model.meta()
         if self.budget.removed != 0:
-            check(self.compressor, meta.layers, self.budget, self.allocation)
+            self.compressor.check(meta.layers, self.budget, self.allocation)
         if self.distill.enabled:
             check_gates(meta)
             Schedule.of(self.calibration.samples, self.distill, processes)

@@ -14,7 +14,8 @@ from omegaconf import OmegaConf
 from rerail.evaluate.estimates import mean_and_se, recovery_of
 from rerail.files import digest
 from rerail.moe.model import MoEModel
-from rerail.plan.budget import Bits, Sizes
+from rerail.plan.budget import Bits
+from rerail.plan.sizes import Sizes
 from rerail.run.cell import Cell
 from rerail.run.results import Row, new_row, write_rows
 from rerail.versions import version_of

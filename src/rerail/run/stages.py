@@ -10,9 +10,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from rerail.compress.base import check, make_plan
+from rerail.compress.base import make_plan
 from rerail.compress.sequential import sequential
-from rerail.compress.templates.skipping import Skipper, check_fitted, without_policies
+from rerail.compress.templates.skipper import Skipper, check_fitted, without_policies
 from rerail.distill.points import Points
 from rerail.distill.repair import put_rows, repair
 from rerail.evaluate.perplexity import BlockScores, score_blocks
@@ -93,7 +93,7 @@ def _made_plan(cell: Cell, model: MoEModel, blocks: TokenBlocks) -> Plan | None:
     choices = cell.budget, cell.allocation
     if cell.budget.removed == 0:
         return decide(StatisticSet(), *choices, None)
-    check(cell.compressor, model.layers, *choices)
+    cell.compressor.check(model.layers, *choices)
     if cell.compressor.driver == "sequential":
         batches = list(blocks.batches(cell.evaluation.batch_size))
         remeasure = sequential(model, batches, cell.compressor.requires, bar)

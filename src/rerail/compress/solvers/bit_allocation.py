@@ -1,4 +1,4 @@
-"""Bits for experts under one budget: what bits cost, and the exact choice among them."""
+"""Bits for experts under one limit: what bits cost, and the exact choice among them."""
 
 import itertools
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from rerail.compress.templates.quantising import round_to_nearest
+from rerail.compress.solvers.rounding import round_to_nearest
 from rerail.errors import OutOfReach
 from rerail.experts.quantized import DENSE, dequantised
 from rerail.moe.fused_experts import ExpertWeights
@@ -19,19 +19,19 @@ Array = npt.NDArray[Any]
 
 
 def allocate_bits(
-    cost: Tensor, bits: Sequence[int], budget: int, least: Sequence[int] | None = None
+    cost: Tensor, bits: Sequence[int], max_bits: int, least: Sequence[int] | None = None
 ) -> tuple[int, ...]:
     """Return the bits of each expert.
 
-    Minimises sum_e cost[e, b_e] subject to sum_e b_e <= budget, with at least `least[i]` experts at
-    `bits[i]`. The table runs over experts, bits spent and experts still needed. Of equal costs the
-    fewest bits win, in total and (from the last expert on) each; where the budget is enough for the
-    widest everywhere, every expert has it, also one that costs nothing.
+    Minimises sum_e cost[e, b_e] subject to sum_e b_e <= max_bits, with at least `least[i]` experts
+    at `bits[i]`. The table runs over experts, bits spent and experts still needed. Of equal costs
+    the fewest bits win, in total and (from the last expert on) each; where the limit is enough for
+    the widest everywhere, every expert has it, also one that costs nothing.
 
     Args:
         cost: (E, B), the cost of expert e at bits[i].
         bits: (B,) widths, ascending.
-        budget: what may be spent.
+        max_bits: what may be spent.
         least: (B,) how many experts must have each width.
 
     Raises:
@@ -39,14 +39,14 @@ def allocate_bits(
     """
     costs = cost.double().cpu().numpy()
     needs = tuple(least or [0] * len(bits))
-    if budget >= len(costs) * bits[-1] and not any(needs[:-1]):
+    if max_bits >= len(costs) * bits[-1] and not any(needs[:-1]):
         return (bits[-1],) * len(costs)
-    value, back = _table(costs, bits, budget, needs)
+    value, back = _table(costs, bits, max_bits, needs)
     row = 0
     spent = int(value[row].argmin())
     if not np.isfinite(value[row, spent]):
         raise OutOfReach(
-            f"{budget} bits cannot be shared by {len(costs)} experts that choose from "
+            f"{max_bits} bits cannot be shared by {len(costs)} experts that choose from "
             f"{list(bits)} with at least {list(needs)} experts at each; allowed sums: from "
             f"{least_sum(len(costs), bits, needs)}"
         )
@@ -59,7 +59,7 @@ def allocate_bits(
 
 
 def _table(
-    costs: Array, bits: Sequence[int], budget: int, needs: tuple[int, ...]
+    costs: Array, bits: Sequence[int], max_bits: int, needs: tuple[int, ...]
 ) -> tuple[Array, Array]:
     """Return the least cost of all experts by (experts still needed, bits spent), and the choices.
 
@@ -68,20 +68,20 @@ def _table(
     """
     states = list(itertools.product(*(range(n + 1) for n in needs)))
     place = {state: i for i, state in enumerate(states)}
-    value = np.full((len(states), budget + 1), np.inf)
+    value = np.full((len(states), max_bits + 1), np.inf)
     value[place[needs], 0] = 0.0
     back = np.zeros((len(costs), *value.shape), dtype=np.int32)
     for e, own in enumerate(costs):
-        found = np.full_like(value, np.inf)
+        least_cost = np.full_like(value, np.inf)
         for (i, state), (j, b) in itertools.product(enumerate(states), enumerate(bits)):
-            if b > budget:
+            if b > max_bits:
                 continue
             to = place[tuple(max(0, n - (k == j)) for k, n in enumerate(state))]
-            asked = value[i, : budget + 1 - b] + own[j]
-            better = asked < found[to, b:]
-            found[to, b:][better] = asked[better]
+            cost = value[i, : max_bits + 1 - b] + own[j]
+            better = cost < least_cost[to, b:]
+            least_cost[to, b:][better] = cost[better]
             back[e, to, b:][better] = i * len(bits) + j
-        value = found
+        value = least_cost
     return value, back
 
 

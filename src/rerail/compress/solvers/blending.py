@@ -9,8 +9,8 @@ from rerail.moe.model import MoELayer
 
 def used(count: Tensor) -> Tensor:
     """Return each expert's share of tokens, float64 (E,); equal where there are none."""
-    found = count.double() if count.sum() else torch.ones(len(count), dtype=torch.float64)
-    return found / found.sum()
+    weights = count.double() if count.sum() else torch.ones(len(count), dtype=torch.float64)
+    return weights / weights.sum()
 
 
 def by_matrix(layer: MoELayer, flat: Tensor) -> ExpertWeights:

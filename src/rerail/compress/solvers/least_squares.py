@@ -21,8 +21,8 @@ def channel_activations(layer: MoELayer, expert: dict[str, Tensor], inputs: Tens
         pick = inputs.new_zeros(1, hidden, width)
         pick[0, range(taken), range(begin, begin + taken)] = 1
         fused = {**expert, "down_proj": pick.mT.contiguous() if layer.layout.transposed else pick}
-        found = layer.run(inputs, first, torch.ones_like(inputs[:, :1]), **_unbiased(fused))
-        parts.append(found[:, :taken])
+        activations = layer.run(inputs, first, torch.ones_like(inputs[:, :1]), **_unbiased(fused))
+        parts.append(activations[:, :taken])
     return torch.cat(parts, dim=1)
 
 
@@ -44,8 +44,8 @@ def normal_equations(
         inputs: X, (n, H), in the dtype to compute in.
         scale: (n,), factor of each input's column of P and Y.
     """
-    held = expert_parameters(layer.stock())
-    own = _unbiased({n: p.detach()[members.to(p.device)].to(inputs) for n, p in held.items()})
+    stock = expert_parameters(layer.stock())
+    own = _unbiased({n: p.detach()[members.to(p.device)].to(inputs) for n, p in stock.items()})
     index, weights = torch.arange(len(members), device=inputs.device), shares.to(inputs)
     width, hidden = layer.intermediate_size, layer.hidden_size
     gram = torch.zeros(width, width, dtype=torch.float64, device=inputs.device)

@@ -16,6 +16,10 @@ import torch
 from torch import Tensor
 
 from rerail.errors import InputError
+from rerail.moe.model import MoELayer
+from rerail.statistics.moments import InputMoment, MiddleMoment
+from rerail.statistics.routed import Count
+from rerail.statistics.statistic import LayerStatistics, Statistic
 
 log = logging.getLogger(__name__)
 
@@ -104,6 +108,40 @@ class Moments:
             )
 
 
+def moment_statistics(whiten: bool) -> tuple[Statistic, ...]:
+    """Return what `layer_moments` reads."""
+    return (Count(), InputMoment(), MiddleMoment()) if whiten else ()
+
+
+def layer_moments(
+    layer: MoELayer, statistics: LayerStatistics, whiten: bool, shrink: float, ridge: float
+) -> dict[str, Moments]:
+    """Return the moments of a layer by matrix type; gate and up share theirs.
+
+    Args:
+        layer: of the original model.
+        statistics: of the layer.
+        whiten: weigh errors by the text; false gives C = 1.
+        shrink, ridge: see `Moments`.
+
+    Raises:
+        InputError: the text was too short for the solves.
+    """
+    n, p, d, _ = layer.dims
+    sums: list[Tensor | None] = [None, None]
+    count = torch.zeros(n)
+    if whiten:
+        count = statistics[Count()]
+        sums = [statistics[InputMoment()], statistics[MiddleMoment()]]
+    inputs, middle = (
+        Moments(s, count, size, shrink, ridge) for s, size in zip(sums, (d, p), strict=True)
+    )
+    pairs = int(count.sum())
+    inputs.check(f"layer {layer.index}, gate and up", pairs // layer.top_k)
+    middle.check(f"layer {layer.index}, down", pairs)
+    return {"gate": inputs, "up": inputs, "down": middle}
+
+
 def principal(weight: Tensor, moment: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return the whitened spectrum of W and its factors at full rank m = min(out, in).
 
@@ -145,12 +183,12 @@ def low_rank(stack: Tensor, moments: Moments, ranks: Sequence[int]) -> tuple[Ten
 
 def effective_ranks(stack: Tensor, moments: Moments) -> Tensor:
     """Return exp(entropy) of each expert's whitened spectrum, float64 (E,), at least 1."""
-    found = []
+    ranks = []
     for e, weight in enumerate(stack):
         values = principal(weight.double(), moments.of(e, stack.device))[0]
         share = values / values.sum().clamp(min=torch.finfo(values.dtype).tiny)
-        found.append(torch.special.entr(share).sum().exp())
-    return torch.stack(found).cpu()
+        ranks.append(torch.special.entr(share).sum().exp())
+    return torch.stack(ranks).cpu()
 
 
 def normed(values: Tensor, rows: Tensor) -> Tensor:
@@ -171,16 +209,16 @@ def stack_rows(stack: Tensor, share: Tensor, moment: Tensor, rank: int) -> Tenso
 
 
 def refitted(stack: Tensor, rows: Tensor, moments: Moments) -> Tensor:
-    """Return U (E, out, r), each expert's least-squares answer to rows V (r, in) that are given.
+    """Return U (E, out, r), each expert's least-squares answer to shared rows V (r, in).
 
     U_e = W_e C_e V^T (V C_e V^T)^+; the loss is then tr W_e C_e W_e^T - tr U_e V C_e V^T U_e^T.
     """
-    found = []
+    columns = []
     for e, weight in enumerate(stack):
         seen = moments.of(e, stack.device) @ rows.mT
         inverse = torch.linalg.pinv(rows @ seen, hermitian=True)
-        found.append(weight.double() @ seen @ inverse)
-    return torch.stack(found)
+        columns.append(weight.double() @ seen @ inverse)
+    return torch.stack(columns)
 
 
 def own_columns(stack: Tensor, rows: Tensor, moments: Moments) -> Tensor:
@@ -188,13 +226,13 @@ def own_columns(stack: Tensor, rows: Tensor, moments: Moments) -> Tensor:
 
     The sign of a pair of singular vectors is free; it is taken to agree with the shared row.
     """
-    rank, found = len(rows), []
+    rank, columns = len(rows), []
     for e, weight in enumerate(stack):
         moment = moments.of(e, stack.device)
         values, u, v = principal(weight.double(), moment)
         sign = torch.where(((v[:rank] @ moment) * rows).sum(dim=1) < 0, -1.0, 1.0)
-        found.append(u[:, :rank] * (values[:rank].sqrt() * sign))
-    return torch.stack(found)
+        columns.append(u[:, :rank] * (values[:rank].sqrt() * sign))
+    return torch.stack(columns)
 
 
 def mixtures(columns: Tensor, share: Tensor, count: int) -> tuple[Tensor, Tensor]:

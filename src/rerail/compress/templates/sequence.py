@@ -1,4 +1,4 @@
-"""Chains: a second compressor plans on the layers that the first one would leave.
+"""Sequences: a second compressor plans on the layers that the first one would leave.
 
 Nothing is applied to the model. The second stage sees light views of its layers: new modules that
 share every Parameter, with the first stage's router rows and banks. It reads the statistics of the
@@ -13,22 +13,34 @@ from typing import Any, ClassVar
 
 import torch
 
-from rerail.compress.base import Compressor, ScopePlan, Staged, make_plan
+from rerail.compress.base import (
+    NO_HOOKS,
+    Compressor,
+    Counts,
+    Decision,
+    Layers,
+    PlanHooks,
+    Scopes,
+    Statistics,
+    Views,
+    make_plan,
+    with_notes,
+)
 from rerail.errors import InputError, OutOfReach
 from rerail.moe.model import MoELayer
 from rerail.plan.allocation import Allocation, Uniform
 from rerail.plan.apply import apply_to_layers
-from rerail.plan.budget import Ratio
+from rerail.plan.budget import Budget, Ratio, dense_numbers, numbers_kept
 from rerail.plan.plan import Plan
 from rerail.statistics.statistic import LayerStatistics, Statistic, StatisticSet
 
 
 @dataclass(frozen=True, kw_only=True)
-class Chain(Staged):
+class TwoStages(Compressor):
     """Two stages that share a ratio: the second brings what the first left to the whole ratio.
 
     The allocation is the first stage's; the second takes the same share of each layer that it is
-    given. A method may hand over more than layers and statistics: `prepared`.
+    given. Counts, scopes and decisions are the first stage's; `plan` puts the second behind it.
 
     Attributes:
         first, second: the stages.
@@ -42,18 +54,17 @@ class Chain(Staged):
     paradigm: ClassVar[str] = "sequence"
 
     def __post_init__(self) -> None:
-        """Check the interval."""
         if not 0 <= self.share <= 1:
             raise InputError(f"compressor.share={self.share} is outside [0, 1]")
 
-    def prepared(
-        self, layers: Sequence[MoELayer], views: Sequence[LayerStatistics], plan: Plan
+    def second_stage(
+        self, layers: Layers, views: Sequence[LayerStatistics], plan: Plan
     ) -> Compressor:
         """Return the second stage once the first is planned; by default it is as it was.
 
         Args:
             layers: of the original model.
-            views: what the first stage requires of each of them.
+            views: what both stages require of each of them.
             plan: of the first stage.
         """
         return self.second
@@ -63,14 +74,29 @@ class Chain(Staged):
         """What both stages read."""
         return tuple(dict.fromkeys([*self.first.requires, *self.second.requires]))
 
-    def check(self, layers: Sequence[MoELayer], ratio: Ratio, allocation: Allocation) -> None:
-        """Check both stages, the second as if the first could remove its share exactly."""
-        first = Ratio(ratio.removed * self.share)
-        self.first.check(layers, first, allocation)
-        if self.share == 1:
+    def scopes(self, layers: Layers) -> Scopes:
+        """Return the first stage's scopes."""
+        return self.first.scopes(layers)
+
+    def allocate(
+        self, layers: Layers, statistics: Statistics, budget: Budget, allocation: Allocation
+    ) -> list[int]:
+        """Return the first stage's counts, once the second is known to reach its part."""
+        first = self._first_ratio(budget)
+        if statistics is None:
+            self._check_second(layers, budget, first)
+        return self.first.allocate(layers, statistics, first, allocation)
+
+    def _first_ratio(self, budget: Budget) -> Ratio:
+        assert budget.removed is not None
+        return Ratio(budget.removed * self.share)
+
+    def _check_second(self, layers: Layers, budget: Budget, first: Ratio) -> None:
+        """Check the second stage as if the first could remove its share exactly."""
+        if self.share == 1 or budget.removed is None:
             return
         try:
-            rest = Ratio(1 - (1 - ratio.removed) / (1 - first.removed))
+            rest = Ratio(1 - (1 - budget.removed) / (1 - first.removed))
             self.second.check(layers, rest, Uniform())
         except OutOfReach as error:
             raise OutOfReach(
@@ -78,54 +104,43 @@ class Chain(Staged):
                 "stage; allowed: another ratio, or another compressor.share"
             ) from error
 
-    def allocate(
-        self,
-        layers: Sequence[MoELayer],
-        statistics: StatisticSet,
-        ratio: Ratio,
-        allocation: Allocation,
-    ) -> list[int]:
-        """Return the first stage's shares."""
-        first = Ratio(ratio.removed * self.share)
-        return self.first.allocate(layers, statistics, first, allocation)
-
-    def plan_scope(
-        self,
-        layers: Sequence[MoELayer],
-        statistics: Sequence[LayerStatistics],
-        shares: Sequence[int],
-    ) -> ScopePlan:
+    def decide(self, layers: Layers, statistics: Views, counts: Counts) -> list[Decision]:
         """Decide about the first stage of one scope."""
-        return self.first.plan_scope(layers, statistics, shares)
+        return self.first.decide(layers, statistics, counts)
 
-    def staged(
+    def plan(
         self,
-        layers: Sequence[MoELayer],
+        layers: Layers,
         statistics: StatisticSet,
-        ratio: Any,
+        budget: Budget,
         allocation: Allocation,
+        hooks: PlanHooks = NO_HOOKS,
     ) -> Plan:
-        """Return the first plan with the second behind it; its lineage speaks of both."""
-        wanted = Ratio(ratio.removed * self.share)
-        plan = make_plan(self.first, layers, statistics, wanted, allocation)
-        views = [statistics.of(layer, self.first.requires) for layer in layers]
-        second = self.prepared(layers, views, plan)
+        """Return the first plan with the second behind it; its lineage has the notes of both."""
+        first = self._first_ratio(budget)
+        plan = Plan()
+        if first.removed > 0:
+            plan = super().plan(layers, statistics, budget, allocation, hooks)
+        views = [statistics.of(layer, self.requires) for layer in layers]
+        second = self.second_stage(layers, views, plan)
         students = student_layers(layers, plan)
-        left = sum(la.expert_size * la.num_experts for la in students)
-        rest = max(0.0, 1 - sum(ratio.numbers_kept(layer) for layer in layers) / left)
         if self.share < 1:
-            held = restricted(statistics, second.requires, layers, students, plan)
-            then = make_plan(second, students, held, Ratio(rest), Uniform())
+            rest = Ratio(self._rest(layers, students, budget))
+            cut = restricted(statistics, second.requires, layers, students, plan)
+            then = make_plan(second, students, cut, rest, Uniform())
             plan = dataclasses.replace(plan, then=then if then.layers else None)
-        dense = sum(la.expert_size * la.num_experts for la in layers)
-        lineage = {**plan.lineage, "compressor": repr(self), "removed": ratio.removed}
-        lineage |= {"achieved": 1 - plan.stored(layers) / dense}
-        notes = [n for stage in plan.stages for n in stage.lineage.get("notes", ())]
-        lineage |= {"notes": notes} if notes else {}
-        return dataclasses.replace(plan, lineage=lineage)
+        notes = [note for stage in plan.stages for note in stage.lineage.get("notes", ())]
+        return dataclasses.replace(plan, lineage=with_notes(plan.lineage, notes))
+
+    def _rest(self, layers: Layers, students: Sequence[MoELayer], budget: Budget) -> float:
+        """Return what the second stage must remove of what the first one left."""
+        removed = budget.removed or 0.0
+        allowed = sum(numbers_kept(dense_numbers(la), removed) for la in layers)
+        left = sum(dense_numbers(la) for la in students)
+        return max(0.0, 1 - allowed / left)
 
 
-def student_layers(layers: Sequence[MoELayer], plan: Plan) -> tuple[MoELayer, ...]:
+def student_layers(layers: Layers, plan: Plan) -> tuple[MoELayer, ...]:
     """Return the layers of a plan's student; they share every Parameter that it leaves as it is.
 
     Raises:
@@ -152,7 +167,7 @@ def _shared(block: torch.nn.Module) -> torch.nn.Module:
 def restricted(
     statistics: StatisticSet,
     required: Sequence[Statistic],
-    layers: Sequence[MoELayer],
+    layers: Layers,
     students: Sequence[MoELayer],
     plan: Plan,
 ) -> StatisticSet:
@@ -161,16 +176,16 @@ def restricted(
     The axes of a statistic that count slots are those along which its empty tensors differ.
     """
     kept = {part.layer: torch.tensor(part.kept) for part in plan.layers}
-    held: dict[int, dict[str, torch.Tensor]] = {}
+    cut: dict[int, dict[str, torch.Tensor]] = {}
     for layer, student in zip(layers, students, strict=True):
         view = statistics.of(layer, required)
-        held[layer.index] = {}
+        cut[layer.index] = {}
         for statistic in required:
             tensor = view[statistic]
-            with torch.device("meta"):
-                shapes = [statistic.empty(one).shape for one in (layer, student)]
+            with torch.device("meta"):  # shapes only, without memory
+                shapes = [statistic.empty(which).shape for which in (layer, student)]
             for axis, (before, after) in enumerate(zip(*shapes, strict=True)):
                 if before != after:
                     tensor = tensor.index_select(axis, kept[layer.index].to(tensor.device))
-            held[layer.index][statistic.name] = tensor
-    return StatisticSet(held, statistics.lineage)
+            cut[layer.index][statistic.name] = tensor
+    return StatisticSet(cut, statistics.lineage)

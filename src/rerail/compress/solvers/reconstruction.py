@@ -1,22 +1,17 @@
-"""Pruners by reconstruction: how far a layer's answer moves on sampled rows without some experts.
+"""Search by reconstruction: how far a layer's answer moves on sampled rows without some experts.
 
-Open: `sample`, `measure` and `search`. Every expert answers the rows once, (n, E, H); a subset of
-experts is then judged by routing the rows anew (the model's own router, the others silenced) and
-adding the answers up again.
+Every expert answers the rows once, (n, E, H); a subset of experts is then judged by routing the
+rows anew (the model's own router, the others silenced) and adding the answers up again.
 """
 
-from abc import abstractmethod
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import partial
 from itertools import combinations
 
 import torch
 from torch import Tensor
 
-from rerail.compress.templates.pruning import Guarded
 from rerail.moe.model import MoELayer
-from rerail.statistics.statistic import LayerStatistics
 
 # of (n, C, H) changes for C subsets: (C,)
 Measure = Callable[[Tensor], Tensor]
@@ -25,7 +20,7 @@ Errors = Callable[[Sequence[Sequence[int]]], Tensor]
 # of what is left: what may go next
 Free = Callable[[Sequence[int]], list[int]]
 
-_NUMBERS = 1 << 24  # of changes held at once
+_NUMBERS = 1 << 24  # of changes in memory at once
 
 
 class Sample:
@@ -42,11 +37,15 @@ class Sample:
         rows = layer.router_rows
         self.hidden = hidden.to(rows.device, rows.dtype)
         self.gates = self.routed(None)
-        one = self.hidden.new_ones(len(hidden), 1)
-        chosen = [torch.full_like(one, e, dtype=torch.int64) for e in range(layer.num_experts)]
-        answers = [layer.run(self.hidden, e, one).float() for e in chosen]
+        gate = self.hidden.new_ones(len(hidden), 1)
+        chosen = [torch.full_like(gate, e, dtype=torch.int64) for e in range(layer.num_experts)]
+        answers = [layer.run(self.hidden, e, gate).float() for e in chosen]
         self.outputs = torch.stack(answers, dim=1)
         self.offset = None if target is None else self.answer() - target.to(self.outputs)
+
+    def judged_by(self, measure: Measure) -> Errors:
+        """Return the function that judges kept subsets by a measure of their changes."""
+        return partial(self.errors, measure=measure)
 
     def routed(self, kept: Sequence[int] | None) -> Tensor:
         """Return gate weights (n, E) where only these slots may be selected."""
@@ -62,61 +61,34 @@ class Sample:
         """Return the measure of each kept subset's change, float64 (C,)."""
         n, _, width = self.outputs.shape
         step = max(1, _NUMBERS // max(1, n * width))
-        found = []
+        measured = []
         for start in range(0, len(subsets), step):
             gates = [self.routed(kept) for kept in subsets[start : start + step]]
             moved = torch.stack(gates, dim=1) - self.gates.unsqueeze(1)
             change = torch.bmm(moved, self.outputs)
             if self.offset is not None:
                 change += self.offset.unsqueeze(1)
-            found.append(measure(change).double().cpu())
-        return torch.cat(found).nan_to_num(nan=torch.inf)
+            measured.append(measure(change).double().cpu())
+        return torch.cat(measured).nan_to_num(nan=torch.inf)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Reconstructor(Guarded):
-    """Keeps the experts without whose fellows the layer answers most like itself."""
+def errors_without_each(layer: MoELayer, errors: Errors) -> Tensor:
+    """Return the error without each single expert, float64 (E,); equal where none can go."""
+    slots = range(layer.num_experts)
+    if len(slots) == layer.top_k:
+        return torch.ones(len(slots), dtype=torch.float64)
+    return errors(without_each(slots, [[slot] for slot in slots]))
 
-    @abstractmethod
-    def sample(self, layer: MoELayer, statistics: LayerStatistics) -> Sample:
-        """Return the layer's answers on the sampled inputs."""
 
-    @abstractmethod
-    def measure(self, statistics: LayerStatistics, change: Tensor) -> Tensor:
-        """Return what is minimised, for changes (n, C, H) of the answer by C subsets: (C,)."""
+def removable(layer: MoELayer, guarded: Collection[int], least_per_group: int) -> Free:
+    """Return the function that names what may go next: nothing guarded, and groups stay filled."""
+    size = layer.num_experts // layer.num_groups
 
-    @abstractmethod
-    def search(self, layer: MoELayer, errors: Errors, count: int, free: Free) -> tuple[int, ...]:
-        """Return the `count` kept slots, ascending."""
+    def free(left: Sequence[int]) -> list[int]:
+        groups = [slot // size for slot in left]
+        return [e for e in left if e not in guarded and groups.count(e // size) > least_per_group]
 
-    def rank(self, layer: MoELayer, statistics: LayerStatistics) -> Tensor:
-        """Return the error without each expert, float64 (E,)."""
-        slots = range(layer.num_experts)
-        if len(slots) == layer.top_k:
-            return torch.ones(len(slots), dtype=torch.float64)
-        subsets = without_each(slots, [[slot] for slot in slots])
-        return self.errors(layer, statistics)(subsets)
-
-    def errors(self, layer: MoELayer, statistics: LayerStatistics) -> Errors:
-        """Return the function that judges subsets of a layer's experts."""
-        measure = partial(self.measure, statistics)
-        return partial(self.sample(layer, statistics).errors, measure=measure)
-
-    def choose(
-        self,
-        layer: MoELayer,
-        statistics: LayerStatistics,
-        count: int,
-        guarded: frozenset[int],
-    ) -> tuple[int, ...]:
-        """Search among the subsets with all guarded slots and enough in every router group."""
-        size, each = layer.num_experts // layer.num_groups, self.each(layer, count)
-
-        def free(left: Sequence[int]) -> list[int]:
-            groups = [slot // size for slot in left]
-            return [e for e in left if e not in guarded and groups.count(e // size) > each]
-
-        return self.search(layer, self.errors(layer, statistics), count, free)
+    return free
 
 
 def without_each(left: Sequence[int], parts: Sequence[Sequence[int]]) -> list[list[int]]:

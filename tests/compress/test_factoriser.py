@@ -5,16 +5,16 @@ import torch
 
 from families import CONFIGS, tiny
 from rerail.compress.base import make_plan
-from rerail.compress.templates.factoring import dense_numbers, filled, spare
+from rerail.compress.solvers.ranks import filled
 from rerail.errors import InputError, OutOfReach
 from rerail.experts.base import bank_class
 from rerail.methods.d2_moe import D2MoE
 from rerail.methods.mobe import MoBE
-from rerail.methods.moe_svd import MoESVD
+from rerail.methods.moe_svd import MoESVD, spare
 from rerail.methods.svd import WhitenedSVD
 from rerail.moe.model import MoELayer
 from rerail.plan.allocation import GlobalScore, PerLayer, Uniform
-from rerail.plan.budget import Ratio
+from rerail.plan.budget import Ratio, dense_numbers, numbers_kept
 from rerail.statistics.statistic import StatisticSet
 
 PLAIN = WhitenedSVD(whiten=False)
@@ -42,14 +42,14 @@ def stored(method, layer: MoELayer, sizes) -> int:
 @pytest.mark.parametrize("method", METHODS)
 def test_ranks_use_the_budget_up_or_the_reach_is_named(method, family: str, removed: float) -> None:
     layer = tiny(family).layers[0]
-    budget = Ratio(removed).numbers_kept(layer)
+    budget = numbers_kept(dense_numbers(layer), removed)
     _, types = method.ranks(layer)
     try:
         sizes = method.sizes(layer, budget)
     except OutOfReach as refused:
         low, high = (float(w) for w in str(refused).split("ratios from ")[1].split()[:3:2])
         assert not low - 1e-3 < removed < high - 1e-3
-        assert method.sizes(layer, Ratio((low + high) / 2).numbers_kept(layer))
+        assert method.sizes(layer, numbers_kept(dense_numbers(layer), (low + high) / 2))
         return
     assert budget - max(r.cost for r in types.values()) < stored(method, layer, sizes) <= budget
     for name, rank in types.items():

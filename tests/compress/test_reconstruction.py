@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from families import tiny
-from rerail.compress.templates.reconstructing import (
+from rerail.compress.solvers.reconstruction import (
     Sample,
     coarse_to_fine,
     exhaustive,
@@ -46,7 +46,7 @@ def test_rerouted_answers_are_those_of_the_layer(family: str) -> None:
 def test_subsets_are_judged_the_same_in_any_number_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     sample, subsets = Sample(layer_of(), rows()), list(itertools.combinations(range(8), 5))
     at_once = sample.errors(subsets, squares)
-    monkeypatch.setattr("rerail.compress.templates.reconstructing._NUMBERS", 20 * 16 * 3)
+    monkeypatch.setattr("rerail.compress.solvers.reconstruction._NUMBERS", 20 * 16 * 3)
     torch.testing.assert_close(sample.errors(subsets, squares), at_once, rtol=1e-6, atol=0)
 
 

@@ -3,7 +3,9 @@ import torch
 
 from families import tiny, tokens
 from rerail.compress.base import make_plan
-from rerail.compress.templates.pruning import best, guarded_slots
+from rerail.compress.guard import super_experts
+from rerail.compress.router_rows import best_slots
+from rerail.compress.templates import pruner
 from rerail.errors import OutOfReach
 from rerail.methods.reap import MomentScore
 from rerail.plan.allocation import GlobalScore, PerLayer, Uniform
@@ -28,11 +30,11 @@ SCORES = torch.tensor([5.0, 4.0, 3.0, 9.0, 2.0, 1.0, 0.5, 0.2])
 def test_the_best_are_kept_with_enough_in_every_group(
     count: int, groups: int, each: int, kept: tuple[int, ...]
 ) -> None:
-    assert best(SCORES, count, groups, each) == kept
+    assert best_slots(SCORES, count, groups, each) == kept
 
 
 def test_ties_keep_the_lower_slot() -> None:
-    assert best(torch.ones(8), 3) == (0, 1, 2)
+    assert best_slots(torch.ones(8), 3) == (0, 1, 2)
 
 
 def scored(scores: torch.Tensor, layers: int = 2) -> StatisticSet:
@@ -120,15 +122,15 @@ def largest(layers: int = 4, **planted: float) -> list[torch.Tensor]:
 def test_super_experts_stand_out_of_all_layers_in_the_first_three_quarters(
     guard: str, planted: dict[str, float], guarded: list[set[int]]
 ) -> None:
-    assert guarded_slots(largest(**planted), guard) == guarded
+    assert super_experts(largest(**planted), guard) == guarded
 
 
 def test_both_thresholds_must_be_passed() -> None:
     many = [torch.ones(200, dtype=torch.float64) for _ in range(4)]
     many[0][:3] = torch.tensor([1000.0, 500.0, 99.0])
-    assert guarded_slots(many, "outliers")[0] == {0, 1}  # 99 is above P99.5, not above a tenth
+    assert super_experts(many, "outliers")[0] == {0, 1}  # 99 is above P99.5, not above a tenth
     many[0][:10] = 1000 + torch.arange(10.0)
-    assert guarded_slots(many, "outliers")[0] == {6, 7, 8, 9}  # a half percent of 800
+    assert super_experts(many, "outliers")[0] == {6, 7, 8, 9}  # a half percent of 800
 
 
 def guarded_set(slot: int, layers: int = 2) -> StatisticSet:
@@ -172,11 +174,11 @@ def test_more_guarded_experts_than_stay_are_refused_by_name() -> None:
     layers, filled = tiny("deepseek_v3").layers, guarded_set(0)
     method = MomentScore(guard="outliers")
 
-    def guarded(_self: object, views: list[object]) -> list[frozenset[int]]:
+    def guarded(*_: object) -> list[frozenset[int]]:
         return [frozenset({0, 1, 2}), frozenset()]
 
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(MomentScore, "guarded", guarded)
+        patched.setattr(pruner, "guarded_slots", guarded)
         with pytest.raises(OutOfReach, match=r"protects \[0, 1, 2\], so at least 5.*guard=none"):
             make_plan(method, layers, filled, Ratio(0.5), Uniform())
 

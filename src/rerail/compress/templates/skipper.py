@@ -1,29 +1,38 @@
 """Skippers: every expert is kept, some chosen slots are not computed. Open: `threshold`."""
 
 from abc import abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from rerail.compress.base import Decision, LayerWise, make_plan, untouched
+from rerail.compress.base import (
+    Compressor,
+    Counts,
+    Decision,
+    Layers,
+    Statistics,
+    Views,
+    make_plan,
+    untouched,
+)
 from rerail.errors import InputError, OutOfReach
 from rerail.experts.base import BankSpec
 from rerail.experts.skip_policy import BINS, Bank
 from rerail.moe.fitted import check_router, router_hash
 from rerail.moe.model import MoELayer, MoEModel
 from rerail.plan.allocation import Allocation, Uniform
-from rerail.plan.budget import Skip
+from rerail.plan.budget import Budget, Skip
 from rerail.plan.plan import Plan
 from rerail.statistics.gate_ratios import GateTails
-from rerail.statistics.statistic import LayerStatistics, Statistic, StatisticSet
+from rerail.statistics.statistic import Statistic, StatisticSet
 
 
 @dataclass(frozen=True, kw_only=True)
-class Skipper(LayerWise):
-    """Fits one threshold a layer; a share counts activations skipped on the calibration text.
+class Skipper(Compressor):
+    """Fits one threshold a layer; a count is of activations skipped on the calibration text.
 
     A threshold is a statistic of what the router says, so it is worth something on that router
     only: a plan carries the router's hash and is refused on another one. After a repair the run
@@ -36,7 +45,8 @@ class Skipper(LayerWise):
     allow_stale: bool = False
 
     paradigm: ClassVar[str] = "skipping"
-    budget: ClassVar[type] = Skip
+    budget: ClassVar[type[Budget]] = Skip
+    allocations: ClassVar[Literal["any", "fixed", "uniform"]] = "uniform"
 
     @property
     def requires(self) -> tuple[Statistic, ...]:
@@ -52,56 +62,56 @@ class Skipper(LayerWise):
             tails: int64 (BINS,), the filled GateTails of the layer.
         """
 
-    def words(self) -> Mapping[str, str]:
+    def policy_options(self) -> Mapping[str, str]:
         """Return further options of the policy bank; none by default."""
         return {}
 
-    def check(self, layers: Sequence[MoELayer], ratio: Skip, allocation: Allocation) -> None:
-        """Each token keeps its first slot, so K - 1 of K can be skipped."""
-        if not isinstance(allocation, Uniform):
-            raise OutOfReach(
-                f"allocation {allocation} counts experts, and {type(self).__name__} keeps them "
-                "all; use allocation=uniform"
-            )
-        for layer in layers:
-            most = (layer.top_k - 1) / layer.top_k
-            if most == 0 or (ratio.share or 0) > most:
-                asked = "by its rule" if ratio.share is None else f"{ratio.share} of activations"
-                raise OutOfReach(
-                    f"{type(self).__name__} cannot skip {asked} in layer {layer.index}: each of "
-                    f"its tokens keeps one of {layer.top_k} experts; allowed shares: from 0 to "
-                    f"{most:.4g}"
-                )
-
     def allocate(
-        self,
-        layers: Sequence[MoELayer],
-        statistics: StatisticSet,
-        ratio: Skip,
-        allocation: Allocation,
+        self, layers: Layers, statistics: Statistics, budget: Budget, allocation: Allocation
     ) -> list[int]:
-        """Return how many activations each layer skips, protected tokens included."""
-        counts = []
-        for layer in layers:
-            tails = statistics.of(layer, self.requires)[GateTails()]
-            k, lower = layer.top_k, int(tails.sum())
-            if lower == 0:
-                raise InputError(f"layer {layer.index}: no token to fit a threshold on; give some")
-            if ratio.share is None:
-                counts.append(below(tails, self.threshold(layer, tails)))
-            else:
-                counts.append(round(ratio.share * lower * k / (k - 1)))
-        return counts
+        """Return how many activations each layer skips, protected tokens included.
 
-    def decide(self, layer: MoELayer, statistics: LayerStatistics, share: int) -> Decision:
-        """Return the policy around the experts that the layer has."""
-        router = {} if self.allow_stale else {"router": router_hash(layer)}
-        spec = BankSpec("skip_policy", layer.num_experts, (), {}, {**router, **self.words()})
-        threshold = nearest(statistics[GateTails()], share)
-        return Decision(untouched(layer, spec), {"threshold": threshold})
+        Each token keeps its first slot, so K - 1 of K can be skipped.
+        """
+        for layer in layers:
+            self._check_share(layer, budget.removed)
+        if statistics is None:  # how many there are is not known yet
+            return [0] * len(layers)
+        views = [statistics.of(layer, self.requires) for layer in layers]
+        pairs = zip(layers, views, strict=True)
+        return [self._num_skipped(la, view[GateTails()], budget.removed) for la, view in pairs]
+
+    def _check_share(self, layer: MoELayer, share: float | None) -> None:
+        most = (layer.top_k - 1) / layer.top_k
+        if most == 0 or (share or 0) > most:
+            asked = "by its rule" if share is None else f"{share} of activations"
+            raise OutOfReach(
+                f"{type(self).__name__} cannot skip {asked} in layer {layer.index}: each of "
+                f"its tokens keeps one of {layer.top_k} experts; allowed shares: from 0 to "
+                f"{most:.4g}"
+            )
+
+    def _num_skipped(self, layer: MoELayer, tails: Tensor, share: float | None) -> int:
+        lower = int(tails.sum())  # activations of ranks 2 to K: K - 1 of all K
+        if lower == 0:
+            raise InputError(f"layer {layer.index}: no token to fit a threshold on; give some")
+        if share is None:
+            return below(tails, self.threshold(layer, tails))
+        return round(share * lower * layer.top_k / (layer.top_k - 1))
+
+    def decide(self, layers: Layers, statistics: Views, counts: Counts) -> list[Decision]:
+        """Put a policy around the experts that each layer has."""
+        decisions = []
+        for layer, view, num_skipped in zip(layers, statistics, counts, strict=True):
+            router = {} if self.allow_stale else {"router": router_hash(layer)}
+            options = {**router, **self.policy_options()}
+            spec = BankSpec("skip_policy", layer.num_experts, (), {}, options)
+            threshold = nearest(view[GateTails()], num_skipped)
+            decisions.append(Decision(untouched(layer, spec), {"threshold": threshold}))
+        return decisions
 
     def refit(
-        self, student: MoEModel, measure: Callable[[MoEModel], StatisticSet], ratio: Skip
+        self, student: MoEModel, measure: Callable[[MoEModel], StatisticSet], budget: Budget
     ) -> Plan:
         """Return the policies fitted anew on the student's router as it stands.
 
@@ -110,10 +120,10 @@ class Skipper(LayerWise):
         Args:
             student: with or without policies.
             measure: returns the statistics that `requires` names, of the model that it is given.
-            ratio: as for the first fit.
+            budget: as for the first fit.
         """
         plain = without_policies(student)
-        return make_plan(self, plain.layers, measure(plain), ratio, Uniform())
+        return make_plan(self, plain.layers, measure(plain), budget, Uniform())
 
 
 def below(tails: Tensor, threshold: float) -> int:

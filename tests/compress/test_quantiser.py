@@ -2,8 +2,9 @@ import pytest
 import torch
 
 from families import CONFIGS, tiny, tokens
-from rerail.compress.base import check, make_plan
-from rerail.compress.templates.quantising import Quantiser, round_to_nearest
+from rerail.compress.base import make_plan
+from rerail.compress.solvers.rounding import round_to_nearest
+from rerail.compress.templates.quantiser import Quantiser
 from rerail.errors import InputError, OutOfReach
 from rerail.experts.quantized import dequantised
 from rerail.methods.hqq import HQQ
@@ -12,8 +13,9 @@ from rerail.moe.fused_experts import expert_parameters
 from rerail.moe.model import MoEModel
 from rerail.plan.allocation import GlobalScore, Uniform
 from rerail.plan.apply import apply_plan
-from rerail.plan.budget import Bits, Ratio, Sizes
+from rerail.plan.budget import Bits, Ratio
 from rerail.plan.plan import Plan
+from rerail.plan.sizes import Sizes
 from rerail.statistics.statistic import StatisticSet
 
 
@@ -122,7 +124,7 @@ def test_notes_say_what_a_number_takes_and_sizes_agree() -> None:
 def test_matrices_encoded_in_parts_are_those_encoded_at_once(monkeypatch) -> None:
     teacher = tiny("qwen3_moe")
     whole = plan_of(HQQ(group=8), teacher, 3).tensors
-    monkeypatch.setattr("rerail.compress.templates.quantising._AT_ONCE", 300)
+    monkeypatch.setattr("rerail.compress.templates.quantiser._AT_ONCE", 300)
     parts = plan_of(HQQ(group=8), teacher, 3).tensors
     assert whole.keys() == parts.keys()
     assert all(torch.equal(t, parts[n]) for n, t in whole.items())
@@ -142,14 +144,14 @@ def test_a_lazy_student_speaks_as_the_materialised_one() -> None:
 @pytest.mark.parametrize("average", [1.5, 2.5, 5, 7, 12])
 def test_one_width_for_all_must_be_one_that_is_packed(average: float) -> None:
     with pytest.raises(OutOfReach, match=f"RTN cannot reach an average of {average} bits"):
-        check(RTN(), tiny("qwen3_moe").layers, Bits(average), Uniform())
+        RTN().check(tiny("qwen3_moe").layers, Bits(average), Uniform())
 
 
 def test_ratios_and_other_allocations_are_refused() -> None:
     layers = tiny("qwen3_moe").layers
     with pytest.raises(OutOfReach, match="swept by bits"):
-        check(RTN(), layers, Ratio(0.5), Uniform())
+        RTN().check(layers, Ratio(0.5), Uniform())
     with pytest.raises(OutOfReach, match="keeps them all; use allocation=uniform"):
-        check(RTN(), layers, Bits(4), GlobalScore())
+        RTN().check(layers, Bits(4), GlobalScore())
     with pytest.raises(InputError, match=r"compressor\.group=0"):
         RTN(group=0)

@@ -1,30 +1,28 @@
 """Narrowers: every expert is kept, with fewer channels. One function is open: `score`."""
 
-import math
 from abc import abstractmethod
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from rerail.compress.base import Decision, LayerWise, untouched
+from rerail.compress.base import Compressor, Counts, Decision, Layers, Statistics, Views, untouched
 from rerail.errors import OutOfReach
 from rerail.experts.base import BankSpec
 from rerail.experts.narrow import Bank
 from rerail.moe.fused_experts import expert_parameters
 from rerail.moe.model import MoELayer
-from rerail.plan.allocation import Allocation, Uniform, check_kept
-from rerail.plan.budget import Ratio
-from rerail.statistics.statistic import LayerStatistics, StatisticSet
+from rerail.plan.allocation import Allocation, removed_shares
+from rerail.plan.budget import Budget, dense_numbers, units_kept
+from rerail.statistics.statistic import LayerStatistics
 
 _BIAS = "gate_up_proj_bias"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Narrower(LayerWise):
-    """Drops the micro-experts of lowest score of a layer; a share is the number that it keeps.
+class Narrower(Compressor):
+    """Drops the micro-experts of lowest score of a layer; a count is of those that it keeps.
 
     A micro-expert is one channel of one expert: row j of gate and up, column j of down. All E I of
     a layer compete, so widths are ragged; an expert of width 0 can still be chosen and answers 0
@@ -35,44 +33,26 @@ class Narrower(LayerWise):
     """
 
     paradigm: ClassVar[str] = "editing"
+    allocations: ClassVar[Literal["any", "fixed", "uniform"]] = "fixed"
 
     @abstractmethod
     def score(self, layer: MoELayer, statistics: LayerStatistics) -> Tensor:
         """Return (E, I), higher means keep; a channel that was never active scores lowest."""
 
-    def check(self, layers: Sequence[MoELayer], ratio: Ratio, allocation: Allocation) -> None:
-        """Count what each layer keeps, or say why not."""
-        if not allocation.fixed:
-            raise OutOfReach(
-                f"allocation {allocation} compares the scores of all layers, and "
-                f"{type(self).__name__} measures them one after the other; use allocation=uniform "
-                "or allocation=per_layer"
-            )
-        self._kept(layers, ratio, allocation)
-
     def allocate(
-        self,
-        layers: Sequence[MoELayer],
-        statistics: StatisticSet,
-        ratio: Ratio,
-        allocation: Allocation,
+        self, layers: Layers, statistics: Statistics, budget: Budget, allocation: Allocation
     ) -> list[int]:
-        """Return how many micro-experts each layer keeps."""
-        return self._kept(layers, ratio, allocation)
+        """Return how many micro-experts each layer keeps: at least one."""
+        shares = removed_shares(layers, budget, allocation)
+        return [_channels_kept(la, share) for la, share in zip(layers, shares, strict=True)]
 
-    def decide(self, layer: MoELayer, statistics: LayerStatistics, share: int) -> Decision:
-        """Keep the highest scores."""
-        spec, solved = narrowed(layer, highest(self.score(layer, statistics), share))
-        return Decision(untouched(layer, spec), solved)
-
-    @staticmethod
-    def _kept(layers: Sequence[MoELayer], ratio: Ratio, allocation: Allocation) -> list[int]:
-        if isinstance(allocation, Uniform):
-            return [_of_layer(layer, ratio) for layer in layers]
-        even, least = [torch.ones(layer.num_experts) for layer in layers], [1] * len(layers)
-        counts = allocation.keep(layers, ratio, even, least)
-        check_kept(layers, counts, least)
-        return [n * la.intermediate_size for n, la in zip(counts, layers, strict=True)]
+    def decide(self, layers: Layers, statistics: Views, counts: Counts) -> list[Decision]:
+        """Keep the highest scores of each layer."""
+        decisions = []
+        for layer, view, num_kept in zip(layers, statistics, counts, strict=True):
+            spec, solved = narrowed(layer, highest(self.score(layer, view), num_kept))
+            decisions.append(Decision(untouched(layer, spec), solved))
+        return decisions
 
 
 def micro_size(layer: MoELayer) -> int:
@@ -81,16 +61,16 @@ def micro_size(layer: MoELayer) -> int:
     return sum(layer.dims.numbers[name] for name in touched) // layer.intermediate_size
 
 
-def _of_layer(layer: MoELayer, ratio: Ratio) -> int:
-    dense, unit = layer.expert_size * layer.num_experts, micro_size(layer)
+def _channels_kept(layer: MoELayer, removed: float) -> int:
+    whole = dense_numbers(layer) / micro_size(layer)
     units = layer.num_experts * layer.intermediate_size
-    kept = units - math.floor(dense * ratio.removed / unit + 1e-9)
-    if kept < 1:
+    num_kept = units_kept(units, removed, whole)
+    if not 1 <= num_kept <= units:
         raise OutOfReach(
-            f"layer {layer.index} cannot lose {ratio.removed:.4g} of its numbers by channels; "
-            f"allowed ratios: 0 to {(units - 1) * unit / dense:.4g}"
+            f"layer {layer.index} cannot lose {removed:.4g} of its numbers by channels; "
+            f"allowed ratios: 0 to {(units - 1) / whole:.4g}"
         )
-    return kept
+    return num_kept
 
 
 def highest(score: Tensor, count: int) -> Tensor:

@@ -2,8 +2,8 @@ import pytest
 import torch
 
 from families import tiny, tokens
-from rerail.compress.base import check, make_plan
-from rerail.compress.templates.skipping import (
+from rerail.compress.base import make_plan
+from rerail.compress.templates.skipper import (
     Skipper,
     below,
     check_fitted,
@@ -97,13 +97,13 @@ def test_the_highest_share_leaves_one_expert_on_any_text():
 def test_shares_that_cannot_be_reached_are_refused():
     model, one = tiny("qwen3_moe", **K), tiny("qwen3_moe", num_experts_per_tok=1)
     with pytest.raises(OutOfReach, match=r"allowed shares: from 0 to 0\.75"):
-        check(NAEESkip(), model.layers, Skip(0.8), Uniform())
+        NAEESkip().check(model.layers, Skip(0.8), Uniform())
     with pytest.raises(OutOfReach, match="keeps one of 1 experts"):
-        check(NAEESkip(), one.layers, Skip(), Uniform())
+        NAEESkip().check(one.layers, Skip(), Uniform())
     with pytest.raises(OutOfReach, match="allocation=uniform"):
-        check(NAEESkip(), model.layers, Skip(), GlobalScore())
+        NAEESkip().check(model.layers, Skip(), GlobalScore())
     with pytest.raises(OutOfReach, match="is swept by skip"):
-        check(NAEESkip(), model.layers, Ratio(0.5), Uniform())
+        NAEESkip().check(model.layers, Ratio(0.5), Uniform())
     with pytest.raises(InputError, match="outside"):
         ODP(protect=1.5)
 

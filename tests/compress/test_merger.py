@@ -5,7 +5,8 @@ import torch
 
 from families import tiny, tokens
 from rerail.compress.base import make_plan
-from rerail.compress.templates.merging import Merger, cosine, group_members, shares_in_group
+from rerail.compress.solvers.grouping import cosine, group_members, shares_in_group
+from rerail.compress.templates.merger import Merger
 from rerail.errors import OutOfReach
 from rerail.methods.hc_smoe import HCSMoE
 from rerail.methods.m_smoe import MSMoE
@@ -67,8 +68,8 @@ def test_no_group_at_all_is_refused() -> None:
 
 
 class PerNothing(Uniform):
-    def keep(self, layers, ratio, scores, least):
-        return [0] * len(layers)
+    def shares(self, layers, removed, least, scores=None):
+        return [1.0] * len(layers)
 
 
 MERGERS = [HCSMoE(), MSMoE(), MSMoE(align="none"), MergeMoE(inputs=48)]

@@ -1,0 +1,140 @@
+"""Quantisers: every expert is kept, as integer codes of few bits. Open: `encode`.
+
+Bits are those of the codes; scales and zeros come on top, as the papers count, and the plan's notes
+give the effective bits with them. The router stays as it is.
+"""
+
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from rerail.compress.base import Compressor, Counts, Decision, Layers, Statistics, Views, untouched
+from rerail.errors import InputError, OutOfReach
+from rerail.experts.base import BankSpec
+from rerail.experts.quantized import DENSE, Bank, Coded, buckets, pack
+from rerail.moe.model import MoELayer
+from rerail.plan.allocation import Allocation, removed_shares
+from rerail.plan.budget import Bits, Budget, numbers_kept
+from rerail.statistics.statistic import LayerStatistics
+
+WIDTHS = (1, 2, 3, 4, 8, DENSE)
+_AT_ONCE = 2**26  # numbers of matrices or moments that are encoded together
+
+
+@dataclass(frozen=True, kw_only=True)
+class Quantiser(Compressor):
+    """Stores every expert in the same bits; a count is the sum of a layer's experts' bits.
+
+    Attributes:
+        run: whether the bank keeps expanded experts in memory or expands them at every forward.
+        group: G, how many numbers along the input axis share a scale and a zero.
+    """
+
+    run: Literal["materialised", "lazy"] = "materialised"
+    group: int = 128
+
+    paradigm: ClassVar[str] = "quantisation"
+    budget: ClassVar[type[Budget]] = Bits
+    allocations: ClassVar[Literal["any", "fixed", "uniform"]] = "uniform"
+
+    def __post_init__(self) -> None:
+        if self.group < 1:
+            raise InputError(f"compressor.group={self.group} must be at least 1")
+
+    @abstractmethod
+    def encode(self, stack: Tensor, moment: Tensor | None, bits: int) -> Coded:
+        """Return codes, scales and zeros.
+
+        Args:
+            stack: (n, out, in) matrices; scales and zeros are rounded to their dtype.
+            moment: (n, in, in) sums of x x^T over the inputs x of each, where `moments` gives any.
+            bits: of the codes, below 16.
+        """
+
+    def moments(self, layer: MoELayer, statistics: LayerStatistics) -> Mapping[str, Tensor]:
+        """Return second moments (E, in, in) for gate, up and down; none by default."""
+        return {}
+
+    def remarks(self, layer: MoELayer, statistics: LayerStatistics) -> tuple[str, ...]:
+        """Return what the plan's notes should say about a layer; nothing by default."""
+        return ()
+
+    def allocate(
+        self, layers: Layers, statistics: Statistics, budget: Budget, allocation: Allocation
+    ) -> list[int]:
+        """Return the bits that the experts of each layer share: a width that can be packed each."""
+        for share in (shares := removed_shares(layers, budget, allocation)):
+            if round(average := DENSE * (1 - share), 9) not in WIDTHS:
+                raise OutOfReach(
+                    f"{type(self).__name__} cannot reach an average of {average:g} bits: it gives "
+                    "every expert the same; allowed averages: 1, 2, 3, 4, 8 (16 changes nothing)"
+                )
+        return layer_bits(layers, shares)
+
+    def decide(self, layers: Layers, statistics: Views, counts: Counts) -> list[Decision]:
+        """Encode each layer's experts in the same bits."""
+        decisions = []
+        for layer, view, max_bits in zip(layers, statistics, counts, strict=True):
+            bits = (max_bits // layer.num_experts,) * layer.num_experts
+            decisions.append(quantised(layer, view, bits, self, self.run))
+        return decisions
+
+
+def layer_bits(layers: Layers, shares: Sequence[float]) -> list[int]:
+    """Return the sum of the bits that the experts of each layer may have, rounded down."""
+    return [numbers_kept(DENSE * la.num_experts, s) for la, s in zip(layers, shares, strict=True)]
+
+
+def quantised(
+    layer: MoELayer,
+    statistics: LayerStatistics,
+    bits: tuple[int, ...],
+    quantiser: Quantiser,
+    run: str,
+) -> Decision:
+    """Return the decision that stores expert e in bits[e], encoded by a quantiser."""
+    spec = BankSpec(
+        "quantized", len(bits), (), {"bits": bits, "group": quantiser.group}, {"run": run}
+    )
+    moments, solved = quantiser.moments(layer, statistics), dict[str, Tensor]()
+    for name, stack in layer.stack()._asdict().items():
+        for width, experts in buckets(spec).items():
+            parts = _encoded(quantiser, stack.detach(), moments.get(name), width, experts)
+            solved |= {f"{name}.b{width}.{part}": t for part, t in parts.items()}
+    size = f"{sum(bits) / len(bits):.4g} bits a number, {effective_bits(spec, layer):.6g}"
+    remarks = (f"{size} with scales and zeros of 16", *quantiser.remarks(layer, statistics))
+    notes = tuple(f"layer {layer.index}: {remark}" for remark in remarks)
+    return Decision(untouched(layer, spec), solved, notes)
+
+
+def _encoded(
+    quantiser: Quantiser,
+    stack: Tensor,
+    moment: Tensor | None,
+    bits: int,
+    experts: Sequence[int],
+) -> dict[str, Tensor]:
+    """Return the packed tensors of the experts that have these bits, a few experts at a time."""
+    if bits == DENSE:
+        return {"dense": stack[torch.tensor(experts)].clone()}
+    out, inner = stack.shape[1:]
+    few = max(1, _AT_ONCE // (inner * (out if moment is None else max(out, inner))))
+    done = []
+    for some in torch.split(torch.tensor(experts), few):
+        inputs = None if moment is None else moment[some].to(stack.device)
+        codes, scale, zero = quantiser.encode(stack[some], inputs, bits)
+        done.append((pack(codes.flatten(-2), bits), scale, zero))
+    codes, scale, zero = (torch.cat(parts) for parts in zip(*done, strict=True))
+    return {"codes": codes, "scale": scale} | ({"zero": zero} if bits > 1 else {})
+
+
+def effective_bits(spec: BankSpec, layer: MoELayer) -> float:
+    """Return bits for each number of a matrix, scales and zeros (16 bits each) included."""
+    counted = Bank.predicted_bits(spec, layer.index, layer.dims, 16)
+    solved = Bank.shapes(spec, layer.dims)
+    weights = 3 * layer.num_experts * layer.hidden_size * layer.intermediate_size
+    return sum(counted[layer.index, name] for name in solved) / weights
