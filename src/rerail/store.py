@@ -60,7 +60,8 @@ def read(path: Path, version: str = "") -> Artefact | None:
     try:
         data, seal, made_by = content["data"], content["tensors"], content["version"]
     except (KeyError, TypeError):
-        return _damaged(path)
+        _warn_of_damage(path)
+        return None
     if made_by != version:
         log.info("%s was made by other code and will be made again", path)
         return None
@@ -70,7 +71,8 @@ def read(path: Path, version: str = "") -> Artefact | None:
 
     beside = path.with_suffix(".safetensors")
     if not beside.exists() or file_digest(beside) != seal:
-        return _damaged(beside)
+        _warn_of_damage(beside)
+        return None
     return Artefact(data, load_file(beside))
 
 
@@ -115,7 +117,7 @@ def is_sound(path: Path) -> bool:
         return False
     if file_digest(path) in _seals(path):
         return True
-    _damaged(path)
+    _warn_of_damage(path)
     return False
 
 
@@ -148,8 +150,9 @@ def _read_sealed(path: Path) -> Any | None:
         return None
     except (ValueError, KeyError, TypeError):
         pass
-    return _damaged(path)
+    _warn_of_damage(path)
+    return None
 
 
-def _damaged(path: Path) -> None:
+def _warn_of_damage(path: Path) -> None:
     log.warning("%s is damaged (its hash does not match) and will be made again", path)
