@@ -13,8 +13,7 @@ from rerail.moe.model import MoEModel
 from rerail.plan.allocation import Uniform
 from rerail.plan.budget import Bits, Budget, Ratio, Skip
 from rerail.statistics.collect import collect
-from rerail.statistics.statistic import Statistic, StatisticSet
-from rerail.statistics.store import merge_sets
+from rerail.statistics.statistic import Statistic, StatisticSet, merge_sets
 
 SHORT = (1, 32)  # sequences and tokens of the text for the passes that cost many forwards
 BUDGETS: dict[type, Budget] = {Ratio: Ratio(0.5), Bits: Bits(3), Skip: Skip(0.25)}

@@ -8,8 +8,7 @@ from rerail.plan.apply import apply_plan
 from rerail.plan.plan import Plan
 from rerail.statistics.collect import Batch, Progress, collect
 from rerail.statistics.original import OriginalRows
-from rerail.statistics.statistic import Statistic, StatisticSet
-from rerail.statistics.store import merge_sets
+from rerail.statistics.statistic import Statistic, StatisticSet, merge_sets
 
 
 def sequential(

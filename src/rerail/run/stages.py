@@ -19,15 +19,15 @@ from rerail.evaluate.perplexity import BlockScores, score_blocks
 from rerail.evaluate.routing import Routing, changed, load_by_expert
 from rerail.files import cache_dir, read_sealed, write_sealed
 from rerail.moe.model import MoEModel
-from rerail.parallel import alone, first, is_first, kept
+from rerail.parallel import alone, kept
 from rerail.plan.apply import apply_plan
 from rerail.plan.plan import Plan
 from rerail.run.artefacts import Stage, peak_memory, saved, start_peak
 from rerail.run.cell import Cell
 from rerail.run.progress import Steps, bar
+from rerail.statistics.cached import cached_statistics
 from rerail.statistics.collect import collect
 from rerail.statistics.statistic import Statistic, StatisticSet
-from rerail.statistics.store import StatisticStore, merge_sets
 from rerail.teacher.teacher import CachedTeacher, LiveTeacher, Teacher, cached_states, speak
 from rerail.text.calibration import TokenBlocks
 
@@ -44,16 +44,12 @@ def statistics(
     In a group of processes all collect, and the first one has them all.
     """
     key = cell.key_of(model, blocks.fingerprint)
-    store = StatisticStore(cache_dir() / "statistics", key)
-    held, missing = store.load(wanted) if is_first() else (StatisticSet(), [])
-    missing = first(lambda: missing)
-    if not missing:
-        return held
     batches = list(blocks.batches(cell.evaluation.batch_size))
-    fresh = collect(model, batches, missing, bar("statistics"))
-    if is_first():
-        store.save(fresh, missing)
-    return merge_sets([held, fresh])
+
+    def measure(missing: Sequence[Statistic]) -> StatisticSet:
+        return collect(model, batches, missing, bar("statistics"))
+
+    return cached_statistics(cache_dir() / "statistics" / key, wanted, measure)
 
 
 def plan(

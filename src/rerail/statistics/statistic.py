@@ -205,6 +205,15 @@ class StatisticSet:
         )
 
 
+def merge_sets(sets: Iterable[StatisticSet]) -> StatisticSet:
+    """Return one set of the different statistics of several sets of the same layers and text."""
+    tensors: dict[int, dict[str, Tensor]] = {}
+    for part in sets:
+        for index, of_layer in part.tensors.items():
+            tensors.setdefault(index, {}).update(of_layer)
+    return StatisticSet(tensors)
+
+
 class LayerStatistics(Mapping[Statistic, Tensor]):
     """The declared statistics of one layer; reading another one raises."""
 
