@@ -24,7 +24,7 @@ from rerail.statistics.collect import collect
 from rerail.statistics.gate_ratios import GateTails
 from rerail.statistics.gradients import Fisher
 from rerail.statistics.segments import Segments
-from rerail.teacher.teacher import CachedTeacher, speak
+from rerail.teacher.hidden_states import CachedTeacher, final_hidden_states
 from students import blocks, merged
 
 # 18 of 24 blocks train; the last optimiser step has one batch only
@@ -52,7 +52,7 @@ def fitted(
     """Return what a repair did."""
     teacher, text = tiny("qwen3_moe"), blocks()
     before = [p.clone() for p in teacher.model.parameters()]
-    states = CachedTeacher(speak_alone(teacher, text))
+    states = CachedTeacher(hidden_states_alone(teacher, text))
     student = make(teacher)
     trainer = {"accelerator": "cpu", "enable_progress_bar": False, "strategy": strategy}
     trainer["callbacks"] = list(callbacks)
@@ -66,7 +66,7 @@ def fitted(
     return {"curve": done.curve, "best_step": done.best_step, "after": done.after}
 
 
-def speak_alone(teacher: MoEModel, text: Any) -> torch.Tensor:
+def hidden_states_alone(teacher: MoEModel, text: Any) -> torch.Tensor:
     """Return all states, computed by this process."""
     with torch.no_grad():
         return torch.cat([teacher.hidden(ids, mask) for ids, mask in text.batches(6)])
@@ -149,7 +149,7 @@ def measures(folder: Path) -> dict[str, Any]:
         "rank": joined()[0],
         "statistics": dict(filled.tensors),
         "one batch": dict(one_batch.tensors),
-        "states": speak(model, text),
+        "states": final_hidden_states(model, text),
         "nll": student.nll,
         "kl": student.kl,
         "agree": student.agree,

@@ -52,7 +52,7 @@ from rerail.plan.budget import Bits, Budget, Ratio, Sizes, Skip
 from rerail.plan.plan import Plan
 from rerail.statistics.collect import collect
 from rerail.statistics.statistic import LayerStatistics, StatisticSet
-from rerail.teacher.teacher import LiveTeacher
+from rerail.teacher.hidden_states import LiveTeacher
 
 GOLDEN = Path(__file__).parent / "golden"
 

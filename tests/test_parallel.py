@@ -12,7 +12,7 @@ from rerail import parallel
 from rerail.errors import InputError
 from rerail.evaluate.perplexity import score_blocks
 from rerail.statistics.collect import collect
-from rerail.teacher.teacher import speak
+from rerail.teacher.hidden_states import final_hidden_states
 from students import merged
 from together import together
 
@@ -177,7 +177,7 @@ def test_scores_and_teacher_states_of_two_processes_are_those_of_one_to_the_bit(
     teacher = score_blocks(model, text)
     scores = score_blocks(merged(model), text, teacher.hidden)
     assert float(scores.kl.sum()) > 0
-    assert torch.equal(measured[0]["states"], speak(model, text))
+    assert torch.equal(measured[0]["states"], final_hidden_states(model, text))
     for process in measured:
         assert torch.equal(process["hidden"], teacher.hidden)
         for name in ("nll", "kl", "agree", "tokens"):

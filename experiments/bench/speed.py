@@ -42,7 +42,7 @@ from rerail.statistics.routed import (
 from rerail.statistics.similarity import LogitGram
 from rerail.statistics.statistic import Statistic
 from rerail.teacher.kl import Head, chunked_kl
-from rerail.teacher.teacher import CachedTeacher, LiveTeacher, speak
+from rerail.teacher.hidden_states import CachedTeacher, LiveTeacher, final_hidden_states
 
 MOMENTS = (Count(), *(Moment(a, p) for a in range(3) for p in range(3)))
 ASKED: dict[str, tuple[tuple[Statistic, ...], float]] = {
@@ -169,7 +169,10 @@ def router_kd_rows(
     """The floor of a step: teacher (live) or its head (cached), and the student there and back."""
     batch = text(teacher, size)
     student = reap_student(teacher, batch)
-    sources = {"live": LiveTeacher(teacher), "cached": CachedTeacher(speak(teacher, [batch]))}
+    sources = {
+        "live": LiveTeacher(teacher),
+        "cached": CachedTeacher(final_hidden_states(teacher, [batch])),
+    }
     plain = torch.no_grad()(lambda model: model.model(input_ids=batch[0], use_cache=False))
     with masters(student, "router_rows") as trained:
         work: dict[str, Any] = {

@@ -13,7 +13,7 @@ from rerail.errors import InputError
 from rerail.files import digest
 from rerail.plan.apply import apply_plan
 from rerail.plan.plan import Plan
-from rerail.teacher.teacher import CachedTeacher, LiveTeacher, speak
+from rerail.teacher.hidden_states import CachedTeacher, LiveTeacher, final_hidden_states
 from students import blocks, masked, merged, sliced
 
 QUIET = {"accelerator": "cpu", "enable_progress_bar": False}
@@ -138,7 +138,7 @@ def test_steps_are_counted_as_the_optimiser_makes_them():
 
 def test_a_cached_teacher_teaches_what_the_live_one_does():
     teacher, text = tiny("qwen3_moe"), blocks()
-    cached = CachedTeacher(speak(teacher, list(text.batches(6))))
+    cached = CachedTeacher(final_hidden_states(teacher, list(text.batches(6))))
     fits = [fit(merged(teacher), source) for source in (cached, LiveTeacher(teacher))]
     for a, b in zip(*(done.curve for done in fits), strict=True):
         assert a == pytest.approx(b, rel=1e-5)

@@ -14,9 +14,10 @@ from checkpoints import checkpoint
 from families import tiny
 from rerail.config.presets import config_root
 from rerail.errors import InputError, OutOfReach
-from rerail.run import artefacts, stages
 from rerail.run import pipeline as runner
+from rerail.run import stages
 from rerail.run.compose import to_cell
+from rerail.run.status import Status
 
 SAME = ("host", "time", "seconds", "evaluation_seconds", "peak_memory", "revision")
 
@@ -82,7 +83,7 @@ STEPS += ["evaluate repaired", "done"]
 def test_a_run_killed_at_any_step_ends_with_the_same_numbers(cell, tmp_path, monkeypatch, step):
     undisturbed = comparable(runner.run_cell(cell(), tmp_path / "whole"))
     monkeypatch.setenv("RERAIL_CACHE", str(tmp_path / "cache2"))
-    write = artefacts.Status.write
+    write = Status.write
 
     def die(self, state, stage="", reason=""):
         write(self, state, stage, reason)
@@ -90,7 +91,7 @@ def test_a_run_killed_at_any_step_ends_with_the_same_numbers(cell, tmp_path, mon
             raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr(artefacts.Status, "write", die)
+        patch.setattr(Status, "write", die)
         with pytest.raises(Killed):
             runner.run_cell(cell(), tmp_path / "out")
     assert comparable(runner.run_cell(cell(), tmp_path / "out")) == undisturbed

@@ -26,7 +26,7 @@ from rerail.errors import InputError
 from rerail.files import digest
 from rerail.moe.model import MoEModel
 from rerail.parallel import barrier, first, is_first, join, joined
-from rerail.teacher.teacher import Teacher
+from rerail.teacher.hidden_states import Teacher
 from rerail.text.calibration import TokenBlocks
 
 log = logging.getLogger(__name__)

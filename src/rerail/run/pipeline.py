@@ -15,12 +15,12 @@ from rerail.moe.model import MoEModel
 from rerail.parallel import alone, check_processes, first, is_first, join, world
 from rerail.plan.apply import apply_plan
 from rerail.run import stages
-from rerail.run.artefacts import Status
 from rerail.run.cell import Cell
 from rerail.run.mirror import Live, Mirror
 from rerail.run.progress import told_to
 from rerail.run.results import Row, read_rows, write_rows
 from rerail.run.rows import failed_row, provenance, recovery_columns, stage_row
+from rerail.run.status import Status
 from rerail.text.calibration import TokenBlocks, check_vocabulary
 
 log = logging.getLogger(__name__)
