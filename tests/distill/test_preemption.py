@@ -151,7 +151,7 @@ def test_a_checkpoint_that_cannot_be_written_keeps_no_job_from_its_requeue(
     def full(path):
         raise OSError("no space left")
 
-    monkeypatch.setattr(preemption, "whole_file", full)
+    monkeypatch.setattr(preemption, "sealed_file", full)
     with pytest.raises(Preempted):
         fit(tmp_path, Signal(0))
     assert "was not written" in caplog.text
