@@ -239,3 +239,13 @@ def test_what_cannot_be_exported_is_refused_before_the_repair(cell, tmp_path, mo
     monkeypatch.setattr(stages, "repair", lambda *_: 1 / 0)
     with pytest.raises(InputError, match="densify"):
         runner.run_cell(cell("export=native", "compressor=hc_smoe"), tmp_path / "out")
+
+
+def test_a_cell_of_other_code_is_made_again(cell, tmp_path, monkeypatch, caplog):
+    before = comparable(runner.run_cell(cell(), tmp_path / "out"))
+    monkeypatch.setattr("rerail.run.cell.version_of", lambda *_: "mended")
+    assert comparable(runner.run_cell(cell(), tmp_path / "out")) == before
+    assert "is made again" in caplog.text
+    caplog.clear()
+    runner.run_cell(cell(), tmp_path / "out")
+    assert "is made again" not in caplog.text

@@ -17,7 +17,7 @@ from rerail.distill.points import Points
 from rerail.distill.repair import put_rows, repair
 from rerail.evaluate.perplexity import BlockScores, score_blocks
 from rerail.evaluate.routing import Routing, changed, load_by_expert
-from rerail.files import cache_dir, read_sealed, write_sealed
+from rerail.files import cache_dir
 from rerail.moe.model import MoEModel
 from rerail.parallel import alone, kept
 from rerail.plan.apply import apply_plan
@@ -28,7 +28,7 @@ from rerail.run.progress import Steps, bar
 from rerail.statistics.cached import cached_statistics
 from rerail.statistics.collect import collect
 from rerail.statistics.statistic import Statistic, StatisticSet
-from rerail.store import Artefact, get
+from rerail.store import Artefact, get, read, write
 from rerail.teacher.hidden_states import CachedTeacher, LiveTeacher, Teacher, final_hidden_states
 from rerail.text.calibration import TokenBlocks
 
@@ -57,12 +57,12 @@ def plan(
     """Return the plan, read or made, and what making it cost (statistics included)."""
     path, beside = folder / "plan.json", folder / "plan.cost.json"
 
-    def read() -> tuple[Plan, dict[str, Any]] | None:
-        held, cost = Plan.load(path), read_sealed(beside)
-        if held is None or cost is None:
+    def stored() -> tuple[Plan, dict[str, Any]] | None:
+        plan, cost = Plan.load(path), read(beside)
+        if plan is None or cost is None:
             return None
-        held.validate(model.layers)
-        return held, cost
+        plan.validate(model.layers)
+        return plan, cost.data
 
     def make() -> tuple[Plan | None, dict[str, Any]]:
         start_peak()
@@ -70,16 +70,16 @@ def plan(
         made = _made_plan(cell, model, blocks)
         return made, {"seconds": time.perf_counter() - start, "peak_memory": peak_memory()}
 
-    def write(found: tuple[Plan | None, dict[str, Any]]) -> tuple[Plan, dict[str, Any]]:
-        made, cost = found
-        assert made is not None  # on the first process
-        made.save(path)
-        for note in made.lineage.get("notes", ()):
+    def put(made: tuple[Plan | None, dict[str, Any]]) -> tuple[Plan, dict[str, Any]]:
+        plan, cost = made
+        assert plan is not None  # on the first process
+        plan.save(path)
+        for note in plan.lineage.get("notes", ()):
             log.warning("%s", note)
-        write_sealed(beside, cost)
-        return made, cost
+        write(beside, Artefact(cost))
+        return plan, cost
 
-    return kept(read, make, write)
+    return kept(stored, make, put)
 
 
 def _made_plan(cell: Cell, model: MoEModel, blocks: TokenBlocks) -> Plan | None:
