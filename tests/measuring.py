@@ -8,7 +8,6 @@ from rerail.statistics.collect import Batch
 from rerail.statistics.dense import OutputSum, TokenCount
 from rerail.statistics.moments import (
     InputMoment,
-    LayerMoment,
     MiddleEnergy,
     MiddleMoment,
     MiddlePeak,
@@ -35,7 +34,6 @@ ROUTED = (
     OutputSquares(),
     GatedOutput(2),
     InputMoment(),
-    LayerMoment(),
     MiddleMoment(),
     MiddleMoment(2),
     MiddleEnergy(),

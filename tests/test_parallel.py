@@ -142,7 +142,7 @@ def same_statistics(found, alone):
         for statistic in STATISTICS:
             ours, theirs = found[index][statistic.name], tensors[statistic.name]
             assert ours.dtype == theirs.dtype
-            kinds.add((statistic.merge, ours.dtype))
+            kinds.add((statistic.merges_by, ours.dtype))
             if statistic.merge != "add" or ours.dtype == torch.int64:
                 assert torch.equal(ours, theirs), statistic.name
             elif ours.dtype == torch.float64:

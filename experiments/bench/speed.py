@@ -16,15 +16,14 @@ from rerail.distill.router_distillation import RouterDistillation
 from rerail.distill.settings import RouterKD
 from rerail.methods.reap import MomentScore
 from rerail.moe.model import MoEModel
-from rerail.statistics.ablation import LossIncrease
+from rerail.statistics.ablation_pass import LossIncrease
+from rerail.statistics.backward_pass import Fisher
 from rerail.statistics.collect import collect
 from rerail.statistics.dense import OutputSum, TokenCount
 from rerail.statistics.gate_ratios import GateTails
-from rerail.statistics.gradients import Fisher
 from rerail.statistics.mass import RouterMass
 from rerail.statistics.moments import (
     InputMoment,
-    LayerMoment,
     MiddleEnergy,
     MiddleMoment,
     MiddlePeak,
@@ -41,8 +40,8 @@ from rerail.statistics.routed import (
 )
 from rerail.statistics.similarity import LogitGram
 from rerail.statistics.statistic import Statistic
-from rerail.teacher.kl import Head, chunked_kl
 from rerail.teacher.hidden_states import CachedTeacher, LiveTeacher, final_hidden_states
+from rerail.teacher.kl import Head, chunked_kl
 
 MOMENTS = (Count(), *(Moment(a, p) for a in range(3) for p in range(3)))
 ASKED: dict[str, tuple[tuple[Statistic, ...], float]] = {
@@ -57,7 +56,6 @@ UNION: tuple[Statistic, ...] = (
     OutputSquares(),
     GatedOutput(2),
     InputMoment(),
-    LayerMoment(),
     MiddleMoment(),
     MiddleEnergy(),
     MiddlePeak(),

@@ -13,8 +13,8 @@ from rerail.plan.allocation import Uniform
 from rerail.plan.apply import apply_plan
 from rerail.plan.budget import Ratio, Sizes
 from rerail.plan.plan import Plan
+from rerail.statistics.backward_pass import Fisher
 from rerail.statistics.collect import collect
-from rerail.statistics.gradients import Fisher
 from rerail.statistics.routed import Count
 from rerail.statistics.statistic import StatisticSet
 

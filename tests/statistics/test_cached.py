@@ -11,10 +11,10 @@ import torch
 from families import tiny
 from measuring import batches, everything
 from rerail import code_version
-from rerail.statistics.ablation import LossIncrease
+from rerail.statistics.ablation_pass import LossIncrease
+from rerail.statistics.backward_pass import Fisher
 from rerail.statistics.cached import cached_statistics
 from rerail.statistics.collect import collect
-from rerail.statistics.gradients import Fisher
 from rerail.statistics.routed import Count, GatedOutput, Moment
 from rerail.statistics.rows import Rows
 from rerail.statistics.statistic import Statistic, StatisticSet, merge_sets
@@ -145,7 +145,7 @@ class {name}(RoutedStatistic):
     def empty(self, layer):
         return torch.zeros(layer.num_experts, dtype=torch.float64)
 
-    def of(self, tokens):
+    def measure(self, tokens):
         return tokens.sum_by_expert(tokens.gates.float() ** {power})
 '''
 

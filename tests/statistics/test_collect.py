@@ -11,10 +11,10 @@ from rerail.methods.hc_smoe import HCSMoE
 from rerail.plan.allocation import Uniform
 from rerail.plan.apply import apply_plan
 from rerail.plan.budget import Ratio
-from rerail.statistics.ablation import LossIncrease
+from rerail.statistics.ablation_pass import LossIncrease
+from rerail.statistics.backward_pass import Fisher
 from rerail.statistics.collect import collect
 from rerail.statistics.dense import OutputSum, TokenCount
-from rerail.statistics.gradients import Fisher
 from rerail.statistics.moments import InputMoment, MiddleMoment, MiddlePeak
 from rerail.statistics.routed import Count, GatedOutput, MaxOutput, Moment
 from rerail.statistics.statistic import Statistic, StatisticSet
@@ -119,7 +119,7 @@ def test_shards_merge_to_one_pass(family: str) -> None:
     whole = collect(model, all_batches, wanted)
     first = collect(model, all_batches[:1], wanted)
     second = collect(model, all_batches[1:], wanted, first=all_batches[0][0].numel())
-    for merged in (first.merged(second, wanted), second.merged(first, wanted)):
+    for merged in (first.merge(second, wanted), second.merge(first, wanted)):
         for index, held in whole.tensors.items():
             for name, tensor in held.items():
                 other = merged.tensors[index][name]
@@ -130,7 +130,7 @@ def test_shards_merge_to_one_pass(family: str) -> None:
 
 def test_shuffled_batches_change_no_sum() -> None:
     model, all_batches = tiny("qwen3_moe"), batches()
-    wanted = [s for s in everything("qwen3_moe") if s.merge != "rows"]
+    wanted = [s for s in everything("qwen3_moe") if s.merges_by != "rows"]
     forward = collect(model, all_batches, wanted)
     backward = collect(model, all_batches[::-1], wanted)
     for index, held in forward.tensors.items():

@@ -57,6 +57,6 @@ def test_shards_add_up():
     parts = [collect(model, [b], [one]) for b in batches(2)]
     merged: StatisticSet = parts[0]
     for part in parts[1:]:
-        merged = merged.merged(part, [one])
+        merged = merged.merge(part, [one])
     assert int((merged.tensors[1]["gate_tails"] - whole.tensors[1]["gate_tails"]).abs().sum()) <= 2
     assert merged.tensors[1]["gate_tails"].sum() == whole.tensors[1]["gate_tails"].sum()

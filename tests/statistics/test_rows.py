@@ -51,7 +51,7 @@ def test_any_cut_of_the_text_keeps_the_same_rows(size: int) -> None:
         first += batch[0].numel()
     merged = shards[-1]
     for shard in shards[-2::-1]:
-        merged = shard.merged(merged, [statistic])
+        merged = shard.merge(merged, [statistic])
     for i, held in whole.tensors.items():
         rows = merged.tensors[i]["rows_13"]
         assert keys_of(rows) == keys_of(held["rows_13"])
@@ -78,7 +78,7 @@ def test_keys_of_far_positions_survive_float32() -> None:
     position = torch.tensor([0, 1, 2**31, 2**40 + 3])
     hidden = torch.arange(4.0).unsqueeze(1)
     index = torch.zeros(4, 1, dtype=torch.int64)
-    rows = Rows(4).of(
+    rows = Rows(4).measure(
         RoutedTokens(hidden=hidden, index=index, gates=hidden, position=position, num_experts=1)
     )
     expected = sorted((key(p), float(i)) for i, p in enumerate(position.tolist()))

@@ -7,7 +7,7 @@ from rerail.statistics.statistic import RoutedTokens, Statistic, StatisticSet, U
 
 
 class Largest(Count):
-    merge = "max"
+    merges_by = "max"
 
 
 def test_only_declared_statistics_can_be_read() -> None:
@@ -24,8 +24,8 @@ def test_only_declared_statistics_can_be_read() -> None:
 def test_shards_merge_by_the_statistics_own_rule() -> None:
     a = StatisticSet({0: {"count": torch.tensor([1, 5])}})
     b = StatisticSet({0: {"count": torch.tensor([4, 2])}})
-    assert a.merged(b, [Count()]).tensors[0]["count"].tolist() == [5, 7]
-    assert a.merged(b, [Largest()]).tensors[0]["count"].tolist() == [4, 5]
+    assert a.merge(b, [Count()]).tensors[0]["count"].tolist() == [5, 7]
+    assert a.merge(b, [Largest()]).tensors[0]["count"].tolist() == [4, 5]
 
 
 def test_names_and_identities_include_the_settings() -> None:
@@ -60,5 +60,5 @@ def test_values_are_added_up_by_slot_in_float64() -> None:
 
 
 def test_a_moment_asks_for_outputs_only_where_the_norm_enters() -> None:
-    assert Moment(2, 0).asks() == frozenset()
-    assert Moment(0, 1).asks() == {"outputs"}
+    assert Moment(2, 0).needed() == frozenset()
+    assert Moment(0, 1).needed() == {"outputs"}

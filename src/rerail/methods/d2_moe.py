@@ -34,7 +34,7 @@ from rerail.compress.solvers.whitening import low_rank, refitted, stack_rows
 from rerail.compress.templates.factoring import Integers, RankFactoriser, Ranks, dense_numbers
 from rerail.experts.base import BankSpec
 from rerail.moe.model import MoELayer
-from rerail.statistics.gradients import Fisher
+from rerail.statistics.backward_pass import Fisher
 from rerail.statistics.moments import MiddleMoment
 from rerail.statistics.routed import Count
 from rerail.statistics.statistic import LayerStatistics, Statistic

@@ -37,7 +37,7 @@ from rerail.compress.templates.sequence import Chain
 from rerail.experts.base import BankSpec
 from rerail.moe.model import MoELayer
 from rerail.plan.plan import Plan
-from rerail.statistics.ablation import LossIncrease
+from rerail.statistics.ablation_pass import LossIncrease
 from rerail.statistics.statistic import LayerStatistics, Statistic
 
 

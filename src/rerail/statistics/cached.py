@@ -26,9 +26,10 @@ def cached_statistics(
         statistics: what is wanted; duplicates count once.
         measure: makes and returns statistics.
     """
-    stored = _stored(folder, statistics) if is_first() else {}
-    missing = first(lambda: [s for s, found in stored.items() if found is None])
-    sets = [found for found in stored.values() if found is not None]
+    wanted = dict.fromkeys(statistics)
+    stored = {s: _read(folder, s) for s in wanted} if is_first() else {}
+    missing = first(lambda: [s for s, stored_set in stored.items() if stored_set is None])
+    sets = [stored_set for stored_set in stored.values() if stored_set is not None]
     if missing:
         fresh = measure(missing)
         if is_first():
@@ -36,10 +37,6 @@ def cached_statistics(
                 _write(folder, statistic, fresh)
         sets.append(fresh)
     return merge_sets(sets)
-
-
-def _stored(folder: Path, statistics: Sequence[Statistic]) -> dict[Statistic, StatisticSet | None]:
-    return {s: _read(folder, s) for s in dict.fromkeys(statistics)}
 
 
 def _read(folder: Path, statistic: Statistic) -> StatisticSet | None:

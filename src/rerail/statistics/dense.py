@@ -22,7 +22,7 @@ class OutputSum(DenseStatistic):
         """Return float64 zeros (E, H)."""
         return torch.zeros(layer.num_experts, layer.hidden_size, dtype=torch.float64)
 
-    def of(self, expert: int, hidden: Tensor, output: Tensor) -> Tensor:
+    def measure(self, expert: int, hidden: Tensor, output: Tensor) -> Tensor:
         """Add up one expert's outputs: (H,)."""
         return output.sum(dim=0, dtype=torch.float64)
 
@@ -40,6 +40,6 @@ class TokenCount(DenseStatistic):
         """Return int64 zeros (E,)."""
         return torch.zeros(layer.num_experts, dtype=torch.int64)
 
-    def of(self, expert: int, hidden: Tensor, output: Tensor) -> Tensor:
+    def measure(self, expert: int, hidden: Tensor, output: Tensor) -> Tensor:
         """Return this batch's tokens."""
         return torch.tensor(len(hidden))

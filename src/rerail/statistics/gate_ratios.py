@@ -28,7 +28,7 @@ class GateTails(RoutedStatistic):
         """Return int64 zeros (BINS,)."""
         return torch.zeros(BINS, dtype=torch.int64)
 
-    def of(self, tokens: RoutedTokens) -> Tensor:
+    def measure(self, tokens: RoutedTokens) -> Tensor:
         """Count this batch."""
         found = tails(tokens.gates).flatten()
         lower = found[torch.isfinite(found)]

@@ -3,15 +3,14 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
-from rerail.moe.model import MoELayer
-from rerail.statistics.statistic import Need, RoutedStatistic, RoutedTokens
+from rerail.statistics.routed import SlotScalars
+from rerail.statistics.statistic import Need, RoutedTokens
 
 
 @dataclass(frozen=True)
-class RouterMass(RoutedStatistic):
+class RouterMass(SlotScalars):
     """sum over X_e of p_e, p = softmax over all E router logits. float64 (E,)."""
 
     needs: ClassVar[frozenset[Need]] = frozenset({"logits"})
@@ -21,11 +20,7 @@ class RouterMass(RoutedStatistic):
         """`router_mass`."""
         return "router_mass"
 
-    def empty(self, layer: MoELayer) -> Tensor:
-        """Return float64 zeros (E,)."""
-        return torch.zeros(layer.num_experts, dtype=torch.float64)
-
-    def of(self, tokens: RoutedTokens) -> Tensor:
+    def measure(self, tokens: RoutedTokens) -> Tensor:
         """Add up this batch."""
         assert tokens.logits is not None
         share = tokens.logits.float().softmax(dim=-1)

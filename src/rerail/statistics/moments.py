@@ -27,19 +27,19 @@ class Grams(RoutedStatistic):
     def shape(self, tokens: RoutedTokens) -> tuple[int, ...]:
         """Return the shape of a share."""
 
-    def of(self, tokens: RoutedTokens) -> Tensor:
+    def measure(self, tokens: RoutedTokens) -> Tensor:
         """Add up this batch."""
-        return self.taken(torch.zeros(*self.shape(tokens), dtype=torch.float64), tokens)
+        return self.update(torch.zeros(*self.shape(tokens), dtype=torch.float64), tokens)
 
-    def taken(self, held: Tensor, tokens: RoutedTokens) -> Tensor:
-        """Add this batch to `held`, in place."""
-        rows = held if held.dim() == 3 else held.unsqueeze(0)
-        width = held.shape[-1]
+    def update(self, state: Tensor, tokens: RoutedTokens) -> Tensor:
+        """Add this batch to `state`, in place."""
+        rows = state if state.dim() == 3 else state.unsqueeze(0)
+        width = state.shape[-1]
         product = tokens.hidden.new_empty(width, width, dtype=torch.float32)
         for e, vectors in self.rows(tokens):
             torch.mm(vectors.T, vectors, out=product)
-            rows[e] += product.to(held.device)
-        return held
+            rows[e] += product.to(state.device)
+        return state
 
     def is_finite(self, tensor: Tensor) -> bool:
         """Look at the diagonal: it is not finite where any entry is not."""
@@ -69,29 +69,6 @@ class InputMoment(Grams):
         """Yield each slot's inputs."""
         for e, chosen, _ in tokens.by_expert():
             yield e, tokens.hidden[chosen].float()
-
-
-@dataclass(frozen=True)
-class LayerMoment(Grams):
-    """sum over all tokens of x x^T. float64 (H, H)."""
-
-    @property
-    def name(self) -> str:
-        """`layer_moment`."""
-        return "layer_moment"
-
-    def empty(self, layer: MoELayer) -> Tensor:
-        """Return float64 zeros (H, H)."""
-        return torch.zeros(layer.hidden_size, layer.hidden_size, dtype=torch.float64)
-
-    def shape(self, tokens: RoutedTokens) -> tuple[int, ...]:
-        """Return (H, H)."""
-        h = tokens.hidden.shape[1]
-        return h, h
-
-    def rows(self, tokens: RoutedTokens) -> Iterator[tuple[int, Tensor]]:
-        """Yield all inputs."""
-        yield 0, tokens.hidden.float()
 
 
 @dataclass(frozen=True)
@@ -125,7 +102,7 @@ class MiddleMoment(Grams):
             yield e, g * middle if self.gate_power else middle
 
 
-class _Channels(RoutedStatistic):
+class SlotChannels(RoutedStatistic):
     """One float64 a slot and channel of the middle."""
 
     needs: ClassVar[frozenset[Need]] = frozenset({"middle"})
@@ -136,7 +113,7 @@ class _Channels(RoutedStatistic):
 
 
 @dataclass(frozen=True)
-class MiddleEnergy(_Channels):
+class MiddleEnergy(SlotChannels):
     """sum over X_e of (g h)^2 (CAMERA's phi_2, squared). float64 (E, I)."""
 
     @property
@@ -144,7 +121,7 @@ class MiddleEnergy(_Channels):
         """`middle_energy`."""
         return "middle_energy"
 
-    def of(self, tokens: RoutedTokens) -> Tensor:
+    def measure(self, tokens: RoutedTokens) -> Tensor:
         """Add up this batch."""
         return tokens.sum_runs(
             lambda h, g: (g * h).square(), tokens.sorted_middle, tokens.sorted_gates
@@ -152,17 +129,17 @@ class MiddleEnergy(_Channels):
 
 
 @dataclass(frozen=True)
-class MiddlePeak(_Channels):
+class MiddlePeak(SlotChannels):
     """max over X_e of |g h| (CAMERA's phi_inf). float64 (E, I)."""
 
-    merge = "max"
+    merges_by = "max"
 
     @property
     def name(self) -> str:
         """`middle_peak`."""
         return "middle_peak"
 
-    def of(self, tokens: RoutedTokens) -> Tensor:
+    def measure(self, tokens: RoutedTokens) -> Tensor:
         """Take this batch's largest."""
         middle = tokens.sorted_middle
         out = middle.new_zeros(tokens.num_experts, middle.shape[-1], dtype=torch.float64)

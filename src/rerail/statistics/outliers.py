@@ -2,15 +2,14 @@
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
-from rerail.moe.model import MoELayer
-from rerail.statistics.statistic import RoutedStatistic, RoutedTokens
+from rerail.statistics.routed import SlotScalars
+from rerail.statistics.statistic import RoutedTokens
 
 
 @dataclass(frozen=True)
-class OutlierShare(RoutedStatistic):
+class OutlierShare(SlotScalars):
     """sum over X_e of the share of entries with |x_j| > threshold * mean_j |x_j|. float64 (E,).
 
     MoE-SVD takes the mean over all activations of an expert; here it is the token's own, so that
@@ -24,11 +23,7 @@ class OutlierShare(RoutedStatistic):
         """`outlier_share_<threshold>`."""
         return f"outlier_share_{self.threshold:g}"
 
-    def empty(self, layer: MoELayer) -> Tensor:
-        """Return float64 zeros (E,)."""
-        return torch.zeros(layer.num_experts, dtype=torch.float64)
-
-    def of(self, tokens: RoutedTokens) -> Tensor:
+    def measure(self, tokens: RoutedTokens) -> Tensor:
         """Add up this batch."""
         size = tokens.hidden.float().abs()
         peaks = size > self.threshold * size.mean(dim=1, keepdim=True)

@@ -28,15 +28,13 @@ class Count(RoutedStatistic):
         """Return int64 zeros (E,)."""
         return torch.zeros(layer.num_experts, dtype=torch.int64)
 
-    def of(self, tokens: RoutedTokens) -> Tensor:
+    def measure(self, tokens: RoutedTokens) -> Tensor:
         """Count this batch."""
         return torch.bincount(tokens.index.flatten(), minlength=tokens.num_experts)
 
 
-class _Scalars(RoutedStatistic):
-    """One float64 a slot."""
-
-    needs: ClassVar[frozenset[Need]] = frozenset({"outputs"})
+class SlotScalars(RoutedStatistic):
+    """One float64 a slot: (E,)."""
 
     def empty(self, layer: MoELayer) -> Tensor:
         """Return float64 zeros (E,)."""
@@ -44,7 +42,7 @@ class _Scalars(RoutedStatistic):
 
 
 @dataclass(frozen=True)
-class Moment(_Scalars):
+class Moment(SlotScalars):
     """sum over X_e of g^a n^p. float64 (E,)."""
 
     gate_power: int
@@ -55,11 +53,11 @@ class Moment(_Scalars):
         """`moment_g<a>_n<p>`."""
         return f"moment_g{self.gate_power}_n{self.norm_power}"
 
-    def asks(self) -> frozenset[Need]:
-        """Ask for outputs where the norm enters."""
-        return self.needs if self.norm_power else frozenset()
+    def needed(self) -> frozenset[Need]:
+        """Outputs are needed where their norm enters."""
+        return frozenset({"outputs"} if self.norm_power else ())
 
-    def of(self, tokens: RoutedTokens) -> Tensor:
+    def measure(self, tokens: RoutedTokens) -> Tensor:
         """Add up this batch."""
         value = tokens.gates.float() ** self.gate_power
         if self.norm_power:
@@ -69,7 +67,7 @@ class Moment(_Scalars):
 
 
 @dataclass(frozen=True)
-class Deviation(_Scalars):
+class Deviation(SlotScalars):
     """sum over X_e of g n s, s = max(0, 1 - cos(h, h + y)) (EASY-EP, section 4). float64 (E,).
 
     h is the residual stream before the MoE sub-layer and y the routed output, without shared
@@ -83,7 +81,7 @@ class Deviation(_Scalars):
         """`deviation`."""
         return "deviation"
 
-    def of(self, tokens: RoutedTokens) -> Tensor:
+    def measure(self, tokens: RoutedTokens) -> Tensor:
         """Add up this batch."""
         assert tokens.norms is not None
         assert tokens.residual is not None
@@ -95,17 +93,18 @@ class Deviation(_Scalars):
 
 
 @dataclass(frozen=True)
-class MaxOutput(_Scalars):
+class MaxOutput(SlotScalars):
     """max over X_e and coordinates of |f|, 0 for a slot that was never chosen. float64 (E,)."""
 
-    merge = "max"
+    merges_by = "max"
+    needs: ClassVar[frozenset[Need]] = frozenset({"outputs"})
 
     @property
     def name(self) -> str:
         """`max_output`."""
         return "max_output"
 
-    def of(self, tokens: RoutedTokens) -> Tensor:
+    def measure(self, tokens: RoutedTokens) -> Tensor:
         """Take this batch's largest."""
         assert tokens.outputs is not None
         largest = tokens.outputs.abs().amax(dim=-1).double().flatten()
@@ -113,8 +112,8 @@ class MaxOutput(_Scalars):
         return torch.scatter_reduce(zeros, 0, tokens.index.flatten(), largest, "amax")
 
 
-class _Outputs(RoutedStatistic):
-    """One float64 vector of width H a slot."""
+class SlotVectors(RoutedStatistic):
+    """One float64 vector a slot, of the width of the outputs: (E, H)."""
 
     needs: ClassVar[frozenset[Need]] = frozenset({"outputs"})
 
@@ -124,7 +123,7 @@ class _Outputs(RoutedStatistic):
 
 
 @dataclass(frozen=True)
-class OutputSumRouted(_Outputs):
+class OutputSumRouted(SlotVectors):
     """sum over X_e of f. float64 (E, H)."""
 
     @property
@@ -132,13 +131,13 @@ class OutputSumRouted(_Outputs):
         """`output_sum_routed`."""
         return "output_sum_routed"
 
-    def of(self, tokens: RoutedTokens) -> Tensor:
+    def measure(self, tokens: RoutedTokens) -> Tensor:
         """Add up this batch."""
         return tokens.sum_runs(lambda f: f, tokens.sorted_outputs)
 
 
 @dataclass(frozen=True)
-class OutputSquares(_Outputs):
+class OutputSquares(SlotVectors):
     """sum over X_e of f^2, coordinate by coordinate. float64 (E, H)."""
 
     @property
@@ -146,13 +145,13 @@ class OutputSquares(_Outputs):
         """`output_squares`."""
         return "output_squares"
 
-    def of(self, tokens: RoutedTokens) -> Tensor:
+    def measure(self, tokens: RoutedTokens) -> Tensor:
         """Add up this batch."""
         return tokens.sum_runs(torch.square, tokens.sorted_outputs)
 
 
 @dataclass(frozen=True)
-class GatedOutput(_Outputs):
+class GatedOutput(SlotVectors):
     """sum over X_e of g^a f. float64 (E, H)."""
 
     gate_power: int
@@ -162,7 +161,7 @@ class GatedOutput(_Outputs):
         """`gated_output_g<a>`."""
         return f"gated_output_g{self.gate_power}"
 
-    def of(self, tokens: RoutedTokens) -> Tensor:
+    def measure(self, tokens: RoutedTokens) -> Tensor:
         """Add up this batch."""
         weights = tokens.sorted_gates**self.gate_power
         return tokens.sum_runs(lambda f, g: g * f, tokens.sorted_outputs, weights)

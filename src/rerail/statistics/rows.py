@@ -22,7 +22,7 @@ class Rows(RoutedStatistic):
 
     count: int
 
-    merge = "rows"
+    merges_by = "rows"
 
     @property
     def name(self) -> str:
@@ -33,13 +33,13 @@ class Rows(RoutedStatistic):
         """Return float32 (0, H + 2)."""
         return torch.zeros(0, layer.hidden_size + 2)
 
-    def of(self, tokens: RoutedTokens) -> Tensor:
+    def measure(self, tokens: RoutedTokens) -> Tensor:
         """Keep this batch's smallest hashes."""
         assert tokens.position is not None
         keys, order = hashed(tokens.position).sort()
         return keyed(keys[: self.count], tokens.hidden[order[: self.count]])
 
-    def merged(self, a: Tensor, b: Tensor) -> Tensor:
+    def merge(self, a: Tensor, b: Tensor) -> Tensor:
         """Keep the smallest hashes of both."""
         rows = torch.cat([a, b])
         return rows[keys_of(rows).argsort(stable=True)[: self.count]]

@@ -25,12 +25,12 @@ class Segments(Rows):
         """`segments_<count>_<length>`."""
         return f"segments_{self.count}_{self.length}"
 
-    def of(self, tokens: RoutedTokens) -> Tensor:
+    def measure(self, tokens: RoutedTokens) -> Tensor:
         """Keep this batch's segments of smallest hash."""
         assert tokens.position is not None
         return self._cut(keyed(hashed(tokens.position // self.length), tokens.hidden))
 
-    def merged(self, a: Tensor, b: Tensor) -> Tensor:
+    def merge(self, a: Tensor, b: Tensor) -> Tensor:
         """Keep the segments of smallest hash of both."""
         return self._cut(torch.cat([a, b]))
 

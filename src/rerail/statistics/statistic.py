@@ -11,7 +11,7 @@ from torch import Tensor
 
 from rerail.moe.model import MoELayer
 
-Run = Literal["routed", "dense", "backward", "ablation"]
+PassName = Literal["routed", "dense", "backward", "ablation"]
 Need = Literal["outputs", "middle", "logits", "residual"]
 
 
@@ -108,8 +108,8 @@ class RoutedTokens:
 class Statistic(ABC):
     """A frozen dataclass that knows its name, pass, merge, shape and update."""
 
-    run: ClassVar[Run]
-    merge: ClassVar[Literal["add", "max", "rows"]] = "add"
+    pass_name: ClassVar[PassName]
+    merges_by: ClassVar[Literal["add", "max", "rows"]] = "add"
 
     @property
     @abstractmethod
@@ -120,9 +120,9 @@ class Statistic(ABC):
     def empty(self, layer: MoELayer) -> Tensor:
         """Return the tensor of zero tokens."""
 
-    def merged(self, a: Tensor, b: Tensor) -> Tensor:
+    def merge(self, a: Tensor, b: Tensor) -> Tensor:
         """Merge two shards; sums are kept in float64 or int64, never means of means."""
-        return a + b if self.merge == "add" else torch.maximum(a, b)
+        return a + b if self.merges_by == "add" else torch.maximum(a, b)
 
     def is_finite(self, tensor: Tensor) -> bool:
         """Return whether no entry is infinite or NaN."""
@@ -132,50 +132,53 @@ class Statistic(ABC):
 class RoutedStatistic(Statistic):
     """A statistic of tokens at the experts that they were routed to."""
 
-    run: ClassVar[Run] = "routed"
+    pass_name: ClassVar[PassName] = "routed"
     needs: ClassVar[frozenset[Need]] = frozenset()
 
-    def asks(self) -> frozenset[Need]:
-        """Return what `of` reads beyond inputs, slots and gates; `needs` unless settings differ."""
+    def needed(self) -> frozenset[Need]:
+        """Return what `measure` reads beyond inputs, slots and gates."""
         return self.needs
 
     @abstractmethod
-    def of(self, tokens: RoutedTokens) -> Tensor:
+    def measure(self, tokens: RoutedTokens) -> Tensor:
         """Return this batch's share, to be merged."""
 
-    def taken(self, held: Tensor, tokens: RoutedTokens) -> Tensor:
-        """Return `held` with this batch merged in; large statistics add in place."""
-        return self.merged(held, self.of(tokens).to(held.device))
+    def update(self, state: Tensor, tokens: RoutedTokens) -> Tensor:
+        """Return `state` with this batch merged in; large statistics add in place."""
+        return self.merge(state, self.measure(tokens).to(state.device))
 
 
 class DenseStatistic(Statistic):
     """A statistic of every expert on every token (E / K times the experts' cost)."""
 
-    run: ClassVar[Run] = "dense"
+    pass_name: ClassVar[PassName] = "dense"
 
     @abstractmethod
-    def of(self, expert: int, hidden: Tensor, output: Tensor) -> Tensor:
+    def measure(self, expert: int, hidden: Tensor, output: Tensor) -> Tensor:
         """Return one expert's share for inputs (T, H) and outputs (T, H): a slice along axis 0."""
 
 
 class BackwardStatistic(Statistic):
     """A statistic of the gradient of each sequence's mean next-token loss."""
 
-    run: ClassVar[Run] = "backward"
+    pass_name: ClassVar[PassName] = "backward"
 
     @abstractmethod
-    def add(self, held: Tensor, expert: int, name: str, gradient: Tensor) -> None:
-        """Add one sequence's gradient of one slot's fused tensor `name` to `held`, in place."""
+    def update(self, state: Tensor, expert: int, name: str, gradient: Tensor) -> None:
+        """Add one sequence's gradient of one slot's fused tensor `name` to `state`, in place."""
 
 
 class AblationStatistic(Statistic):
     """A statistic of the loss without one slot."""
 
-    run: ClassVar[Run] = "ablation"
+    pass_name: ClassVar[PassName] = "ablation"
 
     @abstractmethod
-    def of(self, plain: float, without: float, tokens: int) -> Tensor:
+    def measure(self, plain: float, without: float, tokens: int) -> Tensor:
         """Return one slot's share for the summed losses of a batch: a slice along axis 0."""
+
+
+Filled = dict[Statistic, Tensor]  # the statistics of one layer
 
 
 class UndeclaredError(KeyError):
@@ -193,13 +196,13 @@ class StatisticSet:
         """Return the view that a compressor gets: the required statistics of one layer."""
         return LayerStatistics(self.tensors.get(layer.index, {}), tuple(required))
 
-    def merged(self, other: "StatisticSet", statistics: Iterable[Statistic]) -> "StatisticSet":
-        """Merge two shards of the same statistics."""
+    def merge(self, other: "StatisticSet", statistics: Iterable[Statistic]) -> "StatisticSet":
+        """Return these and another shard's statistics as those of both texts."""
         wanted = tuple(statistics)
         return StatisticSet(
             {
-                i: {s.name: s.merged(held[s.name], other.tensors[i][s.name]) for s in wanted}
-                for i, held in self.tensors.items()
+                i: {s.name: s.merge(own[s.name], other.tensors[i][s.name]) for s in wanted}
+                for i, own in self.tensors.items()
             },
             self.lineage,
         )
@@ -217,8 +220,8 @@ def merge_sets(sets: Iterable[StatisticSet]) -> StatisticSet:
 class LayerStatistics(Mapping[Statistic, Tensor]):
     """The declared statistics of one layer; reading another one raises."""
 
-    def __init__(self, held: Mapping[str, Tensor], required: tuple[Statistic, ...]):
-        self._held = held
+    def __init__(self, tensors: Mapping[str, Tensor], required: tuple[Statistic, ...]):
+        self._tensors = tensors
         self._required = required
         self.read: set[Statistic] = set()
 
@@ -231,7 +234,7 @@ class LayerStatistics(Mapping[Statistic, Tensor]):
         if statistic not in self._required:
             raise UndeclaredError(f"{statistic.name} is not among the required statistics")
         self.read.add(statistic)
-        return self._held[statistic.name]
+        return self._tensors[statistic.name]
 
     def __iter__(self) -> Iterator[Statistic]:
         """Iterate over the required statistics."""

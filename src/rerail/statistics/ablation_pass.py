@@ -9,7 +9,7 @@ from torch import Tensor
 from rerail.errors import OutOfReach
 from rerail.moe.model import MoELayer, MoEModel
 from rerail.statistics.loss import summed_loss
-from rerail.statistics.statistic import AblationStatistic, Statistic
+from rerail.statistics.statistic import AblationStatistic, Filled
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class LossIncrease(AblationStatistic):
         """Return float64 zeros (E,)."""
         return torch.zeros(layer.num_experts, dtype=torch.float64)
 
-    def of(self, plain: float, without: float, tokens: int) -> Tensor:
+    def measure(self, plain: float, without: float, tokens: int) -> Tensor:
         """Return the difference."""
         return torch.tensor(without - plain, dtype=torch.float64)
 
@@ -38,9 +38,9 @@ def ablation_pass(
     model: MoEModel,
     layers: Sequence[MoELayer],
     batches: Iterable[tuple[Tensor, Tensor]],
-    held: dict[int, dict[Statistic, Tensor]],
+    filled: dict[int, Filled],
 ) -> None:
-    """Fill the ablation statistics in `held`: one forward for each slot of each layer and batch.
+    """Fill the ablation statistics in `filled`: one forward for each slot of each layer and batch.
 
     Raises:
         OutOfReach: a layer has no slot to spare.
@@ -58,12 +58,12 @@ def ablation_pass(
         ids, valid = input_ids.to(device), mask.to(device)
         plain, tokens = summed_loss(model, ids, valid)
         for layer in layers:
-            wanted = [s for s in held[layer.index] if isinstance(s, AblationStatistic)]
+            wanted = [s for s in filled[layer.index] if isinstance(s, AblationStatistic)]
             for e in range(layer.num_experts):
-                kept = tuple(s for s in range(layer.num_experts) if s != e)
-                with layer.only(kept):
+                others = tuple(slot for slot in range(layer.num_experts) if slot != e)
+                with layer.only(others):
                     without, _ = summed_loss(model, ids, valid)
                 for s in wanted:
-                    share = s.of(float(plain), float(without), tokens)
-                    tensor = held[layer.index][s]
-                    tensor[e] = s.merged(tensor[e], share)
+                    share = s.measure(float(plain), float(without), tokens)
+                    tensor = filled[layer.index][s]
+                    tensor[e] = s.merge(tensor[e], share)
