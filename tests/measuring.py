@@ -3,6 +3,7 @@
 import torch
 
 from families import tokens
+from rerail.methods.easy_ep import Deviation
 from rerail.moe.model import MoEModel
 from rerail.statistics.collect import Batch
 from rerail.statistics.dense import OutputSum, TokenCount
@@ -14,7 +15,6 @@ from rerail.statistics.moments import (
 )
 from rerail.statistics.routed import (
     Count,
-    Deviation,
     GatedOutput,
     MaxOutput,
     Moment,

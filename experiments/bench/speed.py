@@ -14,6 +14,7 @@ from rerail.config.presets import preset
 from rerail.distill.masters import masters
 from rerail.distill.router_distillation import RouterDistillation
 from rerail.distill.settings import RouterKD
+from rerail.methods.easy_ep import Deviation
 from rerail.methods.reap import MomentScore
 from rerail.moe.model import MoEModel
 from rerail.statistics.ablation_pass import LossIncrease
@@ -31,7 +32,6 @@ from rerail.statistics.moments import (
 from rerail.statistics.outliers import OutlierShare
 from rerail.statistics.routed import (
     Count,
-    Deviation,
     GatedOutput,
     MaxOutput,
     Moment,

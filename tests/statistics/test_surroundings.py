@@ -4,8 +4,8 @@ import torch
 from families import tiny
 from measuring import batches
 from rerail.errors import OutOfReach
+from rerail.methods.easy_ep import Deviation
 from rerail.statistics.collect import collect
-from rerail.statistics.routed import Deviation
 from rerail.statistics.similarity import LogitGram
 
 
