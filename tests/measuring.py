@@ -3,6 +3,7 @@
 import torch
 
 from families import tokens
+from rerail.compress.templates.pruning import MaxOutput
 from rerail.methods.easy_ep import Deviation
 from rerail.moe.model import MoEModel
 from rerail.statistics.collect import Batch
@@ -13,14 +14,7 @@ from rerail.statistics.moments import (
     MiddleMoment,
     MiddlePeak,
 )
-from rerail.statistics.routed import (
-    Count,
-    GatedOutput,
-    MaxOutput,
-    Moment,
-    OutputSquares,
-    OutputSumRouted,
-)
+from rerail.statistics.routed import Count, GatedOutput, Moment, OutputSquares, OutputSumRouted
 from rerail.statistics.rows import Rows
 from rerail.statistics.similarity import LogitGram
 from rerail.statistics.statistic import Statistic

@@ -10,6 +10,7 @@ from timing import Row, interleaved, ratio, row
 from torch import Tensor
 from torch.nn import functional as F
 
+from rerail.compress.templates.pruning import MaxOutput
 from rerail.config.presets import preset
 from rerail.distill.masters import masters
 from rerail.distill.router_distillation import RouterDistillation
@@ -30,14 +31,7 @@ from rerail.statistics.moments import (
     MiddlePeak,
 )
 from rerail.statistics.outliers import OutlierShare
-from rerail.statistics.routed import (
-    Count,
-    GatedOutput,
-    MaxOutput,
-    Moment,
-    OutputSquares,
-    OutputSumRouted,
-)
+from rerail.statistics.routed import Count, GatedOutput, Moment, OutputSquares, OutputSumRouted
 from rerail.statistics.similarity import LogitGram
 from rerail.statistics.statistic import Statistic
 from rerail.teacher.hidden_states import CachedTeacher, LiveTeacher, final_hidden_states

@@ -3,13 +3,13 @@ import torch
 
 from families import tiny, tokens
 from rerail.compress.base import make_plan
-from rerail.compress.templates.pruning import best, guarded_slots
+from rerail.compress.templates.pruning import MaxOutput, best, guarded_slots
 from rerail.errors import OutOfReach
 from rerail.methods.reap import MomentScore
 from rerail.plan.allocation import GlobalScore, PerLayer, Uniform
 from rerail.plan.budget import Ratio
 from rerail.statistics.collect import collect
-from rerail.statistics.routed import Count, MaxOutput, Moment
+from rerail.statistics.routed import Count, Moment
 from rerail.statistics.statistic import StatisticSet
 
 SCORES = torch.tensor([5.0, 4.0, 3.0, 9.0, 2.0, 1.0, 0.5, 0.2])

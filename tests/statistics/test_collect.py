@@ -6,6 +6,7 @@ import torch
 from families import CONFIGS, tiny, tokens
 from measuring import Seen, batches, everything
 from rerail.compress.base import make_plan
+from rerail.compress.templates.pruning import MaxOutput
 from rerail.errors import InputError
 from rerail.methods.hc_smoe import HCSMoE
 from rerail.plan.allocation import Uniform
@@ -16,7 +17,7 @@ from rerail.statistics.backward_pass import Fisher
 from rerail.statistics.collect import collect
 from rerail.statistics.dense import OutputSum, TokenCount
 from rerail.statistics.moments import InputMoment, MiddleMoment, MiddlePeak
-from rerail.statistics.routed import Count, GatedOutput, MaxOutput, Moment
+from rerail.statistics.routed import Count, GatedOutput, Moment
 from rerail.statistics.statistic import Statistic, StatisticSet
 
 SUMS = (

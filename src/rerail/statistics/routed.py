@@ -65,26 +65,6 @@ class Moment(SlotScalars):
         return tokens.sum_by_expert(value)
 
 
-@dataclass(frozen=True)
-class MaxOutput(SlotScalars):
-    """max over X_e and coordinates of |f|, 0 for a slot that was never chosen. float64 (E,)."""
-
-    merges_by = "max"
-    needs: ClassVar[frozenset[Need]] = frozenset({"outputs"})
-
-    @property
-    def name(self) -> str:
-        """`max_output`."""
-        return "max_output"
-
-    def measure(self, tokens: RoutedTokens) -> Tensor:
-        """Take this batch's largest."""
-        assert tokens.outputs is not None
-        largest = tokens.outputs.abs().amax(dim=-1).double().flatten()
-        zeros = largest.new_zeros(tokens.num_experts)
-        return torch.scatter_reduce(zeros, 0, tokens.index.flatten(), largest, "amax")
-
-
 class SlotVectors(RoutedStatistic):
     """One float64 vector a slot, of the width of the outputs: (E, H)."""
 

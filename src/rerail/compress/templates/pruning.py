@@ -15,10 +15,30 @@ from rerail.moe.model import MoELayer
 from rerail.plan.allocation import Allocation, check_kept
 from rerail.plan.budget import Ratio
 from rerail.plan.plan import LayerPlan
-from rerail.statistics.routed import MaxOutput
-from rerail.statistics.statistic import LayerStatistics, Statistic, StatisticSet
+from rerail.statistics.routed import SlotScalars
+from rerail.statistics.statistic import LayerStatistics, Need, RoutedTokens, Statistic, StatisticSet
 
 Formed = tuple[LayerPlan, Mapping[str, Tensor]]
+
+
+@dataclass(frozen=True)
+class MaxOutput(SlotScalars):
+    """max over X_e and coordinates of |f|, 0 for a slot that was never chosen. float64 (E,)."""
+
+    merges_by = "max"
+    needs: ClassVar[frozenset[Need]] = frozenset({"outputs"})
+
+    @property
+    def name(self) -> str:
+        """`max_output`."""
+        return "max_output"
+
+    def measure(self, tokens: RoutedTokens) -> Tensor:
+        """Take this batch's largest."""
+        assert tokens.outputs is not None
+        largest = tokens.outputs.abs().amax(dim=-1).double().flatten()
+        zeros = largest.new_zeros(tokens.num_experts)
+        return torch.scatter_reduce(zeros, 0, tokens.index.flatten(), largest, "amax")
 
 
 def dense_spec(kept: Sequence[tuple[int, int]]) -> BankSpec:
