@@ -5,6 +5,7 @@ import torch
 from families import tokens
 from rerail.compress.templates.pruning import MaxOutput
 from rerail.methods.easy_ep import Deviation
+from rerail.methods.mone import GatedOutput, OutputSquares
 from rerail.moe.model import MoEModel
 from rerail.statistics.collect import Batch
 from rerail.statistics.dense import OutputSum, TokenCount
@@ -14,7 +15,7 @@ from rerail.statistics.moments import (
     MiddleMoment,
     MiddlePeak,
 )
-from rerail.statistics.routed import Count, GatedOutput, Moment, OutputSquares, OutputSumRouted
+from rerail.statistics.routed import Count, Moment, OutputSumRouted
 from rerail.statistics.rows import Rows
 from rerail.statistics.similarity import LogitGram
 from rerail.statistics.statistic import Statistic

@@ -16,6 +16,7 @@ from rerail.distill.masters import masters
 from rerail.distill.router_distillation import RouterDistillation
 from rerail.distill.settings import RouterKD
 from rerail.methods.easy_ep import Deviation
+from rerail.methods.mone import GatedOutput, OutputSquares
 from rerail.methods.reap import MomentScore
 from rerail.moe.model import MoEModel
 from rerail.statistics.ablation_pass import LossIncrease
@@ -31,7 +32,7 @@ from rerail.statistics.moments import (
     MiddlePeak,
 )
 from rerail.statistics.outliers import OutlierShare
-from rerail.statistics.routed import Count, GatedOutput, Moment, OutputSquares, OutputSumRouted
+from rerail.statistics.routed import Count, Moment, OutputSumRouted
 from rerail.statistics.similarity import LogitGram
 from rerail.statistics.statistic import Statistic
 from rerail.teacher.hidden_states import CachedTeacher, LiveTeacher, final_hidden_states

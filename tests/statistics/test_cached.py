@@ -11,11 +11,12 @@ import torch
 from families import tiny
 from measuring import batches, everything
 from rerail import code_version
+from rerail.methods.mone import GatedOutput
 from rerail.statistics.ablation_pass import LossIncrease
 from rerail.statistics.backward_pass import Fisher
 from rerail.statistics.cached import cached_statistics
 from rerail.statistics.collect import collect
-from rerail.statistics.routed import Count, GatedOutput, Moment
+from rerail.statistics.routed import Count, Moment
 from rerail.statistics.rows import Rows
 from rerail.statistics.statistic import Statistic, StatisticSet, merge_sets
 

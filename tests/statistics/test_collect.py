@@ -9,6 +9,7 @@ from rerail.compress.base import make_plan
 from rerail.compress.templates.pruning import MaxOutput
 from rerail.errors import InputError
 from rerail.methods.hc_smoe import HCSMoE
+from rerail.methods.mone import GatedOutput
 from rerail.plan.allocation import Uniform
 from rerail.plan.apply import apply_plan
 from rerail.plan.budget import Ratio
@@ -17,7 +18,7 @@ from rerail.statistics.backward_pass import Fisher
 from rerail.statistics.collect import collect
 from rerail.statistics.dense import OutputSum, TokenCount
 from rerail.statistics.moments import InputMoment, MiddleMoment, MiddlePeak
-from rerail.statistics.routed import Count, GatedOutput, Moment
+from rerail.statistics.routed import Count, Moment
 from rerail.statistics.statistic import Statistic, StatisticSet
 
 SUMS = (

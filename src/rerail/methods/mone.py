@@ -30,10 +30,41 @@ from rerail.compress.templates.pruning import Formed, Selector, best
 from rerail.experts.base import BankSpec
 from rerail.moe.model import MoELayer
 from rerail.plan.plan import LayerPlan
-from rerail.statistics.routed import Count, GatedOutput, Moment, OutputSquares, OutputSumRouted
-from rerail.statistics.statistic import LayerStatistics, Statistic
+from rerail.statistics.routed import Count, Moment, OutputSumRouted, SlotVectors
+from rerail.statistics.statistic import LayerStatistics, RoutedTokens, Statistic
 
 ROUNDING = 1e-6  # of the squares, which are of float32 outputs: less is no spread
+
+
+@dataclass(frozen=True)
+class OutputSquares(SlotVectors):
+    """sum over X_e of f^2, coordinate by coordinate. float64 (E, H)."""
+
+    @property
+    def name(self) -> str:
+        """`output_squares`."""
+        return "output_squares"
+
+    def measure(self, tokens: RoutedTokens) -> Tensor:
+        """Add up this batch."""
+        return tokens.sum_runs(torch.square, tokens.sorted_outputs)
+
+
+@dataclass(frozen=True)
+class GatedOutput(SlotVectors):
+    """sum over X_e of g^a f. float64 (E, H)."""
+
+    gate_power: int
+
+    @property
+    def name(self) -> str:
+        """`gated_output_g<a>`."""
+        return f"gated_output_g{self.gate_power}"
+
+    def measure(self, tokens: RoutedTokens) -> Tensor:
+        """Add up this batch."""
+        weights = tokens.sorted_gates**self.gate_power
+        return tokens.sum_runs(lambda f, g: g * f, tokens.sorted_outputs, weights)
 
 
 @dataclass(frozen=True, kw_only=True)

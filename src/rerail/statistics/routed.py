@@ -87,34 +87,3 @@ class OutputSumRouted(SlotVectors):
     def measure(self, tokens: RoutedTokens) -> Tensor:
         """Add up this batch."""
         return tokens.sum_runs(lambda f: f, tokens.sorted_outputs)
-
-
-@dataclass(frozen=True)
-class OutputSquares(SlotVectors):
-    """sum over X_e of f^2, coordinate by coordinate. float64 (E, H)."""
-
-    @property
-    def name(self) -> str:
-        """`output_squares`."""
-        return "output_squares"
-
-    def measure(self, tokens: RoutedTokens) -> Tensor:
-        """Add up this batch."""
-        return tokens.sum_runs(torch.square, tokens.sorted_outputs)
-
-
-@dataclass(frozen=True)
-class GatedOutput(SlotVectors):
-    """sum over X_e of g^a f. float64 (E, H)."""
-
-    gate_power: int
-
-    @property
-    def name(self) -> str:
-        """`gated_output_g<a>`."""
-        return f"gated_output_g{self.gate_power}"
-
-    def measure(self, tokens: RoutedTokens) -> Tensor:
-        """Add up this batch."""
-        weights = tokens.sorted_gates**self.gate_power
-        return tokens.sum_runs(lambda f, g: g * f, tokens.sorted_outputs, weights)
