@@ -4,17 +4,13 @@ import torch
 
 from families import tokens
 from rerail.compress.templates.pruning import MaxOutput
+from rerail.methods.camera import MiddleEnergy, MiddlePeak
 from rerail.methods.easy_ep import Deviation
 from rerail.methods.mone import GatedOutput, OutputSquares
 from rerail.moe.model import MoEModel
 from rerail.statistics.collect import Batch
 from rerail.statistics.dense import OutputSum, TokenCount
-from rerail.statistics.moments import (
-    InputMoment,
-    MiddleEnergy,
-    MiddleMoment,
-    MiddlePeak,
-)
+from rerail.statistics.moments import InputMoment, MiddleMoment
 from rerail.statistics.routed import Count, Moment, OutputSumRouted
 from rerail.statistics.rows import Rows
 from rerail.statistics.similarity import LogitGram

@@ -15,6 +15,7 @@ from rerail.config.presets import preset
 from rerail.distill.masters import masters
 from rerail.distill.router_distillation import RouterDistillation
 from rerail.distill.settings import RouterKD
+from rerail.methods.camera import MiddleEnergy, MiddlePeak
 from rerail.methods.easy_ep import Deviation
 from rerail.methods.mone import GatedOutput, OutputSquares
 from rerail.methods.reap import MomentScore
@@ -25,12 +26,7 @@ from rerail.statistics.collect import collect
 from rerail.statistics.dense import OutputSum, TokenCount
 from rerail.statistics.gate_ratios import GateTails
 from rerail.statistics.mass import RouterMass
-from rerail.statistics.moments import (
-    InputMoment,
-    MiddleEnergy,
-    MiddleMoment,
-    MiddlePeak,
-)
+from rerail.statistics.moments import InputMoment, MiddleMoment
 from rerail.statistics.outliers import OutlierShare
 from rerail.statistics.routed import Count, Moment, OutputSumRouted
 from rerail.statistics.similarity import LogitGram

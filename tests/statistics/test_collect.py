@@ -8,6 +8,7 @@ from measuring import Seen, batches, everything
 from rerail.compress.base import make_plan
 from rerail.compress.templates.pruning import MaxOutput
 from rerail.errors import InputError
+from rerail.methods.camera import MiddlePeak
 from rerail.methods.hc_smoe import HCSMoE
 from rerail.methods.mone import GatedOutput
 from rerail.plan.allocation import Uniform
@@ -17,7 +18,7 @@ from rerail.statistics.ablation_pass import LossIncrease
 from rerail.statistics.backward_pass import Fisher
 from rerail.statistics.collect import collect
 from rerail.statistics.dense import OutputSum, TokenCount
-from rerail.statistics.moments import InputMoment, MiddleMoment, MiddlePeak
+from rerail.statistics.moments import InputMoment, MiddleMoment
 from rerail.statistics.routed import Count, Moment
 from rerail.statistics.statistic import Statistic, StatisticSet
 

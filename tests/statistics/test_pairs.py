@@ -7,11 +7,12 @@ from families import CONFIGS, tiny
 from measuring import batches
 from rerail.errors import InputError
 from rerail.experts.base import BankSpec
+from rerail.methods.camera import MiddleEnergy
 from rerail.moe.model import MoEModel
 from rerail.plan.apply import apply_plan
 from rerail.plan.plan import LayerPlan, Plan
 from rerail.statistics.collect import collect
-from rerail.statistics.moments import MiddleEnergy, MiddleMoment
+from rerail.statistics.moments import MiddleMoment
 from rerail.statistics.pairs import pairs_and_middle
 
 
