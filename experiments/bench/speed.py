@@ -17,10 +17,10 @@ from rerail.distill.router_distillation import RouterDistillation
 from rerail.distill.settings import RouterKD
 from rerail.methods.camera import MiddleEnergy, MiddlePeak
 from rerail.methods.easy_ep import Deviation
+from rerail.methods.moe_i2 import LossIncrease
 from rerail.methods.mone import GatedOutput, OutputSquares
 from rerail.methods.reap import MomentScore
 from rerail.moe.model import MoEModel
-from rerail.statistics.ablation_pass import LossIncrease
 from rerail.statistics.backward_pass import Fisher
 from rerail.statistics.collect import collect
 from rerail.statistics.dense import OutputSum, TokenCount

@@ -9,7 +9,7 @@ from families import CONFIGS, tiny, tokens
 from rerail.compress.base import make_plan
 from rerail.compress.templates.sequence import Chain, restricted, student_layers
 from rerail.errors import InputError, OutOfReach
-from rerail.methods.moe_i2 import InterExpert, IntraExpert, MoEI2
+from rerail.methods.moe_i2 import InterExpert, IntraExpert, LossIncrease, MoEI2
 from rerail.methods.naee import NAEE
 from rerail.methods.reap import MomentScore
 from rerail.methods.svd import WhitenedSVD
@@ -17,7 +17,6 @@ from rerail.plan.allocation import Uniform
 from rerail.plan.apply import apply_plan
 from rerail.plan.budget import Ratio
 from rerail.plan.plan import LayerPlan, Plan
-from rerail.statistics.ablation_pass import LossIncrease
 from rerail.statistics.collect import collect
 from rerail.statistics.moments import InputMoment
 from rerail.statistics.routed import Count

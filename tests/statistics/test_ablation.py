@@ -5,8 +5,8 @@ from torch.nn import functional as F
 from families import CONFIGS, tiny
 from measuring import batches
 from rerail.errors import OutOfReach
+from rerail.methods.moe_i2 import LossIncrease
 from rerail.moe.model import MoEModel
-from rerail.statistics.ablation_pass import LossIncrease
 from rerail.statistics.collect import collect
 
 

@@ -11,8 +11,8 @@ import torch
 from families import tiny
 from measuring import batches, everything
 from rerail import code_version
+from rerail.methods.moe_i2 import LossIncrease
 from rerail.methods.mone import GatedOutput
-from rerail.statistics.ablation_pass import LossIncrease
 from rerail.statistics.backward_pass import Fisher
 from rerail.statistics.cached import cached_statistics
 from rerail.statistics.collect import collect

@@ -28,6 +28,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import ClassVar, Literal
 
+import torch
 from torch import Tensor
 
 from rerail.compress.solvers.whitening import low_rank
@@ -37,8 +38,33 @@ from rerail.compress.templates.sequence import Chain
 from rerail.experts.base import BankSpec
 from rerail.moe.model import MoELayer
 from rerail.plan.plan import Plan
-from rerail.statistics.ablation_pass import LossIncrease
-from rerail.statistics.statistic import LayerStatistics, Statistic
+from rerail.statistics.statistic import (
+    AblationStatistic,
+    LayerStatistics,
+    Statistic,
+)
+
+
+@dataclass(frozen=True)
+class LossIncrease(AblationStatistic):
+    """Increase of the loss when a slot is never selected (MoE-I2's importance). float64 (E,).
+
+    A sum over the targets of the text, in nats, so that shards add: divide by the targets for the
+    increase a token.
+    """
+
+    @property
+    def name(self) -> str:
+        """`loss_increase`."""
+        return "loss_increase"
+
+    def empty(self, layer: MoELayer) -> Tensor:
+        """Return float64 zeros (E,)."""
+        return torch.zeros(layer.num_experts, dtype=torch.float64)
+
+    def measure(self, plain: float, without: float, tokens: int) -> Tensor:
+        """Return the difference."""
+        return torch.tensor(without - plain, dtype=torch.float64)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,37 +1,13 @@
 """The ablation pass: the true next-token loss with one slot never selected."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from rerail.errors import OutOfReach
 from rerail.moe.model import MoELayer, MoEModel
 from rerail.statistics.loss import summed_loss
 from rerail.statistics.statistic import AblationStatistic, Filled
-
-
-@dataclass(frozen=True)
-class LossIncrease(AblationStatistic):
-    """Increase of the loss when a slot is never selected (MoE-I2's importance). float64 (E,).
-
-    A sum over the targets of the text, in nats, so that shards add: divide by the targets for the
-    increase a token.
-    """
-
-    @property
-    def name(self) -> str:
-        """`loss_increase`."""
-        return "loss_increase"
-
-    def empty(self, layer: MoELayer) -> Tensor:
-        """Return float64 zeros (E,)."""
-        return torch.zeros(layer.num_experts, dtype=torch.float64)
-
-    def measure(self, plain: float, without: float, tokens: int) -> Tensor:
-        """Return the difference."""
-        return torch.tensor(without - plain, dtype=torch.float64)
 
 
 def ablation_pass(
