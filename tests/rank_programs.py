@@ -16,11 +16,11 @@ from measuring import batches, everything
 from rerail.distill.repair import Repair, repair
 from rerail.distill.settings import RouterKD
 from rerail.evaluate.perplexity import score_blocks
+from rerail.methods.d2_moe import Fisher
 from rerail.methods.moe_i2 import LossIncrease
 from rerail.moe.model import MoEModel
 from rerail.parallel import first, is_first, join, joined
 from rerail.plan.apply import apply_plan
-from rerail.statistics.backward_pass import Fisher
 from rerail.statistics.collect import collect
 from rerail.statistics.gate_ratios import GateTails
 from rerail.statistics.segments import Segments

@@ -16,12 +16,12 @@ from rerail.distill.masters import masters
 from rerail.distill.router_distillation import RouterDistillation
 from rerail.distill.settings import RouterKD
 from rerail.methods.camera import MiddleEnergy, MiddlePeak
+from rerail.methods.d2_moe import Fisher
 from rerail.methods.easy_ep import Deviation
 from rerail.methods.moe_i2 import LossIncrease
 from rerail.methods.mone import GatedOutput, OutputSquares
 from rerail.methods.reap import MomentScore
 from rerail.moe.model import MoEModel
-from rerail.statistics.backward_pass import Fisher
 from rerail.statistics.collect import collect
 from rerail.statistics.dense import OutputSum, TokenCount
 from rerail.statistics.gate_ratios import GateTails

@@ -6,14 +6,13 @@ import torch
 from families import tiny, tokens
 from rerail.compress.base import make_plan
 from rerail.errors import OutOfReach
-from rerail.methods.d2_moe import D2MoE
+from rerail.methods.d2_moe import D2MoE, Fisher
 from rerail.moe.fused_experts import expert_parameters
 from rerail.moe.model import MoEModel
 from rerail.plan.allocation import Uniform
 from rerail.plan.apply import apply_plan
 from rerail.plan.budget import Ratio, Sizes
 from rerail.plan.plan import Plan
-from rerail.statistics.backward_pass import Fisher
 from rerail.statistics.collect import collect
 from rerail.statistics.routed import Count
 from rerail.statistics.statistic import StatisticSet

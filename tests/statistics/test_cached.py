@@ -11,9 +11,9 @@ import torch
 from families import tiny
 from measuring import batches, everything
 from rerail import code_version
+from rerail.methods.d2_moe import Fisher
 from rerail.methods.moe_i2 import LossIncrease
 from rerail.methods.mone import GatedOutput
-from rerail.statistics.backward_pass import Fisher
 from rerail.statistics.cached import cached_statistics
 from rerail.statistics.collect import collect
 from rerail.statistics.routed import Count, Moment

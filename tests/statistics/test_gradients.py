@@ -7,8 +7,8 @@ import students
 from families import CONFIGS, tiny
 from measuring import batches
 from rerail.errors import InputError
+from rerail.methods.d2_moe import Fisher
 from rerail.moe.model import MoEModel
-from rerail.statistics.backward_pass import Fisher
 from rerail.statistics.collect import collect
 
 

@@ -7,7 +7,6 @@ is there and let go. Nothing else of the model gets a gradient.
 
 import contextlib
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,32 +20,6 @@ from rerail.statistics.stand_in import StandIn
 from rerail.statistics.statistic import BackwardStatistic, Filled
 
 WEIGHTS = ("gate_up_proj", "down_proj")
-
-
-@dataclass(frozen=True)
-class Fisher(BackwardStatistic):
-    """sum over sequences of (dL / dW)^2, L the sequence's mean next-token loss. float32 (E, N).
-
-    The N numbers of a slot are its fused `gate_up_proj`, then its `down_proj`, flattened as they
-    are stored; biases are left out. As big as the experts themselves, so float32. A slot that no
-    token chose has zeros.
-    """
-
-    @property
-    def name(self) -> str:
-        """`fisher`."""
-        return "fisher"
-
-    def empty(self, layer: MoELayer) -> Tensor:
-        """Return float32 zeros (E, N)."""
-        numbers = sum(layer.dims.numbers[name] for name in WEIGHTS)
-        return torch.zeros(layer.num_experts, numbers)
-
-    def update(self, state: Tensor, expert: int, name: str, gradient: Tensor) -> None:
-        """Add the squares."""
-        square = gradient.float().square().flatten().to(state.device)
-        at = slice(None, len(square)) if name == WEIGHTS[0] else slice(-len(square), None)
-        state[expert, at] += square
 
 
 class _Leaves(Products):
