@@ -19,6 +19,7 @@ from rerail.methods.camera import MiddleEnergy, MiddlePeak
 from rerail.methods.d2_moe import Fisher
 from rerail.methods.easy_ep import Deviation
 from rerail.methods.moe_i2 import LossIncrease
+from rerail.methods.moe_svd import OutlierShare
 from rerail.methods.mone import GatedOutput, OutputSquares
 from rerail.methods.reap import MomentScore
 from rerail.moe.model import MoEModel
@@ -27,7 +28,6 @@ from rerail.statistics.dense import OutputSum, TokenCount
 from rerail.statistics.gate_ratios import GateTails
 from rerail.statistics.mass import RouterMass
 from rerail.statistics.moments import InputMoment, MiddleMoment
-from rerail.statistics.outliers import OutlierShare
 from rerail.statistics.routed import Count, Moment, OutputSumRouted
 from rerail.statistics.similarity import LogitGram
 from rerail.statistics.statistic import Statistic

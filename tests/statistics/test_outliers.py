@@ -1,8 +1,8 @@
 import torch
 
 from families import tiny, tokens
+from rerail.methods.moe_svd import OutlierShare
 from rerail.statistics.collect import collect
-from rerail.statistics.outliers import OutlierShare
 from rerail.statistics.routed import Count
 from rerail.statistics.statistic import RoutedTokens
 
