@@ -21,12 +21,12 @@ from rerail.methods.easy_ep import Deviation
 from rerail.methods.moe_i2 import LossIncrease
 from rerail.methods.moe_svd import OutlierShare
 from rerail.methods.mone import GatedOutput, OutputSquares
+from rerail.methods.pmq import RouterMass
 from rerail.methods.reap import MomentScore
 from rerail.moe.model import MoEModel
 from rerail.statistics.collect import collect
 from rerail.statistics.dense import OutputSum, TokenCount
 from rerail.statistics.gate_ratios import GateTails
-from rerail.statistics.mass import RouterMass
 from rerail.statistics.moments import InputMoment, MiddleMoment
 from rerail.statistics.routed import Count, Moment, OutputSumRouted
 from rerail.statistics.similarity import LogitGram
