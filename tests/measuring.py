@@ -6,6 +6,7 @@ from families import tokens
 from rerail.compress.templates.pruning import MaxOutput
 from rerail.methods.camera import MiddleEnergy, MiddlePeak
 from rerail.methods.easy_ep import Deviation
+from rerail.methods.m_smoe import LogitGram
 from rerail.methods.mone import GatedOutput, OutputSquares
 from rerail.moe.model import MoEModel
 from rerail.statistics.collect import Batch
@@ -13,7 +14,6 @@ from rerail.statistics.dense import OutputSum, TokenCount
 from rerail.statistics.moments import InputMoment, MiddleMoment
 from rerail.statistics.routed import Count, Moment, OutputSumRouted
 from rerail.statistics.rows import Rows
-from rerail.statistics.similarity import LogitGram
 from rerail.statistics.statistic import Statistic
 
 DENSE = (OutputSum(), TokenCount())

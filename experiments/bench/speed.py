@@ -18,6 +18,7 @@ from rerail.distill.settings import RouterKD
 from rerail.methods.camera import MiddleEnergy, MiddlePeak
 from rerail.methods.d2_moe import Fisher
 from rerail.methods.easy_ep import Deviation
+from rerail.methods.m_smoe import LogitGram
 from rerail.methods.moe_i2 import LossIncrease
 from rerail.methods.moe_svd import OutlierShare
 from rerail.methods.mone import GatedOutput, OutputSquares
@@ -29,7 +30,6 @@ from rerail.statistics.dense import OutputSum, TokenCount
 from rerail.statistics.gate_ratios import GateTails
 from rerail.statistics.moments import InputMoment, MiddleMoment
 from rerail.statistics.routed import Count, Moment, OutputSumRouted
-from rerail.statistics.similarity import LogitGram
 from rerail.statistics.statistic import Statistic
 from rerail.teacher.hidden_states import CachedTeacher, LiveTeacher, final_hidden_states
 from rerail.teacher.kl import Head, chunked_kl

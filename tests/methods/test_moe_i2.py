@@ -9,6 +9,7 @@ from families import CONFIGS, tiny, tokens
 from rerail.compress.base import make_plan
 from rerail.compress.templates.sequence import Chain, restricted, student_layers
 from rerail.errors import InputError, OutOfReach
+from rerail.methods.m_smoe import LogitGram
 from rerail.methods.moe_i2 import InterExpert, IntraExpert, LossIncrease, MoEI2
 from rerail.methods.naee import NAEE
 from rerail.methods.reap import MomentScore
@@ -21,7 +22,6 @@ from rerail.statistics.collect import collect
 from rerail.statistics.moments import InputMoment
 from rerail.statistics.routed import Count
 from rerail.statistics.rows import Rows
-from rerail.statistics.similarity import LogitGram
 from rerail.statistics.statistic import LayerStatistics, StatisticSet
 
 SMALL = InterExpert(rows=64, population=8, generations=2)

@@ -21,9 +21,11 @@ here they keep it. The second half, MC-SMoE (low rank plus sparse, fitted by dis
 to factorisers.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+import torch
 from torch import Tensor
 
 from rerail.compress.solvers.alignment import channel_features, permuted, weight_matching
@@ -36,9 +38,43 @@ from rerail.compress.templates.merging import (
 )
 from rerail.moe.fused_experts import expert_parameters
 from rerail.moe.model import MoELayer
+from rerail.statistics.moments import Grams
 from rerail.statistics.routed import Count
-from rerail.statistics.similarity import LogitGram
-from rerail.statistics.statistic import LayerStatistics, Statistic
+from rerail.statistics.statistic import (
+    LayerStatistics,
+    Need,
+    RoutedTokens,
+    Statistic,
+)
+
+
+@dataclass(frozen=True)
+class LogitGram(Grams):
+    """sum over all tokens of z z^T, z (E,) the router logits. float64 (E, E).
+
+    Slots that a mask silences count as 0.
+    """
+
+    needs: ClassVar[frozenset[Need]] = frozenset({"logits"})
+
+    @property
+    def name(self) -> str:
+        """`logit_gram`."""
+        return "logit_gram"
+
+    def empty(self, layer: MoELayer) -> Tensor:
+        """Return float64 zeros (E, E)."""
+        return torch.zeros(layer.num_experts, layer.num_experts, dtype=torch.float64)
+
+    def shape(self, tokens: RoutedTokens) -> tuple[int, ...]:
+        """Return (E, E)."""
+        return tokens.num_experts, tokens.num_experts
+
+    def rows(self, tokens: RoutedTokens) -> Iterator[tuple[int, Tensor]]:
+        """Yield the logits."""
+        assert tokens.logits is not None
+        logits = tokens.logits.float()
+        yield 0, logits.masked_fill(torch.isneginf(logits), 0.0)
 
 
 @dataclass(frozen=True, kw_only=True)
