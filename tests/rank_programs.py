@@ -16,6 +16,7 @@ from measuring import batches, everything
 from rerail.distill.repair import Repair, repair
 from rerail.distill.settings import RouterKD
 from rerail.evaluate.perplexity import score_blocks
+from rerail.methods.cfes import Segments
 from rerail.methods.d2_moe import Fisher
 from rerail.methods.moe_i2 import LossIncrease
 from rerail.moe.model import MoEModel
@@ -23,7 +24,6 @@ from rerail.parallel import first, is_first, join, joined
 from rerail.plan.apply import apply_plan
 from rerail.statistics.collect import collect
 from rerail.statistics.gate_ratios import GateTails
-from rerail.statistics.segments import Segments
 from rerail.teacher.hidden_states import CachedTeacher, final_hidden_states
 from students import blocks, merged
 

@@ -1,9 +1,9 @@
 import torch
 
 from families import tiny, tokens
+from rerail.methods.cfes import Segments
 from rerail.statistics.collect import collect
 from rerail.statistics.rows import Rows
-from rerail.statistics.segments import Segments
 
 
 def filled(statistic: Rows, step: int, length: int = 24) -> torch.Tensor:
