@@ -13,6 +13,7 @@ import torch
 import stored_forms
 from families import tiny
 from measuring import batches, everything
+from rerail.compress.templates.skipping import GateTails
 from rerail.distill.repair import Repair, repair
 from rerail.distill.settings import RouterKD
 from rerail.evaluate.perplexity import score_blocks
@@ -23,7 +24,6 @@ from rerail.moe.model import MoEModel
 from rerail.parallel import first, is_first, join, joined
 from rerail.plan.apply import apply_plan
 from rerail.statistics.collect import collect
-from rerail.statistics.gate_ratios import GateTails
 from rerail.teacher.hidden_states import CachedTeacher, final_hidden_states
 from students import blocks, merged
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from rerail.compress.templates.pruning import MaxOutput
+from rerail.compress.templates.skipping import GateTails
 from rerail.config.presets import preset
 from rerail.distill.masters import masters
 from rerail.distill.router_distillation import RouterDistillation
@@ -27,7 +28,6 @@ from rerail.methods.reap import MomentScore
 from rerail.moe.model import MoEModel
 from rerail.statistics.collect import collect
 from rerail.statistics.dense import OutputSum, TokenCount
-from rerail.statistics.gate_ratios import GateTails
 from rerail.statistics.moments import InputMoment, MiddleMoment
 from rerail.statistics.routed import Count, Moment, OutputSumRouted
 from rerail.statistics.statistic import Statistic

@@ -2,9 +2,9 @@ import pytest
 import torch
 
 from families import tiny, tokens
+from rerail.compress.templates.skipping import GateTails
 from rerail.experts.skip_policy import BINS, tails
 from rerail.statistics.collect import Batch, collect
-from rerail.statistics.gate_ratios import GateTails
 from rerail.statistics.statistic import StatisticSet
 
 
