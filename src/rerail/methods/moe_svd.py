@@ -11,7 +11,7 @@ Per layer and matrix type, W_e L_e = P_e S_e Q_e^T with L_e L_e^T = C_e, the mom
    and the weights whose mixtures come closest to all U_i.
 4. `dense_layers`: so many layers with the highest S = sum_e f_e r_e a_e stay as they are and the
    others pay for them: f_e share of tokens, r_e = #{s >= 0.01 s_max} averaged over the matrices,
-   a_e share of outliers in the inputs (see `stats.outliers`).
+   a_e share of outliers in the inputs (`OutlierShare`).
 
 Stored: V shared r in + E r out; trimmed r in + k r out + E k. The paper's equations were not seen:
 the steps are its pseudocode's, the details of 3 and 4 those of an unofficial replica, which keeps
