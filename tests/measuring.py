@@ -13,8 +13,8 @@ from rerail.statistics.collect import Batch
 from rerail.statistics.dense import OutputSum, TokenCount
 from rerail.statistics.moments import InputMoment, MiddleMoment
 from rerail.statistics.routed import Count, Moment, OutputSumRouted
-from rerail.statistics.rows import Rows
 from rerail.statistics.statistic import Statistic
+from rerail.statistics.token_sample import TokenSample
 
 DENSE = (OutputSum(), TokenCount())
 ROUTED = (
@@ -30,7 +30,7 @@ ROUTED = (
     MiddleEnergy(),
     MiddlePeak(),
     LogitGram(),
-    Rows(20),
+    TokenSample(20),
 )
 
 

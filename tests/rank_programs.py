@@ -138,7 +138,7 @@ def fits(folder: Path) -> dict[str, Any]:
 
 
 def measures(folder: Path) -> dict[str, Any]:
-    """Collect statistics, score a text and speak, each process on its part."""
+    """Collect statistics, score a text and final_hidden_states, each process on its part."""
     join()
     model, text = tiny("qwen3_moe"), batches(5, size=2)
     filled = collect(model, text, STATISTICS)

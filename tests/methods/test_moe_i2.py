@@ -21,8 +21,8 @@ from rerail.plan.plan import LayerPlan, Plan
 from rerail.statistics.collect import collect
 from rerail.statistics.moments import InputMoment
 from rerail.statistics.routed import Count
-from rerail.statistics.rows import Rows
 from rerail.statistics.statistic import LayerStatistics, StatisticSet
+from rerail.statistics.token_sample import TokenSample
 
 SMALL = InterExpert(rows=64, population=8, generations=2)
 
@@ -137,7 +137,7 @@ def test_ranks_use_the_whole_models_importance_of_the_survivors(importance: str)
         assert torch.equal(prepared.importance[layer.index], expected)
     if importance == "block":
         layer = teacher.layers[0]
-        hidden = Rows.hidden(views[0][Rows(64)])
+        hidden = TokenSample.hidden(views[0][TokenSample(64)])
         without = layer.answer(hidden, (0, 1, 2, 4, 5, 6, 7)) - layer.answer(hidden)
         torch.testing.assert_close(
             first.rank(layer, views[0])[3], without.norm().double(), rtol=1e-4, atol=1e-6
@@ -165,7 +165,7 @@ def test_statistics_are_cut_along_the_axes_that_count_slots() -> None:
     base = NAEE()
     parts = [base.form(la, LayerStatistics({}, ()), kept[la.index])[0] for la in teacher.layers]
     plan = Plan(tuple(parts))
-    wanted = (Count(), InputMoment(), LogitGram(), Rows(20))
+    wanted = (Count(), InputMoment(), LogitGram(), TokenSample(20))
     filled = collect(teacher, batches(), wanted)
     students = student_layers(teacher.layers, plan)
     found, own = restricted(filled, wanted, teacher.layers, students, plan).tensors, filled.tensors
@@ -174,7 +174,7 @@ def test_statistics_are_cut_along_the_axes_that_count_slots() -> None:
     assert torch.equal(found[0]["input_moment"], own[0]["input_moment"][rows])
     gram = LogitGram().name
     assert torch.equal(found[0][gram], own[0][gram][rows][:, rows])
-    assert torch.equal(found[0][Rows(20).name], own[0][Rows(20).name])
+    assert torch.equal(found[0][TokenSample(20).name], own[0][TokenSample(20).name])
     assert all(torch.equal(found[1][name], own[1][name]) for name in own[1])
 
 

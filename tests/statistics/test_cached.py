@@ -17,8 +17,8 @@ from rerail.methods.mone import GatedOutput
 from rerail.statistics.cached import cached_statistics
 from rerail.statistics.collect import collect
 from rerail.statistics.routed import Count, Moment
-from rerail.statistics.rows import Rows
-from rerail.statistics.statistic import Statistic, StatisticSet, merge_sets
+from rerail.statistics.statistic import Statistic, StatisticSet, join_sets
+from rerail.statistics.token_sample import TokenSample
 
 STORED = [Count(), Moment(1, 1)]
 FILLED = StatisticSet(
@@ -108,20 +108,20 @@ def test_tensors_of_any_shape_and_type_come_back_as_they_were(tmp_path: Path) ->
     model = tiny("qwen3_moe")
     wanted = [*everything("qwen3_moe"), Fisher(), LossIncrease()]
     filled = cached_statistics(tmp_path, wanted, lambda them: collect(model, batches(2), them))
-    empty = StatisticSet({0: {"rows_5": Rows(5).empty(model.layers[0])}})
-    cached_statistics(tmp_path, [Rows(5)], lambda _: empty)
+    empty = StatisticSet({0: {"token_sample_5": TokenSample(5).empty(model.layers[0])}})
+    cached_statistics(tmp_path, [TokenSample(5)], lambda _: empty)
     found = cached_statistics(tmp_path, wanted, never)
     for i, tensors in filled.tensors.items():
         assert found.tensors[i].keys() == tensors.keys()
         for name, tensor in tensors.items():
             assert found.tensors[i][name].dtype == tensor.dtype
             assert torch.equal(found.tensors[i][name], tensor)
-    found = cached_statistics(tmp_path, [Rows(5)], never)
-    assert found.tensors[0]["rows_5"].shape == (0, 18)
+    found = cached_statistics(tmp_path, [TokenSample(5)], never)
+    assert found.tensors[0]["token_sample_5"].shape == (0, 18)
 
 
 def test_statistics_that_differ_have_files_that_differ(tmp_path: Path) -> None:
-    wanted = [*everything("qwen3_moe"), Fisher(), LossIncrease(), Rows(21), GatedOutput(1)]
+    wanted = [*everything("qwen3_moe"), Fisher(), LossIncrease(), TokenSample(21), GatedOutput(1)]
     filled = StatisticSet({0: {s.name: torch.zeros(1) for s in wanted}})
     cached_statistics(tmp_path, wanted, lambda _: filled)
     assert len(list(tmp_path.glob("**/*.safetensors"))) == len(wanted)
@@ -214,7 +214,7 @@ def test_a_mended_formula_never_meets_its_old_tensors_and_others_stay(
 def test_sets_of_the_same_layers_join() -> None:
     a = StatisticSet({0: {"a": torch.ones(1)}, 1: {"a": torch.ones(1)}})
     b = StatisticSet({0: {"b": torch.zeros(1)}, 1: {"b": torch.zeros(1)}})
-    assert {i: set(t) for i, t in merge_sets([a, b]).tensors.items()} == {
+    assert {i: set(t) for i, t in join_sets([a, b]).tensors.items()} == {
         0: {"a", "b"},
         1: {"a", "b"},
     }

@@ -126,14 +126,14 @@ def test_shards_merge_to_one_pass(family: str) -> None:
         for index, held in whole.tensors.items():
             for name, tensor in held.items():
                 other = merged.tensors[index][name]
-                exact = 0 if name in ("count", "rows_20") else 1e-12
+                exact = 0 if name in ("count", "token_sample_20") else 1e-12
                 scale = float(tensor.abs().max())
                 torch.testing.assert_close(other, tensor, atol=exact * scale, rtol=exact, msg=name)
 
 
 def test_shuffled_batches_change_no_sum() -> None:
     model, all_batches = tiny("qwen3_moe"), batches()
-    wanted = [s for s in everything("qwen3_moe") if s.merges_by != "rows"]
+    wanted = [s for s in everything("qwen3_moe") if s.merges_by != "sample"]
     forward = collect(model, all_batches, wanted)
     backward = collect(model, all_batches[::-1], wanted)
     for index, held in forward.tensors.items():
@@ -150,7 +150,7 @@ def test_padding_counts_for_nothing(family: str) -> None:
     padded = collect(model, [(longer, mask)], wanted)
     for index, held in plain.tensors.items():
         for name, tensor in held.items():
-            if name != "rows_20":  # which rows are kept hangs on where they stand
+            if name != "token_sample_20":  # which rows are kept hangs on where they stand
                 other = padded.tensors[index][name]
                 torch.testing.assert_close(other, tensor, atol=1e-4, rtol=1e-4, msg=name)
 
@@ -168,8 +168,8 @@ def test_sums_are_kept_wide_and_on_the_cpu() -> None:
     found = collect(model, batches(), everything("qwen3_moe"))
     for held in found.tensors.values():
         assert held["count"].dtype == held["token_count"].dtype == torch.int64
-        assert held["rows_20"].dtype == torch.float32
-        sums = [t for n, t in held.items() if n not in ("count", "token_count", "rows_20")]
+        assert held["token_sample_20"].dtype == torch.float32
+        sums = [t for n, t in held.items() if n not in ("count", "token_count", "token_sample_20")]
         assert {t.dtype for t in sums} == {torch.float64}
         assert {t.device.type for t in held.values()} == {"cpu"}
 
@@ -222,7 +222,7 @@ def test_never_chosen_slots_have_zeros(family: str) -> None:
     for layer in model.layers:
         layer.mask_rows((0, 1, 2, 4, 5, 6))
     found = collect(model, batches(), [*everything(family), Fisher()])
-    alike = {"layer_moment", "output_sum", "token_count", "rows_20"}
+    alike = {"layer_moment", "output_sum", "token_count", "token_sample_20"}
     for held in found.tensors.values():
         for name, tensor in held.items():
             if name not in alike:

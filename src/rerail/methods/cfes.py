@@ -39,20 +39,20 @@ from rerail.compress.templates.reconstructing import (
     coarse_to_fine,
 )
 from rerail.moe.model import MoELayer
-from rerail.statistics.rows import Rows, hashed, keyed, keys_of
 from rerail.statistics.statistic import (
     LayerStatistics,
     RoutedTokens,
     Statistic,
 )
+from rerail.statistics.token_sample import TokenSample, hashed, keyed, keys_of
 
 
 @dataclass(frozen=True)
-class Segments(Rows):
+class Segments(TokenSample):
     """The inputs of the experts in up to `count` segments of `length` tokens. float32 (N, H + 2).
 
-    As `Rows`, with the hash of a token's segment, position // length: segments are kept or left
-    out as a whole, so N varies with padding. Rows of one segment lie together.
+    As `TokenSample`, with the hash of a token's segment, position // length: segments are kept or
+    left out as a whole, so N varies with padding. Rows of one segment lie together.
     """
 
     length: int

@@ -41,8 +41,8 @@ from rerail.errors import InputError
 from rerail.moe.model import MoELayer
 from rerail.plan.allocation import Allocation
 from rerail.statistics.routed import Count
-from rerail.statistics.rows import Rows
 from rerail.statistics.statistic import LayerStatistics, Statistic
+from rerail.statistics.token_sample import TokenSample
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +59,7 @@ class MergeMoE(DominantMerger):
     @property
     def requires(self) -> tuple[Statistic, ...]:
         """Usage counts, and inputs of the layer."""
-        return (Count(), Rows(self.inputs))
+        return (Count(), TokenSample(self.inputs))
 
     def check(self, layers: Sequence[MoELayer], ratio: Any, allocation: Allocation) -> None:
         """Check the counts, and that a fit without ridge can have enough inputs."""
@@ -95,7 +95,7 @@ class MergeMoE(DominantMerger):
         """Return averaged gate and up, and the fitted down projections."""
         share = shares_in_group(labels, self.weights(statistics))
         merged = merged_experts(layer, labels, share)
-        inputs = Rows.hidden(statistics[Rows(self.inputs)]).to(merged["down_proj"])
+        inputs = TokenSample.hidden(statistics[TokenSample(self.inputs)]).to(merged["down_proj"])
         columns, flip = self.columns(layer, inputs, labels), layer.layout.transposed
         fits = torch.nonzero(torch.bincount(labels) > 1).flatten().tolist()
         for c in fits:

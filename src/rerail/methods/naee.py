@@ -40,9 +40,8 @@ from rerail.errors import OutOfReach
 from rerail.moe.model import MoELayer
 from rerail.plan.allocation import Allocation
 from rerail.plan.budget import Ratio
-from rerail.statistics.original import OriginalRows
-from rerail.statistics.rows import Rows
 from rerail.statistics.statistic import LayerStatistics, Statistic
+from rerail.statistics.token_sample import OriginalTokenSample, TokenSample
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,11 +63,11 @@ class NAEE(Reconstructor):
     @property
     def measures(self) -> tuple[Statistic, ...]:
         """Sampled inputs of the experts."""
-        return (Rows(self.rows),)
+        return (TokenSample(self.rows),)
 
     def sample(self, layer: MoELayer, statistics: LayerStatistics) -> Sample:
         """Return the layer's answers on the sampled inputs."""
-        return Sample(layer, Rows.hidden(statistics[Rows(self.rows)]))
+        return Sample(layer, TokenSample.hidden(statistics[TokenSample(self.rows)]))
 
     def measure(self, statistics: LayerStatistics, change: Tensor) -> Tensor:
         """Return the sum of the batches' norms."""
@@ -99,8 +98,8 @@ class ProgressiveNAEE(NAEE):
     @property
     def measures(self) -> tuple[Statistic, ...]:
         """Sampled inputs of the experts, and the same tokens' in the original model."""
-        rows = Rows(self.rows)
-        return (rows, OriginalRows(self.rows)) if self.target == "original" else (rows,)
+        rows = TokenSample(self.rows)
+        return (rows, OriginalTokenSample(self.rows)) if self.target == "original" else (rows,)
 
     def check(self, layers: Sequence[MoELayer], ratio: Ratio, allocation: Allocation) -> None:
         """Refuse what compares layers."""
@@ -113,8 +112,8 @@ class ProgressiveNAEE(NAEE):
 
     def sample(self, layer: MoELayer, statistics: LayerStatistics) -> Sample:
         """Return the layer's answers on the prefix's inputs, with their offset from the target."""
-        rows = Rows.hidden(statistics[Rows(self.rows)])
+        rows = TokenSample.hidden(statistics[TokenSample(self.rows)])
         if self.target == "own":
             return Sample(layer, rows)
-        original = Rows.hidden(statistics[OriginalRows(self.rows)])
+        original = TokenSample.hidden(statistics[OriginalTokenSample(self.rows)])
         return Sample(layer, rows, layer.answer(original.to(layer.router_rows)))

@@ -36,8 +36,8 @@ from rerail.errors import InputError, OutOfReach
 from rerail.moe.model import MoELayer
 from rerail.plan.budget import Bits
 from rerail.statistics.routed import Count, Moment, SlotScalars
-from rerail.statistics.rows import Rows
 from rerail.statistics.statistic import LayerStatistics, Need, RoutedTokens, Statistic
+from rerail.statistics.token_sample import TokenSample
 
 EXPONENTS = {"paper": (1.0, 1.0, 2.0), "repo": (1.0, 1.5, 1.0)}
 
@@ -98,7 +98,7 @@ class PMQ(Packing):
     @property
     def requires(self) -> tuple[Statistic, ...]:
         """Frequency, mass, rows, and what the quantiser reads."""
-        own: tuple[Statistic, ...] = (Count(), self.mass_read, Rows(self.rows))
+        own: tuple[Statistic, ...] = (Count(), self.mass_read, TokenSample(self.rows))
         return tuple(dict.fromkeys(own + self.quantiser.requires))
 
     @property
@@ -125,7 +125,7 @@ class PMQ(Packing):
 
     def bits_of(self, layer: MoELayer, statistics: LayerStatistics, share: int) -> tuple[int, ...]:
         """Solve the integer program of one layer."""
-        hidden = Rows.hidden(statistics[Rows(self.rows)])
+        hidden = TokenSample.hidden(statistics[TokenSample(self.rows)])
         error = block_errors(layer, hidden, self.bits, self.quantiser.group, self.batch)
         cost = self.cost(statistics[Count()], statistics[self.mass_read], error, layer.top_k)
         return allocate_bits(cost, self.bits, share, self.least(layer.num_experts))

@@ -8,7 +8,7 @@ from rerail.code_version import version_of
 from rerail.files import digest
 from rerail.parallel import first, is_first
 from rerail.statistics.collect import collect
-from rerail.statistics.statistic import Statistic, StatisticSet, merge_sets
+from rerail.statistics.statistic import Statistic, StatisticSet, join_sets
 
 
 def cached_statistics(
@@ -36,7 +36,7 @@ def cached_statistics(
             for statistic in missing:
                 _write(folder, statistic, fresh)
         sets.append(fresh)
-    return merge_sets(sets)
+    return join_sets(sets)
 
 
 def _read(folder: Path, statistic: Statistic) -> StatisticSet | None:

@@ -109,7 +109,7 @@ class Statistic(ABC):
     """A frozen dataclass that knows its name, pass, merge, shape and update."""
 
     pass_name: ClassVar[PassName]
-    merges_by: ClassVar[Literal["add", "max", "rows"]] = "add"
+    merges_by: ClassVar[Literal["add", "max", "sample"]] = "add"
 
     @property
     @abstractmethod
@@ -208,7 +208,7 @@ class StatisticSet:
         )
 
 
-def merge_sets(sets: Iterable[StatisticSet]) -> StatisticSet:
+def join_sets(sets: Iterable[StatisticSet]) -> StatisticSet:
     """Return one set of the different statistics of several sets of the same layers and text."""
     tensors: dict[int, dict[str, Tensor]] = {}
     for part in sets:

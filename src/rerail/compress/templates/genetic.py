@@ -11,8 +11,8 @@ from rerail.errors import OutOfReach
 from rerail.moe.model import MoELayer
 from rerail.plan.allocation import Allocation, Uniform
 from rerail.plan.budget import Ratio
-from rerail.statistics.rows import Rows
 from rerail.statistics.statistic import LayerStatistics, Statistic, StatisticSet
+from rerail.statistics.token_sample import TokenSample
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,11 +41,11 @@ class GeneticPruner(Reconstructor):
     @property
     def measures(self) -> tuple[Statistic, ...]:
         """Sampled inputs of the experts."""
-        return (Rows(self.rows),)
+        return (TokenSample(self.rows),)
 
     def sample(self, layer: MoELayer, statistics: LayerStatistics) -> Sample:
         """Return the layer's answers on the sampled inputs."""
-        return Sample(layer, Rows.hidden(statistics[Rows(self.rows)]))
+        return Sample(layer, TokenSample.hidden(statistics[TokenSample(self.rows)]))
 
     def measure(self, statistics: LayerStatistics, change: Tensor) -> Tensor:
         """Return the Frobenius norm of each subset's change."""

@@ -12,7 +12,7 @@ _KEY = 24  # bits of a key in one float32, which holds integers below 2^24 exact
 
 
 @dataclass(frozen=True)
-class Rows(RoutedStatistic):
+class TokenSample(RoutedStatistic):
     """Up to `count` inputs of the experts. float32 (N, H + 2).
 
     Kept are the tokens whose position in the text has the smallest hash (splitmix64, upper 48
@@ -22,12 +22,12 @@ class Rows(RoutedStatistic):
 
     count: int
 
-    merges_by = "rows"
+    merges_by = "sample"
 
     @property
     def name(self) -> str:
-        """`rows_<count>`."""
-        return f"rows_{self.count}"
+        """`token_sample_<count>`."""
+        return f"token_sample_{self.count}"
 
     def empty(self, layer: MoELayer) -> Tensor:
         """Return float32 (0, H + 2)."""
@@ -48,6 +48,19 @@ class Rows(RoutedStatistic):
     def hidden(tensor: Tensor) -> Tensor:
         """Return the sampled inputs (n, H) of a filled statistic."""
         return tensor[:, 2:]
+
+
+@dataclass(frozen=True)
+class OriginalTokenSample(TokenSample):
+    """`TokenSample` of the original model, the same tokens before anything was compressed.
+
+    A sequential driver measures it once and leaves it as it is while the others are measured anew.
+    """
+
+    @property
+    def name(self) -> str:
+        """`original_token_sample_<count>`."""
+        return f"original_token_sample_{self.count}"
 
 
 def keyed(keys: Tensor, hidden: Tensor) -> Tensor:
