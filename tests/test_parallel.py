@@ -143,7 +143,7 @@ def same_statistics(found, alone):
             ours, theirs = found[index][statistic.name], tensors[statistic.name]
             assert ours.dtype == theirs.dtype
             kinds.add((statistic.merges_by, ours.dtype))
-            if statistic.merge != "add" or ours.dtype == torch.int64:
+            if statistic.merges_by != "add" or ours.dtype == torch.int64:
                 assert torch.equal(ours, theirs), statistic.name
             elif ours.dtype == torch.float64:
                 # a sum that cancels is as exact as its terms
@@ -160,7 +160,7 @@ def test_statistics_of_two_processes_are_those_of_one(measured):
     kinds = set()
     for process in measured:
         kinds |= same_statistics(process["statistics"], alone)
-    assert {merge for merge, _ in kinds} == {"add", "max", "rows"}
+    assert {merge for merge, _ in kinds} == {"add", "max", "sample"}
     assert {("add", torch.int64), ("add", torch.float64), ("add", torch.float32)} <= kinds
 
 
