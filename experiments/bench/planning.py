@@ -31,7 +31,7 @@ def measured(
     rows, length = SHORT
     short = (batch[0][:rows, :length], batch[1][:rows, :length])
     layers = [model.layers[0].index] if first_only else None
-    slow = [s for s in asked if s.run in ("backward", "ablation")]
+    slow = [s for s in asked if s.pass_name in ("backward", "ablation")]
     quick = [s for s in asked if s not in slow]
     parts = [collect(model, [b], s, layers=layers) for b, s in ((short, slow), (batch, quick)) if s]
     return join_sets(parts)

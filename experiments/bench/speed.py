@@ -62,7 +62,7 @@ def union() -> tuple[Statistic, ...]:
     """Return every routed statistic that a preset with a single pass reads, and those of UNION."""
     compressors = [preset("compressor", name) for name in presets()]
     asked = [s for c in compressors if c.driver == "one_shot" for s in c.requires]
-    return tuple(dict.fromkeys([*UNION, *(s for s in asked if s.run == "routed")]))
+    return tuple(dict.fromkeys([*UNION, *(s for s in asked if s.pass_name == "routed")]))
 
 
 def differing_logits(model: MoEModel, batch: Batch, statistics: tuple[Statistic, ...]) -> int:
