@@ -29,54 +29,31 @@ from torch import Tensor
 from rerail.compress.templates.narrowing import Narrower
 from rerail.errors import InputError
 from rerail.moe.model import MoELayer
-from rerail.statistics.statistic import (
-    LayerStatistics,
-    Need,
-    RoutedStatistic,
-    RoutedTokens,
-    Statistic,
-)
-
-
-class SlotChannels(RoutedStatistic):
-    """One float64 a slot and channel of the middle."""
-
-    needs: ClassVar[frozenset[Need]] = frozenset({"middle"})
-
-    def empty(self, layer: MoELayer) -> Tensor:
-        """Return float64 zeros (E, I)."""
-        return torch.zeros(layer.num_experts, layer.intermediate_size, dtype=torch.float64)
+from rerail.statistics.statistic import LayerStatistics, RoutedStatistic, RoutedTokens, Statistic
 
 
 @dataclass(frozen=True)
-class MiddleEnergy(SlotChannels):
+class MiddleEnergy(RoutedStatistic):
     """sum over X_e of (g h)^2 (CAMERA's phi_2, squared). float64 (E, I)."""
 
-    @property
-    def name(self) -> str:
-        """`middle_energy`."""
-        return "middle_energy"
+    axes = "E I"
+    needs = frozenset({"middle"})
 
     def measure(self, tokens: RoutedTokens) -> Tensor:
-        """Add up this batch."""
         return tokens.sum_runs(
             lambda h, g: (g * h).square(), tokens.sorted_middle, tokens.sorted_gates
         )
 
 
 @dataclass(frozen=True)
-class MiddlePeak(SlotChannels):
+class MiddlePeak(RoutedStatistic):
     """max over X_e of |g h| (CAMERA's phi_inf). float64 (E, I)."""
 
+    axes = "E I"
+    needs = frozenset({"middle"})
     merges_by = "max"
 
-    @property
-    def name(self) -> str:
-        """`middle_peak`."""
-        return "middle_peak"
-
     def measure(self, tokens: RoutedTokens) -> Tensor:
-        """Take this batch's largest."""
         middle = tokens.sorted_middle
         out = middle.new_zeros(tokens.num_experts, middle.shape[-1], dtype=torch.float64)
         for e, (h, g) in tokens.runs(middle, tokens.sorted_gates):

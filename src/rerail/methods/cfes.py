@@ -39,11 +39,7 @@ from rerail.compress.templates.reconstructing import (
     coarse_to_fine,
 )
 from rerail.moe.model import MoELayer
-from rerail.statistics.statistic import (
-    LayerStatistics,
-    RoutedTokens,
-    Statistic,
-)
+from rerail.statistics.statistic import LayerStatistics, RoutedTokens, Statistic
 from rerail.statistics.token_sample import TokenSample, hashed, keyed, keys_of
 
 
@@ -57,18 +53,11 @@ class Segments(TokenSample):
 
     length: int
 
-    @property
-    def name(self) -> str:
-        """`segments_<count>_<length>`."""
-        return f"segments_{self.count}_{self.length}"
-
     def measure(self, tokens: RoutedTokens) -> Tensor:
-        """Keep this batch's segments of smallest hash."""
         assert tokens.position is not None
         return self._cut(keyed(hashed(tokens.position // self.length), tokens.hidden))
 
     def merge(self, a: Tensor, b: Tensor) -> Tensor:
-        """Keep the segments of smallest hash of both."""
         return self._cut(torch.cat([a, b]))
 
     def _cut(self, rows: Tensor) -> Tensor:

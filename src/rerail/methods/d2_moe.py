@@ -37,11 +37,7 @@ from rerail.moe.model import MoELayer
 from rerail.statistics.backward_pass import WEIGHTS
 from rerail.statistics.moments import MiddleMoment
 from rerail.statistics.routed import Count
-from rerail.statistics.statistic import (
-    BackwardStatistic,
-    LayerStatistics,
-    Statistic,
-)
+from rerail.statistics.statistic import BackwardStatistic, LayerStatistics, Statistic
 
 
 @dataclass(frozen=True)
@@ -53,18 +49,12 @@ class Fisher(BackwardStatistic):
     token chose has zeros.
     """
 
-    @property
-    def name(self) -> str:
-        """`fisher`."""
-        return "fisher"
-
     def empty(self, layer: MoELayer) -> Tensor:
         """Return float32 zeros (E, N)."""
         numbers = sum(layer.dims.numbers[name] for name in WEIGHTS)
         return torch.zeros(layer.num_experts, numbers)
 
     def update(self, state: Tensor, expert: int, name: str, gradient: Tensor) -> None:
-        """Add the squares."""
         square = gradient.float().square().flatten().to(state.device)
         at = slice(None, len(square)) if name == WEIGHTS[0] else slice(-len(square), None)
         state[expert, at] += square

@@ -27,27 +27,21 @@ from torch.nn import functional as F
 
 from rerail.compress.templates.pruning import Pruner
 from rerail.moe.model import MoELayer
-from rerail.statistics.routed import SlotScalars
-from rerail.statistics.statistic import LayerStatistics, Need, RoutedTokens, Statistic
+from rerail.statistics.statistic import LayerStatistics, RoutedStatistic, RoutedTokens, Statistic
 
 
 @dataclass(frozen=True)
-class Deviation(SlotScalars):
+class Deviation(RoutedStatistic):
     """sum over X_e of g n s, s = max(0, 1 - cos(h, h + y)) (EASY-EP, section 4). float64 (E,).
 
     h is the residual stream before the MoE sub-layer and y the routed output, without shared
     experts: s says how far the layer turns the token.
     """
 
-    needs: ClassVar[frozenset[Need]] = frozenset({"outputs", "residual"})
-
-    @property
-    def name(self) -> str:
-        """`deviation`."""
-        return "deviation"
+    axes = "E"
+    needs = frozenset({"outputs", "residual"})
 
     def measure(self, tokens: RoutedTokens) -> Tensor:
-        """Add up this batch."""
         assert tokens.norms is not None
         assert tokens.residual is not None
         assert tokens.routed is not None

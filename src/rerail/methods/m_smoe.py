@@ -40,12 +40,7 @@ from rerail.moe.fused_experts import expert_parameters
 from rerail.moe.model import MoELayer
 from rerail.statistics.moments import Grams
 from rerail.statistics.routed import Count
-from rerail.statistics.statistic import (
-    LayerStatistics,
-    Need,
-    RoutedTokens,
-    Statistic,
-)
+from rerail.statistics.statistic import LayerStatistics, RoutedTokens, Statistic
 
 
 @dataclass(frozen=True)
@@ -55,23 +50,10 @@ class LogitGram(Grams):
     Slots that a mask silences count as 0.
     """
 
-    needs: ClassVar[frozenset[Need]] = frozenset({"logits"})
-
-    @property
-    def name(self) -> str:
-        """`logit_gram`."""
-        return "logit_gram"
-
-    def empty(self, layer: MoELayer) -> Tensor:
-        """Return float64 zeros (E, E)."""
-        return torch.zeros(layer.num_experts, layer.num_experts, dtype=torch.float64)
-
-    def shape(self, tokens: RoutedTokens) -> tuple[int, ...]:
-        """Return (E, E)."""
-        return tokens.num_experts, tokens.num_experts
+    axes = "E E"
+    needs = frozenset({"logits"})
 
     def rows(self, tokens: RoutedTokens) -> Iterator[tuple[int, Tensor]]:
-        """Yield the logits."""
         assert tokens.logits is not None
         logits = tokens.logits.float()
         yield 0, logits.masked_fill(torch.isneginf(logits), 0.0)

@@ -38,11 +38,7 @@ from rerail.compress.templates.sequence import Chain
 from rerail.experts.base import BankSpec
 from rerail.moe.model import MoELayer
 from rerail.plan.plan import Plan
-from rerail.statistics.statistic import (
-    AblationStatistic,
-    LayerStatistics,
-    Statistic,
-)
+from rerail.statistics.statistic import AblationStatistic, LayerStatistics, Statistic
 
 
 @dataclass(frozen=True)
@@ -53,17 +49,9 @@ class LossIncrease(AblationStatistic):
     increase a token.
     """
 
-    @property
-    def name(self) -> str:
-        """`loss_increase`."""
-        return "loss_increase"
-
-    def empty(self, layer: MoELayer) -> Tensor:
-        """Return float64 zeros (E,)."""
-        return torch.zeros(layer.num_experts, dtype=torch.float64)
+    axes = "E"
 
     def measure(self, plain: float, without: float, tokens: int) -> Tensor:
-        """Return the difference."""
         return torch.tensor(without - plain, dtype=torch.float64)
 
 

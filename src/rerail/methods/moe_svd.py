@@ -39,27 +39,29 @@ from rerail.experts.base import BankSpec
 from rerail.moe.model import MoELayer
 from rerail.plan.allocation import Allocation
 from rerail.plan.budget import Ratio
-from rerail.statistics.routed import Count, SlotScalars
-from rerail.statistics.statistic import LayerStatistics, RoutedTokens, Statistic, StatisticSet
+from rerail.statistics.routed import Count
+from rerail.statistics.statistic import (
+    LayerStatistics,
+    RoutedStatistic,
+    RoutedTokens,
+    Statistic,
+    StatisticSet,
+)
 
 
 @dataclass(frozen=True)
-class OutlierShare(SlotScalars):
+class OutlierShare(RoutedStatistic):
     """sum over X_e of the share of entries with |x_j| > threshold * mean_j |x_j|. float64 (E,).
 
     MoE-SVD takes the mean over all activations of an expert; here it is the token's own, so that
     one pass suffices and batches do not matter.
     """
 
+    axes = "E"
+
     threshold: float = 2.0
 
-    @property
-    def name(self) -> str:
-        """`outlier_share_<threshold>`."""
-        return f"outlier_share_{self.threshold:g}"
-
     def measure(self, tokens: RoutedTokens) -> Tensor:
-        """Add up this batch."""
         size = tokens.hidden.float().abs()
         peaks = size > self.threshold * size.mean(dim=1, keepdim=True)
         share = peaks.double().mean(dim=1, keepdim=True)

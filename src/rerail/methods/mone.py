@@ -30,39 +30,37 @@ from rerail.compress.templates.pruning import Formed, Selector, best
 from rerail.experts.base import BankSpec
 from rerail.moe.model import MoELayer
 from rerail.plan.plan import LayerPlan
-from rerail.statistics.routed import Count, Moment, OutputSumRouted, SlotVectors
-from rerail.statistics.statistic import LayerStatistics, RoutedTokens, Statistic
+from rerail.statistics.routed import Count, Moment, OutputSumRouted
+from rerail.statistics.statistic import LayerStatistics, RoutedStatistic, RoutedTokens, Statistic
 
 ROUNDING = 1e-6  # of the squares, which are of float32 outputs: less is no spread
 
 
 @dataclass(frozen=True)
-class OutputSquares(SlotVectors):
+class OutputSquares(RoutedStatistic):
     """sum over X_e of f^2, coordinate by coordinate. float64 (E, H)."""
 
-    @property
-    def name(self) -> str:
-        """`output_squares`."""
-        return "output_squares"
+    axes = "E H"
+    needs = frozenset({"outputs"})
 
     def measure(self, tokens: RoutedTokens) -> Tensor:
-        """Add up this batch."""
         return tokens.sum_runs(torch.square, tokens.sorted_outputs)
 
 
 @dataclass(frozen=True)
-class GatedOutput(SlotVectors):
+class GatedOutput(RoutedStatistic):
     """sum over X_e of g^a f. float64 (E, H)."""
+
+    axes = "E H"
+    needs = frozenset({"outputs"})
 
     gate_power: int
 
     @property
     def name(self) -> str:
-        """`gated_output_g<a>`."""
         return f"gated_output_g{self.gate_power}"
 
     def measure(self, tokens: RoutedTokens) -> Tensor:
-        """Add up this batch."""
         weights = tokens.sorted_gates**self.gate_power
         return tokens.sum_runs(lambda f, g: g * f, tokens.sorted_outputs, weights)
 

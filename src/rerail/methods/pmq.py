@@ -35,26 +35,21 @@ from rerail.compress.templates.quantising import WIDTHS, Packing, Quantiser
 from rerail.errors import InputError, OutOfReach
 from rerail.moe.model import MoELayer
 from rerail.plan.budget import Bits
-from rerail.statistics.routed import Count, Moment, SlotScalars
-from rerail.statistics.statistic import LayerStatistics, Need, RoutedTokens, Statistic
+from rerail.statistics.routed import Count, Moment
+from rerail.statistics.statistic import LayerStatistics, RoutedStatistic, RoutedTokens, Statistic
 from rerail.statistics.token_sample import TokenSample
 
 EXPONENTS = {"paper": (1.0, 1.0, 2.0), "repo": (1.0, 1.5, 1.0)}
 
 
 @dataclass(frozen=True)
-class RouterMass(SlotScalars):
+class RouterMass(RoutedStatistic):
     """sum over X_e of p_e, p = softmax over all E router logits. float64 (E,)."""
 
-    needs: ClassVar[frozenset[Need]] = frozenset({"logits"})
-
-    @property
-    def name(self) -> str:
-        """`router_mass`."""
-        return "router_mass"
+    axes = "E"
+    needs = frozenset({"logits"})
 
     def measure(self, tokens: RoutedTokens) -> Tensor:
-        """Add up this batch."""
         assert tokens.logits is not None
         share = tokens.logits.float().softmax(dim=-1)
         return tokens.sum_by_expert(share.gather(1, tokens.index))

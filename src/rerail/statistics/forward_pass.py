@@ -15,12 +15,7 @@ from torch import Tensor
 from rerail.moe.model import MoELayer, MoEModel
 from rerail.statistics.pairs import combined, pair_outputs, pairs_and_middle
 from rerail.statistics.stand_in import StandIn
-from rerail.statistics.statistic import (
-    DenseStatistic,
-    Filled,
-    RoutedStatistic,
-    RoutedTokens,
-)
+from rerail.statistics.statistic import DenseStatistic, Filled, RoutedStatistic, RoutedTokens
 from rerail.statistics.surroundings import Surroundings
 
 

@@ -7,13 +7,11 @@ slot and batch, added up in float64.
 from abc import abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from rerail.moe.model import MoELayer
-from rerail.statistics.statistic import Need, RoutedStatistic, RoutedTokens
+from rerail.statistics.statistic import RoutedStatistic, RoutedTokens
 
 
 class Grams(RoutedStatistic):
@@ -23,13 +21,8 @@ class Grams(RoutedStatistic):
     def rows(self, tokens: RoutedTokens) -> Iterator[tuple[int, Tensor]]:
         """Yield a row of axis 0 and the float32 vectors (n, D) that belong to it."""
 
-    @abstractmethod
-    def shape(self, tokens: RoutedTokens) -> tuple[int, ...]:
-        """Return the shape of a share."""
-
     def measure(self, tokens: RoutedTokens) -> Tensor:
-        """Add up this batch."""
-        return self.update(torch.zeros(*self.shape(tokens), dtype=torch.float64), tokens)
+        return self.update(self.zeros(tokens.sizes), tokens)
 
     def update(self, state: Tensor, tokens: RoutedTokens) -> Tensor:
         """Add this batch to `state`, in place."""
@@ -50,23 +43,9 @@ class Grams(RoutedStatistic):
 class InputMoment(Grams):
     """sum over X_e of x x^T. float64 (E, H, H)."""
 
-    @property
-    def name(self) -> str:
-        """`input_moment`."""
-        return "input_moment"
-
-    def empty(self, layer: MoELayer) -> Tensor:
-        """Return float64 zeros (E, H, H)."""
-        h = layer.hidden_size
-        return torch.zeros(layer.num_experts, h, h, dtype=torch.float64)
-
-    def shape(self, tokens: RoutedTokens) -> tuple[int, ...]:
-        """Return (E, H, H)."""
-        h = tokens.hidden.shape[1]
-        return tokens.num_experts, h, h
+    axes = "E H H"
 
     def rows(self, tokens: RoutedTokens) -> Iterator[tuple[int, Tensor]]:
-        """Yield each slot's inputs."""
         for e, chosen, _ in tokens.by_expert():
             yield e, tokens.hidden[chosen].float()
 
@@ -75,25 +54,14 @@ class InputMoment(Grams):
 class MiddleMoment(Grams):
     """sum over X_e of g^a h h^T. float64 (E, I, I)."""
 
-    gate_power: int = 0
+    axes = "E I I"
+    needs = frozenset({"middle"})
 
-    needs: ClassVar[frozenset[Need]] = frozenset({"middle"})
+    gate_power: int = 0
 
     @property
     def name(self) -> str:
-        """`middle_moment_g<a>`."""
         return f"middle_moment_g{self.gate_power}"
-
-    def empty(self, layer: MoELayer) -> Tensor:
-        """Return float64 zeros (E, I, I)."""
-        i = layer.intermediate_size
-        return torch.zeros(layer.num_experts, i, i, dtype=torch.float64)
-
-    def shape(self, tokens: RoutedTokens) -> tuple[int, ...]:
-        """Return (E, I, I)."""
-        assert tokens.middle is not None
-        i = tokens.middle.shape[-1]
-        return tokens.num_experts, i, i
 
     def rows(self, tokens: RoutedTokens) -> Iterator[tuple[int, Tensor]]:
         """Yield each slot's middle activations, times the root of g^a."""

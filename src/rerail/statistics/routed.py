@@ -5,12 +5,10 @@ n = ||f||_2.
 """
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from rerail.moe.model import MoELayer
 from rerail.statistics.statistic import Need, RoutedStatistic, RoutedTokens
 
 
@@ -18,38 +16,24 @@ from rerail.statistics.statistic import Need, RoutedStatistic, RoutedTokens
 class Count(RoutedStatistic):
     """c_e = |X_e|: how many tokens chose each slot. int64 (E,)."""
 
-    @property
-    def name(self) -> str:
-        """`count`."""
-        return "count"
-
-    def empty(self, layer: MoELayer) -> Tensor:
-        """Return int64 zeros (E,)."""
-        return torch.zeros(layer.num_experts, dtype=torch.int64)
+    axes = "E"
+    dtype = torch.int64
 
     def measure(self, tokens: RoutedTokens) -> Tensor:
-        """Count this batch."""
         return torch.bincount(tokens.index.flatten(), minlength=tokens.num_experts)
 
 
-class SlotScalars(RoutedStatistic):
-    """One float64 a slot: (E,)."""
-
-    def empty(self, layer: MoELayer) -> Tensor:
-        """Return float64 zeros (E,)."""
-        return torch.zeros(layer.num_experts, dtype=torch.float64)
-
-
 @dataclass(frozen=True)
-class Moment(SlotScalars):
+class Moment(RoutedStatistic):
     """sum over X_e of g^a n^p. float64 (E,)."""
+
+    axes = "E"
 
     gate_power: int
     norm_power: int
 
     @property
     def name(self) -> str:
-        """`moment_g<a>_n<p>`."""
         return f"moment_g{self.gate_power}_n{self.norm_power}"
 
     def needed(self) -> frozenset[Need]:
@@ -57,7 +41,6 @@ class Moment(SlotScalars):
         return frozenset({"outputs"} if self.norm_power else ())
 
     def measure(self, tokens: RoutedTokens) -> Tensor:
-        """Add up this batch."""
         value = tokens.gates.float() ** self.gate_power
         if self.norm_power:
             assert tokens.norms is not None
@@ -65,25 +48,12 @@ class Moment(SlotScalars):
         return tokens.sum_by_expert(value)
 
 
-class SlotVectors(RoutedStatistic):
-    """One float64 vector a slot, of the width of the outputs: (E, H)."""
-
-    needs: ClassVar[frozenset[Need]] = frozenset({"outputs"})
-
-    def empty(self, layer: MoELayer) -> Tensor:
-        """Return float64 zeros (E, H)."""
-        return torch.zeros(layer.num_experts, layer.hidden_size, dtype=torch.float64)
-
-
 @dataclass(frozen=True)
-class OutputSumRouted(SlotVectors):
+class OutputSumRouted(RoutedStatistic):
     """sum over X_e of f. float64 (E, H)."""
 
-    @property
-    def name(self) -> str:
-        """`output_sum_routed`."""
-        return "output_sum_routed"
+    axes = "E H"
+    needs = frozenset({"outputs"})
 
     def measure(self, tokens: RoutedTokens) -> Tensor:
-        """Add up this batch."""
         return tokens.sum_runs(lambda f: f, tokens.sorted_outputs)

@@ -1,10 +1,12 @@
 """A statistic: one tensor a layer, with its pass and the way two shards of it merge."""
 
+import dataclasses
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 from torch import Tensor
@@ -46,6 +48,12 @@ class RoutedTokens:
     logits: Tensor | None = None
     residual: Tensor | None = None
     position: Tensor | None = None
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """The sizes of the axes E, H and, where `middle` is there, I."""
+        sizes = {"E": self.num_experts, "H": self.hidden.shape[1]}
+        return sizes if self.middle is None else sizes | {"I": self.middle.shape[-1]}
 
     def sum_by_expert(self, values: Tensor) -> Tensor:
         """Return float64 (E,) or (E, D): values (T, K) or (T, K, D) added up by chosen slot."""
@@ -106,22 +114,39 @@ class RoutedTokens:
 
 
 class Statistic(ABC):
-    """A frozen dataclass that knows its name, pass, merge, shape and update."""
+    """A frozen dataclass that knows its pass, how shards merge, its shape and its update.
+
+    Attributes:
+        pass_name: the pass that fills it.
+        merges_by: how two shards become one.
+        axes: the shape of a layer's tensor, in letters: E slots, H hidden, I intermediate.
+        dtype: sums are kept in float64 or int64.
+    """
 
     pass_name: ClassVar[PassName]
     merges_by: ClassVar[Literal["add", "max", "sample"]] = "add"
+    axes: ClassVar[str] = ""
+    dtype: ClassVar[torch.dtype] = torch.float64
 
     @property
-    @abstractmethod
     def name(self) -> str:
-        """A file-safe name that includes the settings."""
+        """A file-safe name: that of the class in snake case, and the settings."""
+        words = re.sub(r"(?<!^)(?=[A-Z])", "_", type(self).__name__).lower()
+        settings = dataclasses.asdict(cast(Any, self)).values()
+        short = (f"{v:g}" if isinstance(v, float) else str(v) for v in settings)
+        return "_".join([words, *short])
 
-    @abstractmethod
     def empty(self, layer: MoELayer) -> Tensor:
         """Return the tensor of zero tokens."""
+        sizes = {"E": layer.num_experts, "H": layer.hidden_size, "I": layer.intermediate_size}
+        return self.zeros(sizes)
+
+    def zeros(self, sizes: Mapping[str, int]) -> Tensor:
+        """Return zeros of the statistic's shape, for the size of each axis."""
+        return torch.zeros([sizes[axis] for axis in self.axes.split()], dtype=self.dtype)
 
     def merge(self, a: Tensor, b: Tensor) -> Tensor:
-        """Merge two shards; sums are kept in float64 or int64, never means of means."""
+        """Return two shards merged; never means of means."""
         return a + b if self.merges_by == "add" else torch.maximum(a, b)
 
     def is_finite(self, tensor: Tensor) -> bool:

@@ -24,23 +24,16 @@ class TokenSample(RoutedStatistic):
 
     merges_by = "sample"
 
-    @property
-    def name(self) -> str:
-        """`token_sample_<count>`."""
-        return f"token_sample_{self.count}"
-
     def empty(self, layer: MoELayer) -> Tensor:
         """Return float32 (0, H + 2)."""
         return torch.zeros(0, layer.hidden_size + 2)
 
     def measure(self, tokens: RoutedTokens) -> Tensor:
-        """Keep this batch's smallest hashes."""
         assert tokens.position is not None
         keys, order = hashed(tokens.position).sort()
         return keyed(keys[: self.count], tokens.hidden[order[: self.count]])
 
     def merge(self, a: Tensor, b: Tensor) -> Tensor:
-        """Keep the smallest hashes of both."""
         rows = torch.cat([a, b])
         return rows[keys_of(rows).argsort(stable=True)[: self.count]]
 
@@ -56,11 +49,6 @@ class OriginalTokenSample(TokenSample):
 
     A sequential driver measures it once and leaves it as it is while the others are measured anew.
     """
-
-    @property
-    def name(self) -> str:
-        """`original_token_sample_<count>`."""
-        return f"original_token_sample_{self.count}"
 
 
 def keyed(keys: Tensor, hidden: Tensor) -> Tensor:

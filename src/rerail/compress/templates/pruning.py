@@ -15,26 +15,26 @@ from rerail.moe.model import MoELayer
 from rerail.plan.allocation import Allocation, check_kept
 from rerail.plan.budget import Ratio
 from rerail.plan.plan import LayerPlan
-from rerail.statistics.routed import SlotScalars
-from rerail.statistics.statistic import LayerStatistics, Need, RoutedTokens, Statistic, StatisticSet
+from rerail.statistics.statistic import (
+    LayerStatistics,
+    RoutedStatistic,
+    RoutedTokens,
+    Statistic,
+    StatisticSet,
+)
 
 Formed = tuple[LayerPlan, Mapping[str, Tensor]]
 
 
 @dataclass(frozen=True)
-class MaxOutput(SlotScalars):
+class MaxOutput(RoutedStatistic):
     """max over X_e and coordinates of |f|, 0 for a slot that was never chosen. float64 (E,)."""
 
+    axes = "E"
     merges_by = "max"
-    needs: ClassVar[frozenset[Need]] = frozenset({"outputs"})
-
-    @property
-    def name(self) -> str:
-        """`max_output`."""
-        return "max_output"
+    needs = frozenset({"outputs"})
 
     def measure(self, tokens: RoutedTokens) -> Tensor:
-        """Take this batch's largest."""
         assert tokens.outputs is not None
         largest = tokens.outputs.abs().amax(dim=-1).double().flatten()
         zeros = largest.new_zeros(tokens.num_experts)

@@ -35,17 +35,11 @@ class GateTails(RoutedStatistic):
     [b, b + 1) / BINS, BINS a power of two, so that what lies below a threshold is exact.
     """
 
-    @property
-    def name(self) -> str:
-        """`gate_tails`."""
-        return "gate_tails"
-
     def empty(self, layer: MoELayer) -> Tensor:
         """Return int64 zeros (BINS,)."""
         return torch.zeros(BINS, dtype=torch.int64)
 
     def measure(self, tokens: RoutedTokens) -> Tensor:
-        """Count this batch."""
         found = tails(tokens.gates).flatten()
         lower = found[torch.isfinite(found)]
         place = (lower * BINS).floor().long().clamp(max=BINS - 1)
