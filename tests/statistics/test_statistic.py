@@ -1,3 +1,5 @@
+from dataclasses import dataclass
+
 import pytest
 import torch
 
@@ -8,6 +10,7 @@ from rerail.statistics.statistic import RoutedTokens, Statistic, StatisticSet, U
 
 class Largest(Count):
     merges_by = "max"
+    name = "count"
 
 
 def test_only_declared_statistics_can_be_read() -> None:
@@ -19,6 +22,18 @@ def test_only_declared_statistics_can_be_read() -> None:
     assert list(view) == [Count()]
     with pytest.raises(UndeclaredError, match="moment_g1_n1"):
         view[Moment(1, 1)]
+
+
+@dataclass(frozen=True)
+class TwoWords(Count):
+    limit: float = 0.5
+    count: int = 1_234_567
+
+
+def test_a_name_is_the_class_and_its_settings_and_tells_all_settings_apart() -> None:
+    assert Count().name == "count"
+    assert TwoWords().name == "two_words_0.5_1234567"
+    assert TwoWords(count=1_234_568).name != TwoWords().name
 
 
 def test_shards_merge_by_the_statistics_own_rule() -> None:
