@@ -3,28 +3,18 @@
 import torch
 
 from families import tokens
+from rerail.compress.guard import MaxOutput
+from rerail.methods.camera import MiddleEnergy, MiddlePeak
+from rerail.methods.easy_ep import Deviation
+from rerail.methods.m_smoe import LogitGram
+from rerail.methods.mone import GatedOutput, OutputSquares
 from rerail.moe.model import MoEModel
 from rerail.statistics.collect import Batch
 from rerail.statistics.dense import OutputSum, TokenCount
-from rerail.statistics.moments import (
-    InputMoment,
-    LayerMoment,
-    MiddleEnergy,
-    MiddleMoment,
-    MiddlePeak,
-)
-from rerail.statistics.routed import (
-    Count,
-    Deviation,
-    GatedOutput,
-    MaxOutput,
-    Moment,
-    OutputSquares,
-    OutputSumRouted,
-)
-from rerail.statistics.rows import Rows
-from rerail.statistics.similarity import LogitGram
+from rerail.statistics.moments import InputMoment, MiddleMoment
+from rerail.statistics.routed import Count, Moment, OutputSumRouted
 from rerail.statistics.statistic import Statistic
+from rerail.statistics.token_sample import TokenSample
 
 DENSE = (OutputSum(), TokenCount())
 ROUTED = (
@@ -35,13 +25,12 @@ ROUTED = (
     OutputSquares(),
     GatedOutput(2),
     InputMoment(),
-    LayerMoment(),
     MiddleMoment(),
     MiddleMoment(2),
     MiddleEnergy(),
     MiddlePeak(),
     LogitGram(),
-    Rows(20),
+    TokenSample(20),
 )
 
 

@@ -13,18 +13,18 @@ import torch
 import stored_forms
 from families import tiny
 from measuring import batches, everything
+from rerail.compress.templates.skipper import GateTails
 from rerail.distill.repair import Repair, repair
 from rerail.distill.settings import RouterKD
 from rerail.evaluate.perplexity import score_blocks
+from rerail.methods.cfes import Segments
+from rerail.methods.d2_moe import Fisher
+from rerail.methods.moe_i2 import LossIncrease
 from rerail.moe.model import MoEModel
 from rerail.parallel import first, is_first, join, joined
 from rerail.plan.apply import apply_plan
-from rerail.statistics.ablation import LossIncrease
 from rerail.statistics.collect import collect
-from rerail.statistics.gate_ratios import GateTails
-from rerail.statistics.gradients import Fisher
-from rerail.statistics.segments import Segments
-from rerail.teacher.teacher import CachedTeacher, speak
+from rerail.teacher.hidden_states import CachedTeacher, final_hidden_states
 from students import blocks, merged
 
 # 18 of 24 blocks train; the last optimiser step has one batch only
@@ -52,7 +52,7 @@ def fitted(
     """Return what a repair did."""
     teacher, text = tiny("qwen3_moe"), blocks()
     before = [p.clone() for p in teacher.model.parameters()]
-    states = CachedTeacher(speak_alone(teacher, text))
+    states = CachedTeacher(hidden_states_alone(teacher, text))
     student = make(teacher)
     trainer = {"accelerator": "cpu", "enable_progress_bar": False, "strategy": strategy}
     trainer["callbacks"] = list(callbacks)
@@ -66,7 +66,7 @@ def fitted(
     return {"curve": done.curve, "best_step": done.best_step, "after": done.after}
 
 
-def speak_alone(teacher: MoEModel, text: Any) -> torch.Tensor:
+def hidden_states_alone(teacher: MoEModel, text: Any) -> torch.Tensor:
     """Return all states, computed by this process."""
     with torch.no_grad():
         return torch.cat([teacher.hidden(ids, mask) for ids, mask in text.batches(6)])
@@ -138,7 +138,7 @@ def fits(folder: Path) -> dict[str, Any]:
 
 
 def measures(folder: Path) -> dict[str, Any]:
-    """Collect statistics, score a text and speak, each process on its part."""
+    """Collect statistics, score a text and final_hidden_states, each process on its part."""
     join()
     model, text = tiny("qwen3_moe"), batches(5, size=2)
     filled = collect(model, text, STATISTICS)
@@ -149,7 +149,7 @@ def measures(folder: Path) -> dict[str, Any]:
         "rank": joined()[0],
         "statistics": dict(filled.tensors),
         "one batch": dict(one_batch.tensors),
-        "states": speak(model, text),
+        "states": final_hidden_states(model, text),
         "nll": student.nll,
         "kl": student.kl,
         "agree": student.agree,

@@ -1,7 +1,6 @@
 import errno
 import hashlib
 import json
-import logging
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -13,10 +12,8 @@ from rerail.files import (
     cache_dir,
     digest,
     file_digest,
-    read_sealed,
     whole_file,
     write_json,
-    write_sealed,
 )
 
 
@@ -96,38 +93,6 @@ def test_of_two_racing_writers_the_last_to_end_wins_whole(tmp_path):
         assert path.read_text() == "second"
     assert path.read_text() == "first"
     assert list(tmp_path.iterdir()) == [path]
-
-
-def test_sealed_json_comes_back(tmp_path):
-    value = {"b": [1, 2.5, None], "a": {"text": "\u00e9"}}
-    write_sealed(tmp_path / "a.json", value)
-    assert read_sealed(tmp_path / "a.json") == value
-
-
-def test_an_absent_seal_is_none_without_a_word(tmp_path, caplog):
-    assert read_sealed(tmp_path / "a.json") is None
-    assert caplog.text == ""
-
-
-@pytest.mark.parametrize(
-    "damage",
-    [
-        lambda b: b[:-3],
-        lambda b: b.replace(b"1", b"2"),
-        lambda b: b"",
-        lambda b: b"\xff" + b,
-        lambda b: b"null",
-        lambda b: b"[1]",
-        lambda b: b'{"content": 1}',
-    ],
-)
-def test_damage_is_noticed_and_said(tmp_path, caplog, damage):
-    path = tmp_path / "a.json"
-    write_sealed(path, {"x": 1})
-    path.write_bytes(damage(path.read_bytes()))
-    with caplog.at_level(logging.WARNING):
-        assert read_sealed(path) is None
-    assert f"{path} is damaged" in caplog.text
 
 
 def test_digests_tell_values_apart_but_not_the_order_of_keys():

@@ -53,7 +53,7 @@ from rerail.plan.plan import Plan
 from rerail.plan.sizes import Sizes
 from rerail.statistics.collect import collect
 from rerail.statistics.statistic import LayerStatistics, StatisticSet
-from rerail.teacher.teacher import LiveTeacher
+from rerail.teacher.hidden_states import LiveTeacher
 
 GOLDEN = Path(__file__).parent / "golden"
 

@@ -12,7 +12,7 @@ from rerail import parallel
 from rerail.errors import InputError
 from rerail.evaluate.perplexity import score_blocks
 from rerail.statistics.collect import collect
-from rerail.teacher.teacher import speak
+from rerail.teacher.hidden_states import final_hidden_states
 from students import merged
 from together import together
 
@@ -142,8 +142,8 @@ def same_statistics(found, alone):
         for statistic in STATISTICS:
             ours, theirs = found[index][statistic.name], tensors[statistic.name]
             assert ours.dtype == theirs.dtype
-            kinds.add((statistic.merge, ours.dtype))
-            if statistic.merge != "add" or ours.dtype == torch.int64:
+            kinds.add((statistic.merges_by, ours.dtype))
+            if statistic.merges_by != "add" or ours.dtype == torch.int64:
                 assert torch.equal(ours, theirs), statistic.name
             elif ours.dtype == torch.float64:
                 # a sum that cancels is as exact as its terms
@@ -160,7 +160,7 @@ def test_statistics_of_two_processes_are_those_of_one(measured):
     kinds = set()
     for process in measured:
         kinds |= same_statistics(process["statistics"], alone)
-    assert {merge for merge, _ in kinds} == {"add", "max", "rows"}
+    assert {merge for merge, _ in kinds} == {"add", "max", "sample"}
     assert {("add", torch.int64), ("add", torch.float64), ("add", torch.float32)} <= kinds
 
 
@@ -177,7 +177,7 @@ def test_scores_and_teacher_states_of_two_processes_are_those_of_one_to_the_bit(
     teacher = score_blocks(model, text)
     scores = score_blocks(merged(model), text, teacher.hidden)
     assert float(scores.kl.sum()) > 0
-    assert torch.equal(measured[0]["states"], speak(model, text))
+    assert torch.equal(measured[0]["states"], final_hidden_states(model, text))
     for process in measured:
         assert torch.equal(process["hidden"], teacher.hidden)
         for name in ("nll", "kl", "agree", "tokens"):

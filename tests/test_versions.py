@@ -1,6 +1,6 @@
-from rerail.versions import version_of
+from rerail.versions import package_version
 
 
 def test_a_package_that_is_not_installed_says_so():
-    assert version_of("torch")[0].isdigit()
-    assert version_of("no-such-package") == "not installed"
+    assert package_version("torch")[0].isdigit()
+    assert package_version("no-such-package") == "not installed"

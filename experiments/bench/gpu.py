@@ -45,8 +45,8 @@ from rerail.run import rows
 from rerail.statistics.collect import collect
 from rerail.statistics.moments import InputMoment, MiddleMoment
 from rerail.statistics.routed import Count
+from rerail.teacher.hidden_states import CachedTeacher, LiveTeacher, Teacher, final_hidden_states
 from rerail.teacher.kl import chunked_kl
-from rerail.teacher.teacher import CachedTeacher, LiveTeacher, Teacher, speak
 from rerail.text.calibration import TokenBlocks
 
 GB = 1e9
@@ -306,7 +306,7 @@ def router_kd_rows(bench: Bench, kind: str) -> None:
     teacher: Teacher = LiveTeacher(bench.model)
     if kind == "cached":
         began = time.perf_counter()
-        teacher = CachedTeacher(speak(bench.model, list(text.batches(s.blocks))))
+        teacher = CachedTeacher(final_hidden_states(bench.model, list(text.batches(s.blocks))))
         spoken = ids.numel() / (time.perf_counter() - began)
         bench.add(row("teacher's states, cached once", spoken, None, "tokens/s"))
     steps = Steps(bench)

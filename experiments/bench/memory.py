@@ -25,7 +25,7 @@ from rerail.distill.masters import masters
 from rerail.distill.router_distillation import RouterDistillation
 from rerail.distill.settings import RouterKD
 from rerail.moe.model import MoEModel
-from rerail.teacher.teacher import LiveTeacher
+from rerail.teacher.hidden_states import LiveTeacher
 
 
 def held(field: str) -> int:

@@ -13,8 +13,7 @@ from rerail.moe.model import MoEModel
 from rerail.plan.allocation import Uniform
 from rerail.plan.budget import Bits, Budget, Ratio, Skip
 from rerail.statistics.collect import collect
-from rerail.statistics.statistic import Statistic, StatisticSet
-from rerail.statistics.store import merge_sets
+from rerail.statistics.statistic import Statistic, StatisticSet, join_sets
 
 SHORT = (1, 32)  # sequences and tokens of the text for the passes that cost many forwards
 BUDGETS: dict[type, Budget] = {Ratio: Ratio(0.5), Bits: Bits(3), Skip: Skip(0.25)}
@@ -32,10 +31,10 @@ def measured(
     rows, length = SHORT
     short = (batch[0][:rows, :length], batch[1][:rows, :length])
     layers = [model.layers[0].index] if first_only else None
-    slow = [s for s in asked if s.run in ("backward", "ablation")]
+    slow = [s for s in asked if s.pass_name in ("backward", "ablation")]
     quick = [s for s in asked if s not in slow]
     parts = [collect(model, [b], s, layers=layers) for b, s in ((short, slow), (batch, quick)) if s]
-    return merge_sets(parts)
+    return join_sets(parts)
 
 
 def seconds(compressor: Compressor, model: MoEModel, batch: Batch, first_only: bool) -> float:

@@ -10,39 +10,29 @@ from timing import Row, interleaved, ratio, row
 from torch import Tensor
 from torch.nn import functional as F
 
+from rerail.compress.guard import MaxOutput
+from rerail.compress.templates.skipper import GateTails
 from rerail.config.presets import preset
 from rerail.distill.masters import masters
 from rerail.distill.router_distillation import RouterDistillation
 from rerail.distill.settings import RouterKD
+from rerail.methods.camera import MiddleEnergy, MiddlePeak
+from rerail.methods.d2_moe import Fisher
+from rerail.methods.easy_ep import Deviation
+from rerail.methods.m_smoe import LogitGram
+from rerail.methods.moe_i2 import LossIncrease
+from rerail.methods.moe_svd import OutlierShare
+from rerail.methods.mone import GatedOutput, OutputSquares
+from rerail.methods.pmq import RouterMass
 from rerail.methods.reap import MomentScore
 from rerail.moe.model import MoEModel
-from rerail.statistics.ablation import LossIncrease
 from rerail.statistics.collect import collect
 from rerail.statistics.dense import OutputSum, TokenCount
-from rerail.statistics.gate_ratios import GateTails
-from rerail.statistics.gradients import Fisher
-from rerail.statistics.mass import RouterMass
-from rerail.statistics.moments import (
-    InputMoment,
-    LayerMoment,
-    MiddleEnergy,
-    MiddleMoment,
-    MiddlePeak,
-)
-from rerail.statistics.outliers import OutlierShare
-from rerail.statistics.routed import (
-    Count,
-    Deviation,
-    GatedOutput,
-    MaxOutput,
-    Moment,
-    OutputSquares,
-    OutputSumRouted,
-)
-from rerail.statistics.similarity import LogitGram
+from rerail.statistics.moments import InputMoment, MiddleMoment
+from rerail.statistics.routed import Count, Moment, OutputSumRouted
 from rerail.statistics.statistic import Statistic
+from rerail.teacher.hidden_states import CachedTeacher, LiveTeacher, final_hidden_states
 from rerail.teacher.kl import Head, chunked_kl
-from rerail.teacher.teacher import CachedTeacher, LiveTeacher, speak
 
 MOMENTS = (Count(), *(Moment(a, p) for a in range(3) for p in range(3)))
 ASKED: dict[str, tuple[tuple[Statistic, ...], float]] = {
@@ -57,7 +47,6 @@ UNION: tuple[Statistic, ...] = (
     OutputSquares(),
     GatedOutput(2),
     InputMoment(),
-    LayerMoment(),
     MiddleMoment(),
     MiddleEnergy(),
     MiddlePeak(),
@@ -73,7 +62,7 @@ def union() -> tuple[Statistic, ...]:
     """Return every routed statistic that a preset with a single pass reads, and those of UNION."""
     compressors = [preset("compressor", name) for name in presets()]
     asked = [s for c in compressors if c.driver == "one_shot" for s in c.requires]
-    return tuple(dict.fromkeys([*UNION, *(s for s in asked if s.run == "routed")]))
+    return tuple(dict.fromkeys([*UNION, *(s for s in asked if s.pass_name == "routed")]))
 
 
 def differing_logits(model: MoEModel, batch: Batch, statistics: tuple[Statistic, ...]) -> int:
@@ -169,7 +158,10 @@ def router_kd_rows(
     """The floor of a step: teacher (live) or its head (cached), and the student there and back."""
     batch = text(teacher, size)
     student = reap_student(teacher, batch)
-    sources = {"live": LiveTeacher(teacher), "cached": CachedTeacher(speak(teacher, [batch]))}
+    sources = {
+        "live": LiveTeacher(teacher),
+        "cached": CachedTeacher(final_hidden_states(teacher, [batch])),
+    }
     plain = torch.no_grad()(lambda model: model.model(input_ids=batch[0], use_cache=False))
     with masters(student, "router_rows") as trained:
         work: dict[str, Any] = {

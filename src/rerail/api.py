@@ -23,7 +23,7 @@ from rerail.plan.plan import Plan
 from rerail.plan.sizes import Sizes
 from rerail.statistics.collect import collect as collect_statistics
 from rerail.statistics.statistic import StatisticSet
-from rerail.teacher.teacher import CachedTeacher, speak
+from rerail.teacher.hidden_states import CachedTeacher, final_hidden_states
 from rerail.text.calibration import Calibration, TokenBlocks, check_vocabulary
 
 __all__ = ["Loaded", "collect", "compress", "evaluate", "load", "preset", "repair", "save", "text"]
@@ -91,7 +91,7 @@ def repair(
 ) -> fit.Repair:
     """Fit the student's router rows in place by Router KD; the best step is kept."""
     settings = preset("distill", distill, **fields)
-    states = CachedTeacher(speak(teacher.model, list(blocks.batches(BATCH))))
+    states = CachedTeacher(final_hidden_states(teacher.model, list(blocks.batches(BATCH))))
     quiet = {"accelerator": "auto", "devices": 1, "enable_progress_bar": False}
     return fit.repair(student.model, states, blocks, settings, quiet, seed=0)
 

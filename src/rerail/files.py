@@ -1,10 +1,9 @@
-"""Files that are either whole or absent: temporary name, then rename; JSON with a hash."""
+"""Files that are either whole or absent: temporary name, then rename."""
 
 import contextlib
 import errno
 import hashlib
 import json
-import logging
 import os
 import shutil
 import uuid
@@ -14,13 +13,11 @@ from typing import Any
 
 from rerail.errors import InputError
 
-log = logging.getLogger(__name__)
-
 
 def cache_dir() -> Path:
     """Return the folder of reusable artefacts: `RERAIL_CACHE`, or a folder in the user's cache."""
-    if given := os.environ.get("RERAIL_CACHE"):
-        return Path(given).expanduser()
+    if folder := os.environ.get("RERAIL_CACHE"):
+        return Path(folder).expanduser()
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(base) / "rerail"
 
@@ -90,22 +87,3 @@ def write_json(path: Path, value: Any) -> None:
     """Write JSON whole or not at all."""
     with whole_file(path) as temporary:
         temporary.write_text(json.dumps(value, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-
-
-def write_sealed(path: Path, value: Any) -> None:
-    """Write JSON together with a hash of its content, for `read_sealed`."""
-    write_json(path, {"sha256": digest(value), "content": value})
-
-
-def read_sealed(path: Path) -> Any | None:
-    """Return what `write_sealed` wrote, or None (and say so) when the file is absent or damaged."""
-    if not path.exists():
-        return None
-    try:
-        held = json.loads(path.read_text(encoding="utf-8"))
-        if held["sha256"] == digest(held["content"]):
-            return held["content"]
-    except (ValueError, KeyError, TypeError):
-        pass
-    log.warning("%s is damaged (its hash does not match) and will be made again", path)
-    return None

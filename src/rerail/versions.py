@@ -3,7 +3,7 @@
 from importlib.metadata import PackageNotFoundError, version
 
 
-def version_of(package: str) -> str:
+def package_version(package: str) -> str:
     """Return a package's version; `not installed` for a checkout on PYTHONPATH."""
     try:
         return version(package)

@@ -14,7 +14,7 @@ from rerail.methods.moe_i2 import InterExpert, norms
 from rerail.plan.allocation import PerLayer, Uniform
 from rerail.plan.budget import Ratio
 from rerail.statistics.collect import collect
-from rerail.statistics.rows import Rows
+from rerail.statistics.token_sample import TokenSample
 
 
 def removals(experts: int = 8, groups: int = 1, each: int = 3, fixed=()) -> Removals:
@@ -24,7 +24,7 @@ def removals(experts: int = 8, groups: int = 1, each: int = 3, fixed=()) -> Remo
 def filled(family: str, rows: int = 64):
     model, ids = tiny(family), tokens(6, 12)
     batch = (ids, torch.ones_like(ids, dtype=torch.bool))
-    return model, collect(model, [batch], [Rows(rows)])
+    return model, collect(model, [batch], [TokenSample(rows)])
 
 
 @pytest.mark.parametrize(("groups", "each", "fixed"), [(1, 3, ()), (2, 1, (5,)), (4, 1, (0, 2))])
@@ -51,7 +51,7 @@ def test_the_search_finds_the_best_of_all_sets_and_returns_none_twice() -> None:
     model, held = filled("qwen3_moe")
     layer = model.layers[0]
     pruner = InterExpert(rows=64)
-    sample = Sample(layer, Rows.hidden(held.of(layer, pruner.requires)[Rows(64)]))
+    sample = Sample(layer, TokenSample.hidden(held.of(layer, pruner.requires)[TokenSample(64)]))
     kept = [tuple(s) for s in combinations(range(8), 5)]
     whole = layer.answer(sample.hidden)
     brute = [float((layer.answer(sample.hidden, s) - whole).norm()) for s in kept]
@@ -107,7 +107,7 @@ def test_an_important_layer_loses_fewer_experts_of_the_same_total() -> None:
     model, held = filled("qwen3_moe")
     loud = model.layers[1]
     loud.experts.down_proj.mul_(3)
-    held = collect(model, [(tokens(6, 12), torch.ones(6, 12, dtype=torch.bool))], [Rows(64)])
+    held = collect(model, [(tokens(6, 12), torch.ones(6, 12, dtype=torch.bool))], [TokenSample(64)])
     pruner = InterExpert(rows=64)
     counts = pruner.allocate(model.layers, held, Ratio(0.5), Uniform())
     assert sum(counts) == 8

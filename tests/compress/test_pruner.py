@@ -3,7 +3,7 @@ import torch
 
 from families import tiny, tokens
 from rerail.compress.base import make_plan
-from rerail.compress.guard import super_experts
+from rerail.compress.guard import MaxOutput, super_experts
 from rerail.compress.router_rows import best_slots
 from rerail.compress.templates import pruner
 from rerail.errors import OutOfReach
@@ -11,7 +11,7 @@ from rerail.methods.reap import MomentScore
 from rerail.plan.allocation import GlobalScore, PerLayer, Uniform
 from rerail.plan.budget import Ratio
 from rerail.statistics.collect import collect
-from rerail.statistics.routed import Count, MaxOutput, Moment
+from rerail.statistics.routed import Count, Moment
 from rerail.statistics.statistic import StatisticSet
 
 SCORES = torch.tensor([5.0, 4.0, 3.0, 9.0, 2.0, 1.0, 0.5, 0.2])

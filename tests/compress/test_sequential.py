@@ -13,9 +13,8 @@ from rerail.plan.apply import apply_plan
 from rerail.plan.budget import Ratio
 from rerail.plan.plan import Plan
 from rerail.statistics.collect import collect
-from rerail.statistics.original import OriginalRows
-from rerail.statistics.rows import Rows
 from rerail.statistics.statistic import StatisticSet
+from rerail.statistics.token_sample import OriginalTokenSample, TokenSample
 
 
 def batches() -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -29,7 +28,7 @@ def silent(label: str):
 
 def test_what_stays_the_originals_is_measured_once_and_the_rest_on_the_prefix() -> None:
     teacher, labels = tiny("qwen3_moe"), []
-    statistics = (Rows(30), OriginalRows(30))
+    statistics = (TokenSample(30), OriginalTokenSample(30))
     driver = sequential(teacher, batches(), statistics, lambda s: labels.append(s) or silent(s))
     filled = collect(teacher, batches(), Camera().requires)
     plan = make_plan(Camera(), teacher.layers, filled, Ratio(0.5), Uniform())
@@ -38,9 +37,9 @@ def test_what_stays_the_originals_is_measured_once_and_the_rest_on_the_prefix() 
     found = driver(prefix, teacher.layers[1:]).tensors[1]
     before = collect(teacher, batches(), statistics).tensors[1]
     after = collect(apply_plan(teacher, prefix), batches(), statistics).tensors[1]
-    assert torch.equal(found["original_rows_30"], before["original_rows_30"])
-    assert torch.equal(found["rows_30"], after["rows_30"])
-    assert not torch.equal(found["rows_30"][:, 2:], before["rows_30"][:, 2:])
+    assert torch.equal(found["original_token_sample_30"], before["original_token_sample_30"])
+    assert torch.equal(found["token_sample_30"], after["token_sample_30"])
+    assert not torch.equal(found["token_sample_30"][:, 2:], before["token_sample_30"][:, 2:])
     assert labels == ["statistics of the original model", "statistics of layers 1-1"]
 
 

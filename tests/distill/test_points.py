@@ -9,7 +9,7 @@ from families import tiny
 from rerail.distill.points import Points
 from rerail.distill.repair import repair
 from rerail.distill.settings import RouterKD
-from rerail.teacher.teacher import LiveTeacher
+from rerail.teacher.hidden_states import LiveTeacher
 from students import blocks, sliced
 
 QUIET = {"accelerator": "cpu", "enable_progress_bar": False}

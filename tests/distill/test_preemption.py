@@ -12,7 +12,7 @@ from families import tiny
 from rerail.distill import preemption
 from rerail.distill.repair import repair
 from rerail.distill.settings import RouterKD
-from rerail.teacher.teacher import CachedTeacher, speak
+from rerail.teacher.hidden_states import CachedTeacher, final_hidden_states
 from students import blocks, merged
 
 # 18 of 24 blocks train: 12 batches, 6 steps of two, rounds of 2 steps
@@ -72,7 +72,7 @@ def requeue():
 @pytest.fixture(scope="module")
 def fit():
     teacher, text = tiny("qwen3_moe"), blocks()
-    cached = CachedTeacher(speak(teacher, list(text.batches(6))))
+    cached = CachedTeacher(final_hidden_states(teacher, list(text.batches(6))))
 
     def run(folder=None, *callbacks, settings=SETTINGS):
         trainer = {"accelerator": "cpu", "enable_progress_bar": False, "callbacks": [*callbacks]}
@@ -151,7 +151,7 @@ def test_a_checkpoint_that_cannot_be_written_keeps_no_job_from_its_requeue(
     def full(path):
         raise OSError("no space left")
 
-    monkeypatch.setattr(preemption, "whole_file", full)
+    monkeypatch.setattr(preemption, "sealed_file", full)
     with pytest.raises(Preempted):
         fit(tmp_path, Signal(0))
     assert "was not written" in caplog.text

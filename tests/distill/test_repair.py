@@ -13,7 +13,7 @@ from rerail.errors import InputError
 from rerail.files import digest
 from rerail.plan.apply import apply_plan
 from rerail.plan.plan import Plan
-from rerail.teacher.teacher import CachedTeacher, LiveTeacher, speak
+from rerail.teacher.hidden_states import CachedTeacher, LiveTeacher, final_hidden_states
 from students import blocks, masked, merged, sliced
 
 QUIET = {"accelerator": "cpu", "enable_progress_bar": False}
@@ -138,7 +138,7 @@ def test_steps_are_counted_as_the_optimiser_makes_them():
 
 def test_a_cached_teacher_teaches_what_the_live_one_does():
     teacher, text = tiny("qwen3_moe"), blocks()
-    cached = CachedTeacher(speak(teacher, list(text.batches(6))))
+    cached = CachedTeacher(final_hidden_states(teacher, list(text.batches(6))))
     fits = [fit(merged(teacher), source) for source in (cached, LiveTeacher(teacher))]
     for a, b in zip(*(done.curve for done in fits), strict=True):
         assert a == pytest.approx(b, rel=1e-5)
@@ -230,7 +230,8 @@ def test_a_killed_fit_goes_on_to_the_same_end(tmp_path, calls, saved):
     with pytest.raises(Killed):
         fit(student, Mortal(teacher, calls), folder=tmp_path)
     assert all(layer.router_rows is b for layer, b in zip(student.layers, before, strict=True))
-    assert len(list(tmp_path.iterdir())) == (saved > 0)
+    left = [path.suffix for path in sorted(tmp_path.iterdir())]
+    assert left == ([".ckpt", ".seal"] if saved else [])
     second = Mortal(teacher)
     done = fit(student, second, folder=tmp_path)
     assert second.calls == 20 - saved
@@ -278,14 +279,36 @@ def test_a_checkpoint_holds_masters_only_and_plain_data(tmp_path):
     assert path.stat().st_size < 40_000
 
 
-def test_a_damaged_checkpoint_is_said_and_not_used(tmp_path, caplog):
+def flipped(path):
+    """Flip the lowest bit of the middle of an optimiser's or a master's numbers."""
+    held = torch.load(path, weights_only=True)
+    numbers = next(iter(held["state_dict"].values())).numpy().tobytes()[:16]
+    data = bytearray(path.read_bytes())
+    data[data.index(numbers)] ^= 1
+    path.write_bytes(bytes(data))
+    assert len(torch.load(path, weights_only=True)) == len(held)  # it can still be read
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:500])
+
+
+def unsealed(path):
+    path.with_name(f"{path.name}.seal").unlink()
+
+
+@pytest.mark.parametrize("damage", [flipped, cut, unsealed])
+def test_from_a_damaged_checkpoint_a_repair_starts_anew_and_warns(tmp_path, caplog, damage):
     teacher = tiny("qwen3_moe")
     path = killed_in(tmp_path, teacher)
-    path.write_bytes(path.read_bytes()[:500])
+    damage(path)
     with caplog.at_level(logging.WARNING):
         done = fit(merged(teacher), LiveTeacher(teacher), folder=tmp_path)
-    assert "damaged" in caplog.text
-    assert done.curve == fit(merged(teacher), LiveTeacher(teacher)).curve
+    assert f"{path} is damaged" in caplog.text
+    whole = fit(merged(teacher), LiveTeacher(teacher))
+    assert done.curve == whole.curve
+    assert all(torch.equal(done.after[n], whole.after[n]) for n in whole.after)
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,8 @@ from rerail.distill.router_distillation import RouterDistillation
 from rerail.distill.settings import RouterKD
 from rerail.plan.apply import apply_plan
 from rerail.plan.plan import Plan
+from rerail.teacher.hidden_states import CachedTeacher, LiveTeacher, final_hidden_states
 from rerail.teacher.kl import chunked_kl
-from rerail.teacher.teacher import CachedTeacher, LiveTeacher, speak
 from students import blocks, merged, sliced
 from watching import RowsOfWidth
 
@@ -172,7 +172,7 @@ def test_a_step_costs_two_forwards_and_three_heads_with_a_cached_teacher():
     sizes = {"hidden_size": 64, "moe_intermediate_size": 64, "num_hidden_layers": 6}
     teacher = tiny("qwen3_moe", vocab_size=512, **sizes)
     student, text = sliced(teacher), blocks(4, 16, padded=False)
-    cached = CachedTeacher(speak(teacher, list(text.batches(4))))
+    cached = CachedTeacher(final_hidden_states(teacher, list(text.batches(4))))
     states = cached.states[:, :-1].flatten(0, 1)
     body = flops(lambda: student.hidden(text.input_ids))
     head = flops(lambda: student.head(states))

@@ -37,8 +37,8 @@ from rerail.statistics.collect import collect
 from rerail.statistics.moments import InputMoment, MiddleMoment
 from rerail.statistics.routed import Count
 from rerail.statistics.statistic import StatisticSet
+from rerail.teacher.hidden_states import CachedTeacher, LiveTeacher, final_hidden_states
 from rerail.teacher.kl import chunked_kl
-from rerail.teacher.teacher import CachedTeacher, LiveTeacher, speak
 from students import blocks, masked, merged, sliced
 
 DEVICE = os.environ.get("RERAIL_TEST_DEVICE", "cuda")
@@ -310,7 +310,7 @@ def test_masters_are_float32_and_only_router_rows_change_in_a_bf16_model():
 
 def test_a_cached_teacher_says_what_a_live_one_does():
     teacher, text = placed("qwen3_moe", torch.bfloat16), blocks()
-    cached = CachedTeacher(speak(teacher, list(text.batches(4))))
+    cached = CachedTeacher(final_hidden_states(teacher, list(text.batches(4))))
     assert cached.states.device.type == "cpu"
     index = torch.arange(4, 8)
     ids, mask = text.input_ids[4:8].to(DEVICE), text.mask[4:8].to(DEVICE)

@@ -17,11 +17,11 @@ from rerail.plan.apply import apply_plan
 from rerail.plan.budget import Ratio
 from rerail.plan.plan import Plan
 from rerail.statistics.collect import collect
-from rerail.statistics.rows import Rows
 from rerail.statistics.statistic import StatisticSet
+from rerail.statistics.token_sample import TokenSample
 
 FAMILIES = ["qwen3_moe", "gpt_oss", "deepseek_v3"]
-ALL_ROWS = Rows(1000)
+ALL_ROWS = TokenSample(1000)
 
 
 def batches() -> list[tuple[torch.Tensor, torch.Tensor]]:

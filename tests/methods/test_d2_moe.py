@@ -6,7 +6,7 @@ import torch
 from families import tiny, tokens
 from rerail.compress.base import extended, make_plan
 from rerail.errors import OutOfReach
-from rerail.methods.d2_moe import D2MoE
+from rerail.methods.d2_moe import D2MoE, Fisher
 from rerail.moe.fused_experts import expert_parameters
 from rerail.moe.model import MoEModel
 from rerail.plan.allocation import Uniform
@@ -15,7 +15,6 @@ from rerail.plan.budget import Ratio
 from rerail.plan.plan import Plan
 from rerail.plan.sizes import Sizes
 from rerail.statistics.collect import collect
-from rerail.statistics.gradients import Fisher
 from rerail.statistics.routed import Count
 from rerail.statistics.statistic import StatisticSet
 

@@ -2,10 +2,9 @@ import pytest
 import torch
 
 from families import tiny, tokens
-from rerail.methods.easy_ep import EasyEP
+from rerail.methods.easy_ep import Deviation, EasyEP
 from rerail.moe.model import MoEModel
 from rerail.statistics.collect import collect
-from rerail.statistics.routed import Deviation
 
 
 def scores(model: MoEModel, layer: int = 0) -> torch.Tensor:

@@ -19,8 +19,8 @@ from rerail.plan.budget import Ratio
 from rerail.plan.plan import Plan
 from rerail.statistics.collect import collect
 from rerail.statistics.routed import Count
-from rerail.statistics.rows import Rows
 from rerail.statistics.statistic import StatisticSet
+from rerail.statistics.token_sample import TokenSample
 
 FAMILIES = ["qwen3_moe", "mixtral", "gpt_oss"]
 COUNTS = torch.tensor([9, 8, 3, 0, 2, 1, 0, 1])
@@ -38,7 +38,7 @@ def inputs(count: int = 64, seed: int = 0) -> torch.Tensor:
 
 def held(teacher: MoEModel, x: torch.Tensor, method: MergeMoE) -> StatisticSet:
     rows = torch.cat([torch.zeros(len(x), 2), x], dim=1)
-    both = {Count().name: COUNTS, Rows(method.inputs).name: rows}
+    both = {Count().name: COUNTS, TokenSample(method.inputs).name: rows}
     return StatisticSet({layer.index: both for layer in teacher.layers})
 
 

@@ -8,20 +8,19 @@ from rerail.compress.base import make_plan
 from rerail.compress.router_rows import sliced
 from rerail.compress.templates.sequence import TwoStages, restricted, student_layers
 from rerail.errors import InputError, OutOfReach
-from rerail.methods.moe_i2 import InterExpert, IntraExpert, MoEI2
+from rerail.methods.m_smoe import LogitGram
+from rerail.methods.moe_i2 import InterExpert, IntraExpert, LossIncrease, MoEI2
 from rerail.methods.reap import MomentScore
 from rerail.methods.svd import WhitenedSVD
 from rerail.plan.allocation import Uniform
 from rerail.plan.apply import apply_plan
 from rerail.plan.budget import Ratio, dense_numbers, numbers_kept
 from rerail.plan.plan import LayerPlan, Plan
-from rerail.statistics.ablation import LossIncrease
 from rerail.statistics.collect import collect
-from rerail.statistics.moments import InputMoment, LayerMoment
+from rerail.statistics.moments import InputMoment
 from rerail.statistics.routed import Count
-from rerail.statistics.rows import Rows
-from rerail.statistics.similarity import LogitGram
 from rerail.statistics.statistic import LayerStatistics, StatisticSet
+from rerail.statistics.token_sample import TokenSample
 
 SMALL = InterExpert(rows=64, population=8, generations=2)
 
@@ -136,7 +135,7 @@ def test_ranks_use_the_whole_models_importance_of_the_survivors(importance: str)
         assert torch.equal(prepared.importance[layer.index], expected)
     if importance == "block":
         layer = teacher.layers[0]
-        hidden = Rows.hidden(views[0][Rows(64)])
+        hidden = TokenSample.hidden(views[0][TokenSample(64)])
         without = layer.answer(hidden, (0, 1, 2, 4, 5, 6, 7)) - layer.answer(hidden)
         torch.testing.assert_close(
             first.score(layer, views[0])[3], without.norm().double(), rtol=1e-4, atol=1e-6
@@ -162,7 +161,7 @@ def test_statistics_are_cut_along_the_axes_that_count_slots() -> None:
     teacher = tiny("qwen3_moe")
     kept = {0: (0, 2, 3, 5, 7), 1: tuple(range(8))}
     plan = Plan(tuple(sliced(layer, kept[layer.index]) for layer in teacher.layers))
-    wanted = (Count(), InputMoment(), LogitGram(), LayerMoment(), Rows(20))
+    wanted = (Count(), InputMoment(), LogitGram(), TokenSample(20))
     filled = collect(teacher, batches(), wanted)
     students = student_layers(teacher.layers, plan)
     found, own = restricted(filled, wanted, teacher.layers, students, plan).tensors, filled.tensors
@@ -171,7 +170,7 @@ def test_statistics_are_cut_along_the_axes_that_count_slots() -> None:
     assert torch.equal(found[0]["input_moment"], own[0]["input_moment"][rows])
     gram = LogitGram().name
     assert torch.equal(found[0][gram], own[0][gram][rows][:, rows])
-    for name in (LayerMoment().name, Rows(20).name):
+    for name in (TokenSample(20).name,):
         assert torch.equal(found[0][name], own[0][name])
     assert all(torch.equal(found[1][name], own[1][name]) for name in own[1])
 

@@ -7,7 +7,7 @@ from families import tiny, tokens
 from rerail.compress.base import extended, make_plan
 from rerail.compress.solvers.whitening import principal
 from rerail.errors import OutOfReach
-from rerail.methods.moe_svd import MoESVD, sensitivity
+from rerail.methods.moe_svd import MoESVD, OutlierShare, sensitivity
 from rerail.moe.fused_experts import expert_parameters
 from rerail.moe.model import MoEModel
 from rerail.plan.allocation import Uniform
@@ -16,7 +16,6 @@ from rerail.plan.budget import Ratio
 from rerail.plan.plan import Plan
 from rerail.plan.sizes import Sizes
 from rerail.statistics.collect import collect
-from rerail.statistics.outliers import OutlierShare
 from rerail.statistics.statistic import StatisticSet
 
 WANTED = MoESVD(dense_layers=1).requires

@@ -14,9 +14,8 @@ from rerail.plan.apply import apply_plan
 from rerail.plan.budget import Ratio
 from rerail.plan.plan import Plan
 from rerail.statistics.collect import Batch, collect
-from rerail.statistics.original import OriginalRows
-from rerail.statistics.rows import Rows
 from rerail.statistics.statistic import StatisticSet
+from rerail.statistics.token_sample import OriginalTokenSample, TokenSample
 
 
 def batches() -> list[Batch]:
@@ -42,7 +41,7 @@ def test_the_kept_subset_has_the_lowest_sum_of_batch_norms(family: str) -> None:
     plan = planned(method, model)
     filled = collect(model, batches(), method.requires)
     for layer, part in zip(model.layers, plan.layers, strict=True):
-        hidden = Rows.hidden(filled.tensors[layer.index][Rows(60).name])
+        hidden = TokenSample.hidden(filled.tensors[layer.index][TokenSample(60).name])
         whole = layer.answer(hidden)
         subsets = list(itertools.combinations(range(8), 4))
         losses = [loss(method, whole, layer.answer(hidden, kept)) for kept in subsets]
@@ -64,7 +63,7 @@ def test_beyond_the_limit_experts_go_one_at_a_time() -> None:
     kept = planned(method, model).layers[0].kept
     filled = collect(model, batches(), method.requires)
     layer = model.layers[0]
-    hidden = Rows.hidden(filled.tensors[0][Rows(60).name])
+    hidden = TokenSample.hidden(filled.tensors[0][TokenSample(60).name])
     whole, left = layer.answer(hidden), list(range(8))
     while len(left) > 4:
         subsets = [[slot for slot in left if slot != one] for one in left]
@@ -115,7 +114,9 @@ def test_progressive_search_sees_the_pruned_prefix(target: str) -> None:
     prefix = apply_plan(model, Plan(plan.layers[:1]))
     layer = model.layers[1]
     new, old = (
-        Rows.hidden(collect(m, batches(), (Rows(60),)).tensors[1][Rows(60).name])
+        TokenSample.hidden(
+            collect(m, batches(), (TokenSample(60),)).tensors[1][TokenSample(60).name]
+        )
         for m in (prefix, model)
     )
     assert (new - old).abs().max() > 1e-3
@@ -142,6 +143,6 @@ def test_progressive_refuses_what_compares_layers(method, allocation) -> None:
 
 
 def test_only_what_a_target_needs_is_declared() -> None:
-    assert ProgressiveNAEE(rows=9).requires == (Rows(9), OriginalRows(9))
-    assert ProgressiveNAEE(rows=9, target="own").requires == (Rows(9),)
-    assert Rows(9).name != OriginalRows(9).name
+    assert ProgressiveNAEE(rows=9).requires == (TokenSample(9), OriginalTokenSample(9))
+    assert ProgressiveNAEE(rows=9, target="own").requires == (TokenSample(9),)
+    assert TokenSample(9).name != OriginalTokenSample(9).name

@@ -17,7 +17,7 @@ from rerail.plan.apply import apply_plan
 from rerail.plan.budget import Bits
 from rerail.plan.plan import Plan
 from rerail.statistics.collect import collect
-from rerail.statistics.rows import Rows
+from rerail.statistics.token_sample import TokenSample
 
 METHOD = PMQ(quantiser=RTN(group=8), rows=64)
 
@@ -52,7 +52,7 @@ def test_bits_solve_the_program_of_the_measured_costs(mass: str) -> None:
     plan = make_plan(method, model.layers, filled, Bits(1.75), Uniform())
     for layer in model.layers:
         held = filled.tensors[layer.index]
-        error = block_errors(layer, Rows.hidden(held["rows_64"]), (1, 2, 3), 8)
+        error = block_errors(layer, TokenSample.hidden(held["token_sample_64"]), (1, 2, 3), 8)
         raw = held["router_mass" if mass == "router" else "moment_g1_n0"]
         cost = (held["count"] * raw).unsqueeze(1) * error.square()
         found = bits_in(plan, layer.index)

@@ -93,7 +93,7 @@ def test_presets_have_the_powers_of_their_papers() -> None:
 
 def test_counts_need_no_outputs() -> None:
     for name in ("frequency", "seer_moe"):
-        assert not any(s.asks() for s in PRESETS[name].requires)
+        assert not any(s.needed() for s in PRESETS[name].requires)
 
 
 def test_gate_mass_of_a_scaled_router_is_the_scale_times_the_tokens() -> None:

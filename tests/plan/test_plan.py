@@ -9,8 +9,8 @@ import torch
 from families import tiny
 from rerail.errors import InputError
 from rerail.experts.base import BankSpec
-from rerail.files import write_sealed
 from rerail.plan.plan import LayerPlan, Plan
+from rerail.store import Artefact, write
 
 EVERYONE = tuple(range(8))
 KEPT = (0, 2, 5, 7)
@@ -133,7 +133,7 @@ def test_a_damaged_plan_is_reported_and_counts_as_absent(
     elif damage == "no tensors":
         beside.unlink()
     else:
-        write_sealed(path, {"layers": [{"bank": {"members": [[[0, 1.0]]]}}], "lineage": {}})
+        write(path, Artefact({"layers": [{"bank": {"members": [[[0, 1.0]]]}}], "lineage": {}}))
     with caplog.at_level(logging.WARNING):
         assert Plan.load(path) is None
     assert "will be made again" in caplog.text

@@ -5,13 +5,13 @@ import random
 
 import numpy as np
 import pytest
-from result_rows import cell, demo_rows, failed_cell
 
 from rerail.report.cells import by_tokens, cells_of, series_over, settings_of
 from rerail.report.comparison import comparison, difference, mean_of, pairs_of
 from rerail.report.labels import label_of, short_label, varying
 from rerail.report.words import megabytes, plus_minus, share
 from rerail.run.results import Row
+from result_rows import cell, demo_rows, failed_cell
 
 
 def settings(rows: list[Row]) -> list:

@@ -9,7 +9,6 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from result_rows import MODELS, cell, demo_rows, every_kind, failed_cell
 
 from rerail.errors import InputError
 from rerail.report.cells import cells_of, settings_of
@@ -21,6 +20,7 @@ from rerail.report.recovery import fine_against_coarse
 from rerail.report.report import render, write_report
 from rerail.report.words import plus_minus
 from rerail.run.results import Row
+from result_rows import MODELS, cell, demo_rows, every_kind, failed_cell
 
 VOID = {"meta", "input", "br", "hr", "img", "link"}
 

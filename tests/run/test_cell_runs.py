@@ -14,9 +14,10 @@ from checkpoints import checkpoint
 from families import tiny
 from rerail.config.presets import config_root
 from rerail.errors import InputError, OutOfReach
-from rerail.run import artefacts, stages
 from rerail.run import pipeline as runner
+from rerail.run import stages
 from rerail.run.compose import to_cell
+from rerail.run.status import Status
 
 SAME = ("host", "time", "seconds", "evaluation_seconds", "peak_memory", "revision")
 
@@ -82,7 +83,7 @@ STEPS += ["evaluate repaired", "done"]
 def test_a_run_killed_at_any_step_ends_with_the_same_numbers(cell, tmp_path, monkeypatch, step):
     undisturbed = comparable(runner.run_cell(cell(), tmp_path / "whole"))
     monkeypatch.setenv("RERAIL_CACHE", str(tmp_path / "cache2"))
-    write = artefacts.Status.write
+    write = Status.write
 
     def die(self, state, stage="", reason=""):
         write(self, state, stage, reason)
@@ -90,7 +91,7 @@ def test_a_run_killed_at_any_step_ends_with_the_same_numbers(cell, tmp_path, mon
             raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr(artefacts.Status, "write", die)
+        patch.setattr(Status, "write", die)
         with pytest.raises(Killed):
             runner.run_cell(cell(), tmp_path / "out")
     assert comparable(runner.run_cell(cell(), tmp_path / "out")) == undisturbed
@@ -238,3 +239,13 @@ def test_what_cannot_be_exported_is_refused_before_the_repair(cell, tmp_path, mo
     monkeypatch.setattr(stages, "repair", lambda *_: 1 / 0)
     with pytest.raises(InputError, match="densify"):
         runner.run_cell(cell("export=native", "compressor=hc_smoe"), tmp_path / "out")
+
+
+def test_a_cell_of_other_code_is_made_again(cell, tmp_path, monkeypatch, caplog):
+    before = comparable(runner.run_cell(cell(), tmp_path / "out"))
+    monkeypatch.setattr("rerail.run.cell.version_of", lambda *_: "mended")
+    assert comparable(runner.run_cell(cell(), tmp_path / "out")) == before
+    assert "is made again" in caplog.text
+    caplog.clear()
+    runner.run_cell(cell(), tmp_path / "out")
+    assert "is made again" not in caplog.text

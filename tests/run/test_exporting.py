@@ -13,12 +13,12 @@ from rerail.errors import InputError
 from rerail.experts.base import BankSpec
 from rerail.export.manifest import read_manifest
 from rerail.export.native import export_native
-from rerail.files import read_sealed
 from rerail.moe.source import ModelSource
 from rerail.plan.apply import apply_plan
 from rerail.plan.plan import LayerPlan, Plan
 from rerail.run import exporting
 from rerail.run.cell import Export
+from rerail.store import read
 
 ROWS = [{"stage": "teacher", "nll": 1.0}, {"stage": "repaired", "nll": 1.5, "recovery": 0.4}]
 
@@ -72,7 +72,7 @@ def test_the_model_goes_out_in_the_dtype_of_its_parent_and_is_proved_against_its
     ((checked, ids, model),) = stage.seen
     assert (checked, tuple(ids.shape)) == (path, (2, 12))
     assert model.model.dtype == torch.float32
-    proof = read_sealed(stage.folder / "reload.json")
+    proof = read(stage.folder / "reload.json").data
     assert proof["max_logit_difference"] == 0
     assert proof["max_logit_rounding"] == 0, "all of it came from a bfloat16 checkpoint"
     held = read_manifest(path)
@@ -108,7 +108,7 @@ def test_bytes_on_disk_are_those_of_the_weights_files(stage):
 def test_a_trained_row_is_moved_by_rounding_and_the_record_says_so(stage):
     stage.student.layers[0].router_rows.add_(1e-3)
     stage.run()
-    assert read_sealed(stage.folder / "reload.json")["max_logit_rounding"] > 0
+    assert read(stage.folder / "reload.json").data["max_logit_rounding"] > 0
 
 
 def test_a_proved_export_is_used_and_a_stale_or_broken_one_is_made_again(stage):

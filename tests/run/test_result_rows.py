@@ -2,7 +2,6 @@
 
 import numpy as np
 
-from rerail.run.artefacts import saved
 from rerail.run.rows import layer_means, pooled, recovery_columns
 
 
@@ -40,15 +39,6 @@ def test_each_text_has_a_recovery_of_its_own_by_its_own_blocks():
         assert found[name]["tokens"] == 450
     equal = recovery_columns(stages[0], stages[0], stages[2])["nll_by"]
     assert equal["docs"]["recovery"] is None
-
-
-def test_a_fresh_stage_is_what_is_read_back_in_the_same_order(tmp_path):
-    data = {"speeches": {"b": 1, "a": [0.1]}, "docs": {}}
-    fresh, _ = saved(tmp_path / "stage.json", lambda: (dict(data), {}))
-    again, _ = saved(tmp_path / "stage.json", lambda: ({}, {}))
-    assert list(fresh) == list(again)
-    assert fresh == again
-    assert list(fresh["speeches"]) == ["a", "b"]
 
 
 def routed(tokens: int, **layer) -> dict:

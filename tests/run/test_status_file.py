@@ -6,8 +6,8 @@ import os
 import pytest
 
 from rerail.processes import found
-from rerail.run import artefacts, progress
-from rerail.run.artefacts import Status
+from rerail.run import progress
+from rerail.run.status import EVERY, Status
 
 
 @pytest.fixture
@@ -29,7 +29,7 @@ def test_it_names_the_process_and_the_job(status):
 
 
 def test_the_items_of_a_bar_are_progress(status, monkeypatch):
-    monkeypatch.setattr(artefacts, "EVERY", 0.0)
+    monkeypatch.setattr("rerail.run.status.EVERY", 0.0)
     status.write("running", "evaluate teacher")
     with progress.told_to(status):
         items = progress.bar("teacher on docs")(["a", "b", "c"])
@@ -46,7 +46,7 @@ def test_progress_is_written_seldom_and_a_state_at_once(status):
     assert read(status)["progress"] is None
     status.write("running", "apply")
     assert read(status)["stage"] == "apply"
-    status._written -= artefacts.EVERY
+    status._written -= EVERY
     status.progress("statistics", 2, 9)
     assert read(status)["progress"] == {"label": "statistics", "done": 2, "of": 9}
 
@@ -58,6 +58,6 @@ def test_a_failure_keeps_the_stage(status):
 
 
 def test_only_the_first_of_several_processes_writes(status, monkeypatch):
-    monkeypatch.setattr(artefacts, "is_first", lambda: False)
+    monkeypatch.setattr("rerail.run.status.is_first", lambda: False)
     status.write("running", "plan")
     assert not status.path.exists()

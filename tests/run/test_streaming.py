@@ -7,9 +7,9 @@ import pytest
 import test_cell_runs
 from test_cell_runs import Killed
 
-from rerail.run import artefacts
 from rerail.run import pipeline as runner
 from rerail.run.results import COLUMNS
+from rerail.run.status import Status
 from rerail.tracking.journal import Journal
 from rerail.tracking.wandb import WandbMirror
 
@@ -52,13 +52,13 @@ def test_a_cell_is_shown_while_it_runs_and_once(cell, tmp_path, monkeypatch):
     one = cell()
     folder = tmp_path / "out" / one.folder
     seen: dict[str, list[str]] = {}
-    write = artefacts.Status.write
+    write = Status.write
 
     def watched(self, state, stage="", reason=""):
         write(self, state, stage, reason)
         seen[stage] = list(journal_of(folder).records)
 
-    monkeypatch.setattr(artefacts.Status, "write", watched)
+    monkeypatch.setattr(Status, "write", watched)
     runner.run_cell(one, tmp_path / "out", WandbMirror())
     assert seen["evaluate compressed"] == ["teacher", "teacher/layers/0", "teacher/layers/1"]
     assert seen["repair"][-1] == "compressed/layers/1"
@@ -72,7 +72,7 @@ def test_a_cell_is_shown_while_it_runs_and_once(cell, tmp_path, monkeypatch):
 def test_a_cell_killed_in_its_repair_goes_on_in_the_same_run(cell, tmp_path, monkeypatch):
     one = cell()
     folder = tmp_path / "out" / one.folder
-    write = artefacts.Status.write
+    write = Status.write
 
     def die(self, state, stage="", reason=""):
         write(self, state, stage, reason)
@@ -80,7 +80,7 @@ def test_a_cell_killed_in_its_repair_goes_on_in_the_same_run(cell, tmp_path, mon
             raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr(artefacts.Status, "write", die)
+        patch.setattr(Status, "write", die)
         with pytest.raises(Killed):
             runner.run_cell(one, tmp_path / "out", WandbMirror())
     assert not journal_of(folder).closed

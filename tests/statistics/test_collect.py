@@ -6,17 +6,20 @@ import torch
 from families import CONFIGS, tiny, tokens
 from measuring import Seen, batches, everything
 from rerail.compress.base import make_plan
+from rerail.compress.guard import MaxOutput
 from rerail.errors import InputError
+from rerail.methods.camera import MiddlePeak
+from rerail.methods.d2_moe import Fisher
 from rerail.methods.hc_smoe import HCSMoE
+from rerail.methods.moe_i2 import LossIncrease
+from rerail.methods.mone import GatedOutput
 from rerail.plan.allocation import Uniform
 from rerail.plan.apply import apply_plan
 from rerail.plan.budget import Ratio
-from rerail.statistics.ablation import LossIncrease
 from rerail.statistics.collect import collect
 from rerail.statistics.dense import OutputSum, TokenCount
-from rerail.statistics.gradients import Fisher
-from rerail.statistics.moments import InputMoment, MiddleMoment, MiddlePeak
-from rerail.statistics.routed import Count, GatedOutput, MaxOutput, Moment
+from rerail.statistics.moments import InputMoment, MiddleMoment
+from rerail.statistics.routed import Count, Moment
 from rerail.statistics.statistic import Statistic, StatisticSet
 
 SUMS = (
@@ -119,18 +122,18 @@ def test_shards_merge_to_one_pass(family: str) -> None:
     whole = collect(model, all_batches, wanted)
     first = collect(model, all_batches[:1], wanted)
     second = collect(model, all_batches[1:], wanted, first=all_batches[0][0].numel())
-    for merged in (first.merged(second, wanted), second.merged(first, wanted)):
+    for merged in (first.merge(second, wanted), second.merge(first, wanted)):
         for index, held in whole.tensors.items():
             for name, tensor in held.items():
                 other = merged.tensors[index][name]
-                exact = 0 if name in ("count", "rows_20") else 1e-12
+                exact = 0 if name in ("count", "token_sample_20") else 1e-12
                 scale = float(tensor.abs().max())
                 torch.testing.assert_close(other, tensor, atol=exact * scale, rtol=exact, msg=name)
 
 
 def test_shuffled_batches_change_no_sum() -> None:
     model, all_batches = tiny("qwen3_moe"), batches()
-    wanted = [s for s in everything("qwen3_moe") if s.merge != "rows"]
+    wanted = [s for s in everything("qwen3_moe") if s.merges_by != "sample"]
     forward = collect(model, all_batches, wanted)
     backward = collect(model, all_batches[::-1], wanted)
     for index, held in forward.tensors.items():
@@ -147,7 +150,7 @@ def test_padding_counts_for_nothing(family: str) -> None:
     padded = collect(model, [(longer, mask)], wanted)
     for index, held in plain.tensors.items():
         for name, tensor in held.items():
-            if name != "rows_20":  # which rows are kept hangs on where they stand
+            if name != "token_sample_20":  # which rows are kept hangs on where they stand
                 other = padded.tensors[index][name]
                 torch.testing.assert_close(other, tensor, atol=1e-4, rtol=1e-4, msg=name)
 
@@ -165,8 +168,8 @@ def test_sums_are_kept_wide_and_on_the_cpu() -> None:
     found = collect(model, batches(), everything("qwen3_moe"))
     for held in found.tensors.values():
         assert held["count"].dtype == held["token_count"].dtype == torch.int64
-        assert held["rows_20"].dtype == torch.float32
-        sums = [t for n, t in held.items() if n not in ("count", "token_count", "rows_20")]
+        assert held["token_sample_20"].dtype == torch.float32
+        sums = [t for n, t in held.items() if n not in ("count", "token_count", "token_sample_20")]
         assert {t.dtype for t in sums} == {torch.float64}
         assert {t.device.type for t in held.values()} == {"cpu"}
 
@@ -219,7 +222,7 @@ def test_never_chosen_slots_have_zeros(family: str) -> None:
     for layer in model.layers:
         layer.mask_rows((0, 1, 2, 4, 5, 6))
     found = collect(model, batches(), [*everything(family), Fisher()])
-    alike = {"layer_moment", "output_sum", "token_count", "rows_20"}
+    alike = {"output_sum", "token_count", "token_sample_20"}
     for held in found.tensors.values():
         for name, tensor in held.items():
             if name not in alike:

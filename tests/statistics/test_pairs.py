@@ -7,12 +7,13 @@ from families import CONFIGS, tiny
 from measuring import batches
 from rerail.errors import InputError
 from rerail.experts.base import BankSpec
+from rerail.methods.camera import MiddleEnergy
 from rerail.moe.model import MoEModel
 from rerail.plan.apply import apply_plan
 from rerail.plan.plan import LayerPlan, Plan
 from rerail.statistics.collect import collect
-from rerail.statistics.moments import MiddleEnergy, MiddleMoment
-from rerail.statistics.pairs import answered, pairs_and_middle
+from rerail.statistics.moments import MiddleMoment
+from rerail.statistics.pairs import answer, pairs_and_middle
 
 
 def down_again(layer, middle: Tensor, index: Tensor) -> Tensor:
@@ -51,12 +52,17 @@ def test_answers_are_the_experts_own_to_the_bit_and_grouped_ones_run_once(
     hidden = torch.randn(40, 16, generator=torch.Generator().manual_seed(0)).to(dtype)
     index, weights = layer.route(hidden)
     wanted = layer.experts(hidden, index, weights)
-    asked = pairs_and_middle(layer.experts, hidden, index)
+    pairs, middle = pairs_and_middle(layer.experts, hidden, index)
     layer.experts.register_forward_pre_hook(lambda _, args: calls.append(args[0]))
-    out, *found = answered(layer.experts, hidden, index, weights, with_middle=True)
-    assert torch.equal(out, wanted)
-    assert all(torch.equal(ours, theirs) for ours, theirs in zip(found, asked, strict=True))
-    assert [len(one) for one in calls] == [40 if implementation == "grouped_mm" else 80]
+    whole = answer(layer.experts, hidden, index, weights, {"norms", "outputs", "middle"})
+    norms = torch.linalg.vector_norm(pairs, dim=-1, dtype=torch.float32)
+    for ours, theirs in zip(vars(whole).values(), (wanted, norms, pairs, middle), strict=True):
+        assert torch.equal(ours, theirs)
+    assert [len(rows) for rows in calls] == [40 if implementation == "grouped_mm" else 80]
+    few = answer(layer.experts, hidden, index, weights, {"norms"})
+    assert few.outputs is None
+    assert few.middle is None
+    assert torch.equal(few.norms, norms)
 
 
 @pytest.mark.parametrize("implementation", ["eager", "grouped_mm"])

@@ -1,3 +1,5 @@
+from dataclasses import dataclass
+
 import pytest
 import torch
 
@@ -7,7 +9,8 @@ from rerail.statistics.statistic import RoutedTokens, Statistic, StatisticSet, U
 
 
 class Largest(Count):
-    merge = "max"
+    merges_by = "max"
+    name = "count"
 
 
 def test_only_declared_statistics_can_be_read() -> None:
@@ -21,11 +24,23 @@ def test_only_declared_statistics_can_be_read() -> None:
         view[Moment(1, 1)]
 
 
+@dataclass(frozen=True)
+class TwoWords(Count):
+    limit: float = 0.5
+    count: int = 1_234_567
+
+
+def test_a_name_is_the_class_and_its_settings_and_tells_all_settings_apart() -> None:
+    assert Count().name == "count"
+    assert TwoWords().name == "two_words_0.5_1234567"
+    assert TwoWords(count=1_234_568).name != TwoWords().name
+
+
 def test_shards_merge_by_the_statistics_own_rule() -> None:
     a = StatisticSet({0: {"count": torch.tensor([1, 5])}})
     b = StatisticSet({0: {"count": torch.tensor([4, 2])}})
-    assert a.merged(b, [Count()]).tensors[0]["count"].tolist() == [5, 7]
-    assert a.merged(b, [Largest()]).tensors[0]["count"].tolist() == [4, 5]
+    assert a.merge(b, [Count()]).tensors[0]["count"].tolist() == [5, 7]
+    assert a.merge(b, [Largest()]).tensors[0]["count"].tolist() == [4, 5]
 
 
 def test_names_and_identities_include_the_settings() -> None:
@@ -59,6 +74,6 @@ def test_values_are_added_up_by_slot_in_float64() -> None:
     assert summed.dtype == tokens.sum_by_expert(tokens.gates).dtype == torch.float64
 
 
-def test_a_moment_asks_for_outputs_only_where_the_norm_enters() -> None:
-    assert Moment(2, 0).asks() == frozenset()
-    assert Moment(0, 1).asks() == {"outputs"}
+def test_a_moment_needs_norms_only_where_the_norm_enters() -> None:
+    assert Moment(2, 0).needed() == frozenset()
+    assert Moment(0, 1).needed() == {"norms"}

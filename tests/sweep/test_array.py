@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import yaml
-from sweep_folders import asked
 
 import rerail
 from rerail.config.presets import config_root
@@ -18,6 +17,7 @@ from rerail.run import task
 from rerail.sweep import array, submit
 from rerail.sweep.folder import sweeps_of
 from rerail.sweep.job import CellFailed, Job
+from sweep_folders import asked
 
 SETTINGS = yaml.safe_load((config_root() / "conf/hydra/launcher/slurm.yaml").read_text())
 SETTINGS = {n: v for n, v in SETTINGS.items() if n not in ("_target_", "executor", "wait")}

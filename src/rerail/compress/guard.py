@@ -8,6 +8,7 @@ REAP's code, followed here, takes the first int(0.75 L) MoE layers for them (`su
 """
 
 from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -15,11 +16,25 @@ from torch import Tensor
 
 from rerail.errors import OutOfReach
 from rerail.moe.model import MoELayer
-from rerail.statistics.routed import MaxOutput
-from rerail.statistics.statistic import LayerStatistics, Statistic
+from rerail.statistics.statistic import LayerStatistics, RoutedStatistic, RoutedTokens, Statistic
 
 GuardMode = Literal["none", "super", "outliers"]
 Slots = frozenset[int]
+
+
+@dataclass(frozen=True)
+class MaxOutput(RoutedStatistic):
+    """max over X_e and coordinates of |f|, 0 for a slot that was never chosen. float64 (E,)."""
+
+    axes = "E"
+    merges_by = "max"
+    needs = frozenset({"outputs"})
+
+    def measure(self, tokens: RoutedTokens) -> Tensor:
+        assert tokens.outputs is not None
+        largest = tokens.outputs.abs().amax(dim=-1).double().flatten()
+        zeros = largest.new_zeros(tokens.num_experts)
+        return torch.scatter_reduce(zeros, 0, tokens.index.flatten(), largest, "amax")
 
 
 def guard_statistics(guard: GuardMode) -> tuple[Statistic, ...]:

@@ -7,9 +7,8 @@ from rerail.moe.model import MoELayer, MoEModel
 from rerail.plan.apply import apply_plan
 from rerail.plan.plan import Plan
 from rerail.statistics.collect import Batch, Progress, collect
-from rerail.statistics.original import OriginalRows
-from rerail.statistics.statistic import Statistic, StatisticSet
-from rerail.statistics.store import merge_sets
+from rerail.statistics.statistic import Statistic, StatisticSet, join_sets
+from rerail.statistics.token_sample import OriginalTokenSample
 
 
 def sequential(
@@ -24,7 +23,7 @@ def sequential(
     cost about half as many full forwards as there are scopes. What stays the original model's is
     measured once.
     """
-    original = [s for s in statistics if isinstance(s, OriginalRows)]
+    original = [s for s in statistics if isinstance(s, OriginalTokenSample)]
     moving = [s for s in statistics if s not in original]
     fixed = StatisticSet()
     if original:
@@ -35,6 +34,6 @@ def sequential(
         indices = [layer.index for layer in layers]
         label = f"statistics of layers {indices[0]}-{indices[-1]}"
         found = collect(student, batches, moving, bar(label), layers=indices)
-        return merge_sets([found, fixed])
+        return join_sets([found, fixed])
 
     return remeasure

@@ -15,13 +15,13 @@ from typing import Any
 
 import lightning
 
-from rerail.files import whole_file
+from rerail.store import sealed_file
 
 log = logging.getLogger(__name__)
 
 
 class Checkpoints(lightning.Callback):
-    """Writes where the fit stands, whole or not at all: after every round, and on SIGUSR2.
+    """Writes where the fit stands, whole and sealed: after every round, and on SIGUSR2.
 
     Args:
         path: of the checkpoint.
@@ -78,7 +78,7 @@ class Checkpoints(lightning.Callback):
         if not trainer.is_global_zero:  # takes part, and writes nothing
             trainer.save_checkpoint(self.path)
             return
-        with whole_file(self.path) as temporary:
+        with sealed_file(self.path) as temporary:
             trainer.save_checkpoint(temporary)
 
     def _save_and_hand_over(self, trainer: lightning.Trainer) -> None:

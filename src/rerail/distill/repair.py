@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import logging
-import pickle
 import warnings
 from collections.abc import Iterator, Mapping
 from hashlib import sha256
@@ -14,6 +13,7 @@ import lightning
 import torch
 from torch import Tensor
 
+from rerail.code_version import version_of
 from rerail.distill.batches import Rounds
 from rerail.distill.masters import masters, selected
 from rerail.distill.preemption import Checkpoints
@@ -26,7 +26,8 @@ from rerail.errors import InputError
 from rerail.files import digest
 from rerail.moe.model import MoEModel
 from rerail.parallel import barrier, first, is_first, join, joined
-from rerail.teacher.teacher import Teacher
+from rerail.store import is_sound, remove_sealed
+from rerail.teacher.hidden_states import Teacher
 from rerail.text.calibration import TokenBlocks
 
 log = logging.getLogger(__name__)
@@ -91,7 +92,8 @@ def repair(  # noqa: PLR0913
     with masters(trainee, settings.trains) as trained:
         before = {n: p.detach().to("cpu", copy=True) for n, p in trained.items()}
         module = RouterDistillation(trainee, teacher, settings, trained, schedule.steps, scale)
-        choices = [dataclasses.asdict(settings), seed, blocks.fingerprint, ranks]
+        code = version_of(RouterDistillation, Rounds)
+        choices = [dataclasses.asdict(settings), seed, blocks.fingerprint, ranks, code]
         held = None if folder is None else folder / _name(choices, before)
         data = Rounds(blocks, schedule, seed, settings.average, rank)
         _fit(module, data, trainer, held)
@@ -125,7 +127,7 @@ def _fit(
 ) -> None:
     """Fit in rounds (Lightning's epochs), from `held` where it is sound; remove it at the end."""
     settings, schedule = module.settings, data.schedule
-    start = held if held is not None and first(lambda: _sound(held)) else None
+    start = held if held and first(lambda: _can_go_on_from(held)) else None
     fixed: dict[str, Any] = {
         "max_epochs": schedule.rounds,
         "reload_dataloaders_every_n_epochs": 1,
@@ -149,7 +151,7 @@ def _fit(
             one.close()
     barrier()
     if held is not None and is_first():
-        held.unlink(missing_ok=True)
+        remove_sealed(held)
 
 
 @contextlib.contextmanager
@@ -168,13 +170,8 @@ def _quiet() -> Iterator[None]:
         voice.setLevel(level)
 
 
-def _sound(path: Path) -> bool:
-    if not path.exists():
-        return False
-    try:
-        torch.load(path, weights_only=True)
-    except (RuntimeError, EOFError, OSError, pickle.UnpicklingError):
-        log.warning("%s is damaged, so the repair starts over", path)
-        return False
-    log.info("going on with the repair in %s", path)
-    return True
+def _can_go_on_from(path: Path) -> bool:
+    if is_sound(path):
+        log.info("going on with the repair in %s", path)
+        return True
+    return False

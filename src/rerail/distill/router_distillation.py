@@ -21,8 +21,8 @@ from rerail.distill.sharding import put, shard, whole
 from rerail.errors import InputError
 from rerail.moe.model import MoEModel
 from rerail.parallel import gathered, joined
+from rerail.teacher.hidden_states import Teacher
 from rerail.teacher.kl import chunked_kl, target_weights, token_kl
-from rerail.teacher.teacher import Teacher
 
 
 class RouterDistillation(lightning.LightningModule):

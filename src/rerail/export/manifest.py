@@ -12,7 +12,7 @@ from rerail.files import write_json
 from rerail.moe.model import MoEModel
 from rerail.plan.plan import Plan
 from rerail.plan.sizes import Sizes
-from rerail.versions import version_of
+from rerail.versions import package_version
 
 NAME = "compression.json"
 _PACKAGES = ("rerail", "torch", "transformers", "safetensors", "tokenizers")
@@ -32,7 +32,8 @@ def write_manifest(folder: Path, plan: Plan, facts: Mapping[str, Any]) -> None:
         "plan": {**plan.to_json(), "fingerprint": plan.fingerprint()},
         "files": files,
         "weight_bytes": sum(n for name, n in files.items() if name.endswith(".safetensors")),
-        "versions": {p: version_of(p) for p in _PACKAGES} | {"python": platform.python_version()},
+        "versions": {p: package_version(p) for p in _PACKAGES}
+        | {"python": platform.python_version()},
     }
     write_json(folder / NAME, content)
 

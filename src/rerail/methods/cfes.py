@@ -30,13 +30,47 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from rerail.compress.guard import Slots
 from rerail.compress.solvers import reconstruction
 from rerail.compress.templates.pruner import Pruner
 from rerail.moe.model import MoELayer
-from rerail.statistics.segments import Segments
-from rerail.statistics.statistic import LayerStatistics, Statistic
+from rerail.statistics.statistic import LayerStatistics, RoutedTokens, Statistic
+from rerail.statistics.token_sample import TokenSample, hashed, keyed, keys_of
+
+
+@dataclass(frozen=True)
+class Segments(TokenSample):
+    """The inputs of the experts in up to `count` segments of `length` tokens. float32 (N, H + 2).
+
+    As `TokenSample`, with the hash of a token's segment, position // length: segments are kept or
+    left out as a whole, so N varies with padding. Rows of one segment lie together.
+    """
+
+    length: int
+
+    def measure(self, tokens: RoutedTokens) -> Tensor:
+        assert tokens.position is not None
+        return self._cut(keyed(hashed(tokens.position // self.length), tokens.hidden))
+
+    def merge(self, a: Tensor, b: Tensor) -> Tensor:
+        return self._cut(torch.cat([a, b]))
+
+    def _cut(self, rows: Tensor) -> Tensor:
+        keys = keys_of(rows)
+        order = keys.argsort(stable=True)
+        return rows[order][_runs(keys[order]) < self.count]
+
+    @staticmethod
+    def labels(tensor: Tensor) -> Tensor:
+        """Return the segment of each row of a filled statistic, int64 (n,) from 0 on."""
+        return _runs(keys_of(tensor))
+
+
+def _runs(keys: Tensor) -> Tensor:
+    """Number the runs of equal keys."""
+    return F.pad((keys[1:] != keys[:-1]).long().cumsum(dim=0), (1, 0))[: len(keys)]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -36,10 +36,30 @@ from rerail.compress.templates.factoriser import Factoriser, Integers
 from rerail.experts.base import BankSpec
 from rerail.moe.model import MoELayer
 from rerail.plan.budget import dense_numbers
-from rerail.statistics.gradients import Fisher
+from rerail.statistics.backward_pass import WEIGHTS
 from rerail.statistics.moments import MiddleMoment
 from rerail.statistics.routed import Count
-from rerail.statistics.statistic import LayerStatistics, Statistic
+from rerail.statistics.statistic import BackwardStatistic, LayerStatistics, Statistic
+
+
+@dataclass(frozen=True)
+class Fisher(BackwardStatistic):
+    """sum over sequences of (dL / dW)^2, L the sequence's mean next-token loss. float32 (E, N).
+
+    The N numbers of a slot are its fused `gate_up_proj`, then its `down_proj`, flattened as they
+    are stored; biases are left out. As big as the experts themselves, so float32. A slot that no
+    token chose has zeros.
+    """
+
+    def empty(self, layer: MoELayer) -> Tensor:
+        """Return float32 zeros (E, N)."""
+        numbers = sum(layer.dims.numbers[name] for name in WEIGHTS)
+        return torch.zeros(layer.num_experts, numbers)
+
+    def update(self, state: Tensor, expert: int, name: str, gradient: Tensor) -> None:
+        square = gradient.float().square().flatten().to(state.device)
+        at = slice(None, len(square)) if name == WEIGHTS[0] else slice(-len(square), None)
+        state[expert, at] += square
 
 
 @dataclass(frozen=True, kw_only=True)

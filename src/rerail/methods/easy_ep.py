@@ -23,11 +23,32 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from torch import Tensor
+from torch.nn import functional as F
 
 from rerail.compress.templates.pruner import Pruner
 from rerail.moe.model import MoELayer
-from rerail.statistics.routed import Deviation
-from rerail.statistics.statistic import LayerStatistics, Statistic
+from rerail.statistics.statistic import LayerStatistics, RoutedStatistic, RoutedTokens, Statistic
+
+
+@dataclass(frozen=True)
+class Deviation(RoutedStatistic):
+    """sum over X_e of g n s, s = max(0, 1 - cos(h, h + y)) (EASY-EP, section 4). float64 (E,).
+
+    h is the residual stream before the MoE sub-layer and y the routed output, without shared
+    experts: s says how far the layer turns the token.
+    """
+
+    axes = "E"
+    needs = frozenset({"norms", "outputs", "residual"})
+
+    def measure(self, tokens: RoutedTokens) -> Tensor:
+        assert tokens.norms is not None
+        assert tokens.residual is not None
+        assert tokens.routed is not None
+        before = tokens.residual.float()
+        turned = 1 - F.cosine_similarity(before, before + tokens.routed.float(), dim=-1)
+        scale = turned.clamp(min=0).unsqueeze(1)
+        return tokens.sum_by_expert(tokens.gates.float() * tokens.norms.float() * scale)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -36,8 +36,8 @@ from rerail.moe.model import MoELayer
 from rerail.plan.allocation import Allocation
 from rerail.plan.budget import Budget
 from rerail.statistics.routed import Count
-from rerail.statistics.rows import Rows
 from rerail.statistics.statistic import LayerStatistics, Statistic
+from rerail.statistics.token_sample import TokenSample
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +59,7 @@ class MergeMoE(Merger):
 
     @property
     def requires(self) -> tuple[Statistic, ...]:
-        return (Count(), Rows(self.inputs))
+        return (Count(), TokenSample(self.inputs))
 
     def check(self, layers: Sequence[MoELayer], budget: Budget, allocation: Allocation) -> None:
         """Check the budget, and that a fit without ridge can have enough inputs."""
@@ -100,7 +100,7 @@ class MergeMoE(Merger):
         """Return averaged gate and up, and the fitted down projections."""
         share = grouping.shares_in_group(labels, self.weights(statistics))
         merged = grouping.merged_experts(layer, labels, share)
-        inputs = Rows.hidden(statistics[Rows(self.inputs)]).to(merged["down_proj"])
+        inputs = TokenSample.hidden(statistics[TokenSample(self.inputs)]).to(merged["down_proj"])
         columns, flip = self.columns(layer, inputs, labels), layer.layout.transposed
         fits = torch.nonzero(torch.bincount(labels) > 1).flatten().tolist()
         for c in fits:

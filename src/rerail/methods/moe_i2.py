@@ -46,9 +46,22 @@ from rerail.moe.model import MoELayer
 from rerail.plan.allocation import Allocation
 from rerail.plan.budget import Budget, dense_numbers, units_kept
 from rerail.plan.plan import Plan
-from rerail.statistics.ablation import LossIncrease
-from rerail.statistics.rows import Rows
-from rerail.statistics.statistic import LayerStatistics, Statistic
+from rerail.statistics.statistic import AblationStatistic, LayerStatistics, Statistic
+from rerail.statistics.token_sample import TokenSample
+
+
+@dataclass(frozen=True)
+class LossIncrease(AblationStatistic):
+    """Increase of the loss when a slot is never selected (MoE-I2's importance). float64 (E,).
+
+    A sum over the targets of the text, in nats, so that shards add: divide by the targets for the
+    increase a token.
+    """
+
+    axes = "E"
+
+    def measure(self, plain: float, without: float, tokens: int) -> Tensor:
+        return torch.tensor(without - plain, dtype=torch.float64)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +94,7 @@ class InterExpert(Pruner):
     @property
     def measures(self) -> tuple[Statistic, ...]:
         loss = (LossIncrease(),) if self.importance == "loss" else ()
-        return (Rows(self.rows), *loss)
+        return (TokenSample(self.rows), *loss)
 
     def score(self, layer: MoELayer, statistics: LayerStatistics) -> Tensor:
         """Return I_le, float64 (E,)."""
@@ -91,9 +104,9 @@ class InterExpert(Pruner):
 
     def errors(self, layer: MoELayer, statistics: LayerStatistics) -> reconstruction.Errors:
         """Return the function || Z - Z_kept ||_F of kept subsets."""
-        return reconstruction.Sample(layer, Rows.hidden(statistics[Rows(self.rows)])).judged_by(
-            norms
-        )
+        return reconstruction.Sample(
+            layer, TokenSample.hidden(statistics[TokenSample(self.rows)])
+        ).judged_by(norms)
 
     def choose(
         self, layer: MoELayer, statistics: LayerStatistics, num_kept: int, guarded: Slots

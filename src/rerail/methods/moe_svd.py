@@ -40,9 +40,27 @@ from rerail.experts.base import BankSpec
 from rerail.moe.model import MoELayer
 from rerail.plan.allocation import Allocation
 from rerail.plan.budget import Budget, dense_numbers
-from rerail.statistics.outliers import OutlierShare
 from rerail.statistics.routed import Count
-from rerail.statistics.statistic import LayerStatistics, Statistic
+from rerail.statistics.statistic import LayerStatistics, RoutedStatistic, RoutedTokens, Statistic
+
+
+@dataclass(frozen=True)
+class OutlierShare(RoutedStatistic):
+    """sum over X_e of the share of entries with |x_j| > threshold * mean_j |x_j|. float64 (E,).
+
+    MoE-SVD takes the mean over all activations of an expert; here it is the token's own, so that
+    one pass suffices and batches do not matter.
+    """
+
+    axes = "E"
+
+    threshold: float = 2.0
+
+    def measure(self, tokens: RoutedTokens) -> Tensor:
+        size = tokens.hidden.float().abs()
+        peaks = size > self.threshold * size.mean(dim=1, keepdim=True)
+        share = peaks.double().mean(dim=1, keepdim=True)
+        return tokens.sum_by_expert(share.expand(tokens.index.shape))
 
 
 @dataclass(frozen=True, kw_only=True)

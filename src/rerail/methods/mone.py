@@ -32,10 +32,39 @@ from rerail.experts.base import BankSpec
 from rerail.moe.model import MoELayer
 from rerail.plan.allocation import Allocation, check_kept, experts_kept
 from rerail.plan.budget import Budget
-from rerail.statistics.routed import Count, GatedOutput, Moment, OutputSquares, OutputSumRouted
-from rerail.statistics.statistic import LayerStatistics, Statistic
+from rerail.statistics.routed import Count, Moment, OutputSumRouted
+from rerail.statistics.statistic import LayerStatistics, RoutedStatistic, RoutedTokens, Statistic
 
 ROUNDING = 1e-6  # of the squares, which are of float32 outputs: less is no spread
+
+
+@dataclass(frozen=True)
+class OutputSquares(RoutedStatistic):
+    """sum over X_e of f^2, coordinate by coordinate. float64 (E, H)."""
+
+    axes = "E H"
+    needs = frozenset({"outputs"})
+
+    def measure(self, tokens: RoutedTokens) -> Tensor:
+        return tokens.sum_runs(torch.square, tokens.sorted_outputs)
+
+
+@dataclass(frozen=True)
+class GatedOutput(RoutedStatistic):
+    """sum over X_e of g^a f. float64 (E, H)."""
+
+    axes = "E H"
+    needs = frozenset({"outputs"})
+
+    gate_power: int
+
+    @property
+    def name(self) -> str:
+        return f"gated_output_g{self.gate_power}"
+
+    def measure(self, tokens: RoutedTokens) -> Tensor:
+        weights = tokens.sorted_gates**self.gate_power
+        return tokens.sum_runs(lambda f, g: g * f, tokens.sorted_outputs, weights)
 
 
 @dataclass(frozen=True, kw_only=True)

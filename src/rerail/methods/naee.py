@@ -36,9 +36,8 @@ from rerail.errors import OutOfReach
 from rerail.moe.model import MoELayer
 from rerail.plan.allocation import Allocation
 from rerail.plan.budget import Budget
-from rerail.statistics.original import OriginalRows
-from rerail.statistics.rows import Rows
 from rerail.statistics.statistic import LayerStatistics, Statistic
+from rerail.statistics.token_sample import OriginalTokenSample, TokenSample
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,11 +58,13 @@ class NAEE(Pruner):
 
     @property
     def measures(self) -> tuple[Statistic, ...]:
-        return (Rows(self.rows),)
+        return (TokenSample(self.rows),)
 
     def errors(self, layer: MoELayer, statistics: LayerStatistics) -> reconstruction.Errors:
         """Return the function that judges kept subsets C."""
-        sample = reconstruction.Sample(layer, Rows.hidden(statistics[Rows(self.rows)]))
+        sample = reconstruction.Sample(
+            layer, TokenSample.hidden(statistics[TokenSample(self.rows)])
+        )
         return sample.judged_by(partial(sum_of_norms, batch=self.batch))
 
     def score(self, layer: MoELayer, statistics: LayerStatistics) -> Tensor:
@@ -96,8 +97,8 @@ class ProgressiveNAEE(Pruner):
 
     @property
     def measures(self) -> tuple[Statistic, ...]:
-        rows = Rows(self.rows)
-        return (rows, OriginalRows(self.rows)) if self.target == "original" else (rows,)
+        rows = TokenSample(self.rows)
+        return (rows, OriginalTokenSample(self.rows)) if self.target == "original" else (rows,)
 
     def allocate(
         self, layers: Layers, statistics: Statistics, budget: Budget, allocation: Allocation
@@ -112,9 +113,9 @@ class ProgressiveNAEE(Pruner):
 
     def errors(self, layer: MoELayer, statistics: LayerStatistics) -> reconstruction.Errors:
         """Return the function that judges kept subsets C, by their offset from the target too."""
-        rows, target = Rows.hidden(statistics[Rows(self.rows)]), None
+        rows, target = TokenSample.hidden(statistics[TokenSample(self.rows)]), None
         if self.target == "original":
-            original = Rows.hidden(statistics[OriginalRows(self.rows)])
+            original = TokenSample.hidden(statistics[OriginalTokenSample(self.rows)])
             target = layer.answer(original.to(layer.router_rows))
         return reconstruction.Sample(layer, rows, target).judged_by(
             partial(sum_of_norms, batch=self.batch)

@@ -37,12 +37,24 @@ from rerail.errors import InputError, OutOfReach
 from rerail.experts.quantized import DENSE
 from rerail.plan.allocation import Allocation, removed_shares
 from rerail.plan.budget import Bits, Budget
-from rerail.statistics.mass import RouterMass
 from rerail.statistics.routed import Count, Moment
-from rerail.statistics.rows import Rows
-from rerail.statistics.statistic import Statistic
+from rerail.statistics.statistic import RoutedStatistic, RoutedTokens, Statistic
+from rerail.statistics.token_sample import TokenSample
 
 EXPONENTS = {"paper": (1.0, 1.0, 2.0), "repo": (1.0, 1.5, 1.0)}
+
+
+@dataclass(frozen=True)
+class RouterMass(RoutedStatistic):
+    """sum over X_e of p_e, p = softmax over all E router logits. float64 (E,)."""
+
+    axes = "E"
+    needs = frozenset({"logits"})
+
+    def measure(self, tokens: RoutedTokens) -> Tensor:
+        assert tokens.logits is not None
+        share = tokens.logits.float().softmax(dim=-1)
+        return tokens.sum_by_expert(share.gather(1, tokens.index))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +93,7 @@ class PMQ(Compressor):
 
     @property
     def requires(self) -> tuple[Statistic, ...]:
-        own: tuple[Statistic, ...] = (Count(), self.mass_read, Rows(self.rows))
+        own: tuple[Statistic, ...] = (Count(), self.mass_read, TokenSample(self.rows))
         return tuple(dict.fromkeys(own + self.quantiser.requires))
 
     @property
@@ -118,7 +130,7 @@ class PMQ(Compressor):
         """Solve the integer program of each layer, and encode its experts."""
         decisions = []
         for layer, view, max_bits in zip(layers, statistics, counts, strict=True):
-            hidden = Rows.hidden(view[Rows(self.rows)])
+            hidden = TokenSample.hidden(view[TokenSample(self.rows)])
             error = block_errors(layer, hidden, self.bits, self.quantiser.group, self.batch)
             cost = self.cost(view[Count()], view[self.mass_read], error, layer.top_k)
             bits = allocate_bits(cost, self.bits, max_bits, self.least(layer.num_experts))

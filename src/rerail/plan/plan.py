@@ -8,12 +8,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from rerail import store
 from rerail.experts.base import BankSpec, Stored, bank_class
-from rerail.files import digest, file_digest, read_sealed, whole_file, write_sealed
+from rerail.files import digest
 from rerail.moe.fused_experts import Dims
 from rerail.moe.model import MoELayer
 from rerail.plan.validate import validate_layer, validate_names
@@ -84,28 +83,18 @@ class Plan:
         return cls(layers, dict(data["lineage"]), own, then)
 
     def save(self, path: Path) -> None:
-        """Write `path` (JSON with its hash) and, for solved tensors, a safetensors file."""
-        content = self.to_json()
-        if tensors := self.all_tensors():
-            beside = path.with_suffix(".safetensors")
-            with whole_file(beside) as temporary:
-                save_file({k: t.contiguous() for k, t in tensors.items()}, temporary)
-            content["tensors_sha256"] = file_digest(beside)
-        write_sealed(path, content)
+        """Store the plan in `path` (JSON), and its solved tensors beside it."""
+        store.write(path, store.Artefact(self.to_json(), self.all_tensors()))
 
     @classmethod
     def load(cls, path: Path) -> "Plan | None":
-        """Read a plan; None (and say so) where the file or its tensors are absent or damaged."""
-        content = read_sealed(path)
-        if content is None:
+        """Return a stored plan; None where it is absent, or (logged) damaged or of another form."""
+        artefact = store.read(path)
+        if artefact is None:
             return None
-        beside = path.with_suffix(".safetensors")
         try:
-            expected = content.get("tensors_sha256")
-            if expected and file_digest(beside) != expected:
-                raise ValueError("its hash does not match")
-            return cls.from_json(content, load_file(beside) if expected else {})
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+            return cls.from_json(*artefact)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             log.warning("plan %s cannot be used (%s) and will be made again", path, error)
             return None
 

@@ -6,22 +6,26 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import rerail.auto  # noqa: F401  (package checkpoints load like any other)
-from rerail.compress.base import Compressor
+from rerail.code_version import version_of
+from rerail.compress.base import Compressor, make_plan
 from rerail.distill.masters import check_gates
+from rerail.distill.repair import repair
 from rerail.distill.schedule import Schedule
 from rerail.distill.settings import RouterKD
 from rerail.distill.strategies import check_strategy
 from rerail.errors import InputError
+from rerail.evaluate.perplexity import score_blocks
 from rerail.export.targets import FORMS
 from rerail.files import digest
 from rerail.moe.model import MoEModel
 from rerail.moe.source import ModelSource
 from rerail.parallel import world
 from rerail.plan.allocation import Allocation
+from rerail.plan.apply import apply_plan
 from rerail.plan.budget import Bits, Budget, Ratio, Skip
 from rerail.run.evaluation import Evaluation
 from rerail.text.calibration import Calibration
-from rerail.versions import version_of
+from rerail.versions import package_version
 
 
 @dataclass(frozen=True)
@@ -94,9 +98,10 @@ class Cell:
         return "-".join([*names, *numbers, self.key[:8]])
 
     def inputs(self) -> dict[str, Any]:
-        """Return fingerprints of what the choices only name: weights, texts, and this package.
+        """Return fingerprints of what the choices only name: weights, texts, and code.
 
-        An artefact made from other inputs is not used again.
+        An artefact made from other inputs is not used again: all that lies in the cell's folder is
+        made by the same code.
         """
         tokenizer = self.model.tokenizer()
         texts = {n: text.fingerprint(tokenizer) for n, text in self.evaluation.texts.items()}
@@ -104,7 +109,15 @@ class Cell:
             "model": self.model.fingerprint(),
             "calibration": self.calibration.fingerprint(tokenizer),
             "texts": texts,
-            "rerail": version_of("rerail"),
+            "rerail": package_version("rerail"),
+            "code": version_of(
+                type(self.compressor),
+                type(self.allocation),
+                make_plan,
+                apply_plan,
+                repair,
+                score_blocks,
+            ),
         }
 
     def key_of(self, model: MoEModel, *what: Any) -> str:

@@ -9,11 +9,12 @@ from rerail.export.manifest import is_whole
 from rerail.export.native import stored_dtype
 from rerail.export.reload import check_reload, logits_of
 from rerail.export.targets import as_written, check_student, export_student
-from rerail.files import digest, read_sealed, write_sealed
+from rerail.files import digest
 from rerail.moe.model import MoEModel
 from rerail.plan.plan import Plan
 from rerail.run.cell import Cell
 from rerail.run.results import Row
+from rerail.store import Artefact, read, write
 from rerail.text.calibration import TokenBlocks
 
 log = logging.getLogger(__name__)
@@ -50,8 +51,8 @@ def export(  # noqa: PLR0913
     """
     path, proof = folder / "model", folder / "reload.json"
     key = digest([cell.key, plan.fingerprint(), [row["nll"] for row in rows]])
-    held = read_sealed(proof)
-    if held is not None and held["key"] == key and is_whole(path):
+    proved = read(proof)
+    if proved is not None and proved.data["key"] == key and is_whole(path):
         return path
     dtype, form, densify = stored_dtype(cell.model), cell.export.form, cell.export.densify
     manifest = {
@@ -66,7 +67,7 @@ def export(  # noqa: PLR0913
     difference = check_reload(path, ids, written, form)
     rounding = float((logits_of(written, ids) - logits_of(student, ids)).abs().max())
     record = {"key": key, "max_logit_difference": difference, "max_logit_rounding": rounding}
-    write_sealed(proof, record)
+    write(proof, Artefact(record))
     message = "%s reloads with a largest logit difference of %g; rounding to its dtype moved %g"
     log.info(message, path, difference, rounding)
     return path

@@ -10,17 +10,18 @@ from pathlib import Path
 from typing import Any
 
 from rerail.errors import InputError, OutOfReach
-from rerail.files import digest, read_sealed, whole_file, write_json, write_sealed
+from rerail.files import digest, whole_file, write_json
 from rerail.moe.model import MoEModel
 from rerail.parallel import alone, check_processes, first, is_first, join, world
 from rerail.plan.apply import apply_plan
 from rerail.run import stages
-from rerail.run.artefacts import Status
 from rerail.run.cell import Cell
 from rerail.run.mirror import Live, Mirror
 from rerail.run.progress import told_to
 from rerail.run.results import Row, read_rows, write_rows
 from rerail.run.rows import failed_row, provenance, recovery_columns, stage_row
+from rerail.run.status import Status
+from rerail.store import Artefact, read, write
 from rerail.text.calibration import TokenBlocks, check_vocabulary
 
 log = logging.getLogger(__name__)
@@ -74,7 +75,7 @@ def standing(cell: Cell, out: Path) -> tuple[str, str]:
     except InputError as error:
         row = _refused(cell, out, error)
         return row["status"], row["reason"]
-    same = folder.exists() and read_sealed(folder / INPUTS) == inputs
+    same = folder.exists() and _made_from(folder) == inputs
     return ("done", "") if same and _finished(folder) else ("open", "")
 
 
@@ -98,14 +99,19 @@ def _same_inputs(cell: Cell, folder: Path) -> bool:
     """Forget a cell that was made from other weights or texts, and note what it is made from."""
     inputs = cell.inputs()
     path = folder / INPUTS
-    if folder.exists() and read_sealed(path) == inputs:
+    if folder.exists() and _made_from(folder) == inputs:
         return True
-    if path.exists() and read_sealed(path) != inputs:  # not by another process just now
+    if path.exists() and _made_from(folder) != inputs:  # not by another process just now
         log.warning("%s was made from other weights or texts and is made again", folder.name)
         _forget(folder)
-    write_sealed(path, inputs)
+    write(path, Artefact(inputs))
     write_json(folder / "config.json", {"choices": dict(cell.choices), **provenance()})
     return False
+
+
+def _made_from(folder: Path) -> Any:
+    stored = read(folder / INPUTS)
+    return stored and stored.data
 
 
 def _forget(folder: Path) -> None:

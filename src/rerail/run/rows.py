@@ -18,7 +18,7 @@ from rerail.plan.budget import Bits
 from rerail.plan.sizes import Sizes
 from rerail.run.cell import Cell
 from rerail.run.results import Row, new_row, write_rows
-from rerail.versions import version_of
+from rerail.versions import package_version
 
 Scores = Mapping[str, Any]
 
@@ -50,7 +50,7 @@ def revision() -> str | None:
 def provenance() -> dict[str, Any]:
     """Return the git revision and the versions of the libraries that numbers depend on."""
     names = ("rerail", "torch", "transformers", "lightning", "numpy", "scipy", "tokenizers")
-    versions = {name: version_of(name) for name in names}
+    versions = {name: package_version(name) for name in names}
     return {"revision": revision(), "python": platform.python_version(), "versions": versions}
 
 

@@ -17,23 +17,22 @@ from rerail.distill.points import Points
 from rerail.distill.repair import put_rows, repair
 from rerail.evaluate.perplexity import BlockScores, score_blocks
 from rerail.evaluate.routing import Routing, changed, load_by_expert
-from rerail.files import cache_dir, read_sealed, write_sealed
+from rerail.files import cache_dir
 from rerail.moe.model import MoEModel
-from rerail.parallel import alone, first, is_first, kept
+from rerail.parallel import alone, kept
 from rerail.plan.apply import apply_plan
 from rerail.plan.plan import Plan
-from rerail.run.artefacts import Stage, peak_memory, saved, start_peak
 from rerail.run.cell import Cell
+from rerail.run.cost import peak_memory, start_peak, with_cost
 from rerail.run.progress import Steps, bar
+from rerail.statistics.cached import cached_statistics
 from rerail.statistics.collect import collect
 from rerail.statistics.statistic import Statistic, StatisticSet
-from rerail.statistics.store import StatisticStore, merge_sets
-from rerail.teacher.teacher import CachedTeacher, LiveTeacher, Teacher, cached_states, speak
+from rerail.store import Artefact, get, read, write
+from rerail.teacher.hidden_states import CachedTeacher, LiveTeacher, Teacher, final_hidden_states
 from rerail.text.calibration import TokenBlocks
 
 log = logging.getLogger(__name__)
-
-SCORES = 3  # version of what a cached scoring holds
 
 
 def statistics(
@@ -44,16 +43,12 @@ def statistics(
     In a group of processes all collect, and the first one has them all.
     """
     key = cell.key_of(model, blocks.fingerprint)
-    store = StatisticStore(cache_dir() / "statistics", key)
-    held, missing = store.load(wanted) if is_first() else (StatisticSet(), [])
-    missing = first(lambda: missing)
-    if not missing:
-        return held
     batches = list(blocks.batches(cell.evaluation.batch_size))
-    fresh = collect(model, batches, missing, bar("statistics"))
-    if is_first():
-        store.save(fresh, missing)
-    return merge_sets([held, fresh])
+
+    def measure(missing: Sequence[Statistic]) -> StatisticSet:
+        return collect(model, batches, missing, bar("statistics"))
+
+    return cached_statistics(cache_dir() / "statistics" / key, wanted, measure)
 
 
 def plan(
@@ -62,12 +57,12 @@ def plan(
     """Return the plan, read or made, and what making it cost (statistics included)."""
     path, beside = folder / "plan.json", folder / "plan.cost.json"
 
-    def read() -> tuple[Plan, dict[str, Any]] | None:
-        held, cost = Plan.load(path), read_sealed(beside)
-        if held is None or cost is None:
+    def stored() -> tuple[Plan, dict[str, Any]] | None:
+        plan, cost = Plan.load(path), read(beside)
+        if plan is None or cost is None:
             return None
-        held.validate(model.layers)
-        return held, cost
+        plan.validate(model.layers)
+        return plan, cost.data
 
     def make() -> tuple[Plan | None, dict[str, Any]]:
         start_peak()
@@ -75,16 +70,16 @@ def plan(
         made = _made_plan(cell, model, blocks)
         return made, {"seconds": time.perf_counter() - start, "peak_memory": peak_memory()}
 
-    def write(found: tuple[Plan | None, dict[str, Any]]) -> tuple[Plan, dict[str, Any]]:
-        made, cost = found
-        assert made is not None  # on the first process
-        made.save(path)
-        for note in made.lineage.get("notes", ()):
+    def put(made: tuple[Plan | None, dict[str, Any]]) -> tuple[Plan, dict[str, Any]]:
+        plan, cost = made
+        assert plan is not None  # on the first process
+        plan.save(path)
+        for note in plan.lineage.get("notes", ()):
             log.warning("%s", note)
-        write_sealed(beside, cost)
-        return made, cost
+        write(beside, Artefact(cost))
+        return plan, cost
 
-    return kept(read, make, write)
+    return kept(stored, make, put)
 
 
 def _made_plan(cell: Cell, model: MoEModel, blocks: TokenBlocks) -> Plan | None:
@@ -107,17 +102,21 @@ def teacher_states(cell: Cell, model: MoEModel, blocks: TokenBlocks) -> Teacher:
     if cell.distill.teacher == "live":
         return LiveTeacher(model)
     key = cell.key_of(model, blocks.fingerprint)
-    path = cache_dir() / "teacher" / f"{key}.safetensors"
     batches = list(blocks.batches(cell.evaluation.batch_size))
-    return CachedTeacher(cached_states(path, lambda: speak(model, batches, bar("teacher"))))
+
+    def make() -> Artefact:
+        return Artefact({}, {"hidden": final_hidden_states(model, batches, bar("teacher"))})
+
+    path = cache_dir() / "teacher" / f"{key}.json"
+    return CachedTeacher(get(path, make, [final_hidden_states]).tensors["hidden"])
 
 
-def score_teacher(cell: Cell, model: MoEModel, texts: dict[str, TokenBlocks]) -> Stage:
+def score_teacher(cell: Cell, model: MoEModel, texts: dict[str, TokenBlocks]) -> Artefact:
     """Score the teacher on all held-out texts, once for every cell of the same model and texts."""
     prints = {name: t.fingerprint for name, t in texts.items()}
-    key = cell.key_of(model, prints, SCORES)
+    key = cell.key_of(model, prints)
 
-    def make() -> Stage:
+    def make() -> Artefact:
         data: dict[str, Any] = {}
         tensors: dict[str, Tensor] = {}
         for name, text in texts.items():
@@ -129,24 +128,25 @@ def score_teacher(cell: Cell, model: MoEModel, texts: dict[str, TokenBlocks]) ->
             data[name] = {**_sums(scores), "layers": layers}
             tensors[f"{name}.hidden"] = scores.hidden
             tensors |= {f"{name}.chosen.{i}": scores.routing.of(i) for i in scores.routing.chosen}
-        return data, tensors
+        return Artefact(data, tensors)
 
-    return saved(cache_dir() / "scores" / f"{key}.json", make)
+    path = cache_dir() / "scores" / f"{key}.json"
+    return get(path, with_cost(make), [score_blocks, _load, _sums])
 
 
 def score_student(
     cell: Cell,
     student: MoEModel,
     texts: dict[str, TokenBlocks],
-    teacher: Stage,
+    teacher: Artefact,
     plan: Plan,
     path: Path,
-) -> Stage:
+) -> Artefact:
     """Score a student on the same texts, with KL, agreement and moved routing."""
     shorter = ("slice", "pooled")
     kept = {part.layer: part.kept for part in plan.layers if part.router in shorter}
 
-    def make() -> Stage:
+    def make() -> Artefact:
         data: dict[str, Any] = {}
         for name, text in texts.items():
             label = f"{path.stem} on {name}"
@@ -162,9 +162,9 @@ def score_student(
                 for i in moved
             ]
             data[name] = {**_sums(scores), "layers": layers}
-        return data, {}
+        return Artefact(data)
 
-    return saved(path, make)
+    return get(path, with_cost(make))
 
 
 def _load(
@@ -194,13 +194,13 @@ def repair_student(
     blocks: TokenBlocks,
     folder: Path,
     tell: Callable[[Mapping[str, float]], None],
-) -> Stage:
+) -> Artefact:
     """Train the router, or put an earlier fit's rows back; rows before and after are kept.
 
     Each point of a fit is told to `tell` as it comes.
     """
 
-    def make() -> Stage:
+    def make() -> Artefact:
         teacher = teacher_states(cell, model, blocks)
         callbacks = [*cell.trainer.get("callbacks", []), Points(tell), Steps()]
         trainer = {**cell.trainer, "callbacks": callbacks}
@@ -210,12 +210,12 @@ def repair_student(
             for n in ("kl_first", "kl_best", "kl_last", "best_step", "steps", "curve")
         }
         tensors = {f"before.{n}": t for n, t in done.before.items()}
-        return data, tensors | {f"after.{n}": t for n, t in done.after.items()}
+        return Artefact(data, tensors | {f"after.{n}": t for n, t in done.after.items()})
 
-    data, tensors = saved(folder / "repair.json", make)
+    data, tensors = get(folder / "repair.json", with_cost(make))
     after = {n.removeprefix("after."): t for n, t in tensors.items() if n.startswith("after.")}
     put_rows(student, after)
-    return data, tensors
+    return Artefact(data, tensors)
 
 
 def refit(cell: Cell, student: MoEModel, blocks: TokenBlocks, folder: Path) -> MoEModel:
@@ -252,11 +252,12 @@ def seen(cell: Cell, stage: str, model: MoEModel, tokenizer: Any, folder: Path) 
         key = cell.key_of(model, cell.prompt, cell.seed, new_tokens, tasks and tasks.fingerprint())
         path = cache_dir() / "scores" / f"{key}.seen.json"
 
-    def make() -> Stage:
+    def make() -> Artefact:
         scored = None if tasks is None else tasks.evaluate(model.model, tokenizer)
-        return {"text": continuation(cell, model, tokenizer), "tasks": scored}, {}
+        return Artefact({"text": continuation(cell, model, tokenizer), "tasks": scored})
 
-    return saved(path, lambda: alone(make))[0]
+    found: dict[str, Any] = get(path, with_cost(lambda: alone(make))).data
+    return found
 
 
 @torch.no_grad()

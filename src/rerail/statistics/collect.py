@@ -1,163 +1,25 @@
-"""The passes: one forward of the text fills every routed and dense statistic that was asked for.
+"""Collecting: one forward of the text for all routed and dense statistics that are wanted.
 
-The routed pass must leave the model's outputs as they are, to the bit. Grouped experts are watched
-in their own forward. Others are asked for each (token, choice) pair on its own with weight one,
-which costs the same matrix products, and the gated pairs are added up in the order in which the
-module itself would have. Backward and ablation statistics have passes of their own.
+Backward and ablation statistics have passes of their own.
 """
 
-import contextlib
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Collection, Iterable, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from rerail.errors import InputError
-from rerail.moe.model import MoELayer, MoEModel
+from rerail.moe.model import MoEModel
 from rerail.parallel import folded, part
-from rerail.statistics.ablation import ablation_pass
-from rerail.statistics.gradients import backward_pass
-from rerail.statistics.pairs import answered
+from rerail.statistics.ablation_pass import ablation_pass
+from rerail.statistics.backward_pass import backward_pass
+from rerail.statistics.forward_pass import forward_pass
 from rerail.statistics.places import empty_statistics
-from rerail.statistics.statistic import (
-    DenseStatistic,
-    RoutedStatistic,
-    RoutedTokens,
-    Statistic,
-    StatisticSet,
-)
-from rerail.statistics.surroundings import Surroundings
+from rerail.statistics.statistic import Statistic, StatisticSet
+from rerail.transfer import moved
 
 Batch = tuple[Tensor, Tensor]
 Progress = Callable[[Sequence[Batch]], Iterable[Batch]]
-Held = dict[Statistic, Tensor]
-
-
-class _Enough(Exception):
-    """The last layer that is recorded has been recorded."""
-
-
-@dataclass
-class _Text:
-    """Where the pass is: the mask of the batch (None where all is valid) and its positions."""
-
-    mask: Tensor | None = None
-    position: Tensor | None = None
-    passed: int = 0
-
-    def turn_to(self, valid: Tensor) -> None:
-        """Go on to the next batch, with this mask (B, S)."""
-        flat = valid.flatten()
-        self.mask = None if bool(flat.all()) else flat
-        self.position = self.passed + torch.arange(len(flat), device=flat.device)
-        self.passed += len(flat)
-
-    def valid(self, tensor: Tensor) -> Tensor:
-        """Return the valid rows of a tensor with one row a token."""
-        return tensor if self.mask is None else tensor[self.mask.to(tensor.device)]
-
-
-class _Recorder(nn.Module):
-    """Stands in for `experts` during a pass."""
-
-    def __init__(self, model: MoEModel, layer: MoELayer, held: Held, text: _Text, last: bool):
-        super().__init__()
-        self.inner = layer.experts
-        self.routed = [s for s in held if isinstance(s, RoutedStatistic)]
-        self.dense = [s for s in held if isinstance(s, DenseStatistic)]
-        self.needs = frozenset().union(*(s.asks() for s in self.routed))
-        self.surroundings = Surroundings(model, layer, self.needs)
-        self.held, self.text, self.last = held, text, last
-        self.num_slots = layer.num_experts
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(super().__getattr__("inner"), name)
-
-    def forward(self, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
-        """Compute as the experts do, and keep what was asked for."""
-        pairs = middle = out = None
-        if self.needs & {"middle", "outputs"}:
-            asked = "middle" in self.needs
-            out, pairs, middle = answered(self.inner, hidden, index, weights, asked)
-        if self.routed:
-            found = {"hidden": hidden, "index": index, "gates": weights}
-            self._update_routed(found, pairs, middle, out)
-        if self.dense:
-            self._update_dense(hidden, index, weights)
-        if self.last:
-            raise _Enough
-        if out is None:
-            out = self.inner(hidden, index, weights)
-        return out
-
-    def _update_routed(
-        self,
-        found: dict[str, Tensor],
-        pairs: Tensor | None,
-        middle: Tensor | None,
-        out: Tensor | None,
-    ) -> None:
-        if pairs is not None and out is not None and "outputs" in self.needs:
-            found |= {"outputs": pairs, "routed": out}
-            found["norms"] = torch.linalg.vector_norm(pairs, dim=-1, dtype=torch.float32)
-        if middle is not None:
-            found["middle"] = middle
-        if "logits" in self.needs:
-            found["logits"] = self.surroundings.logits()
-        if "residual" in self.needs:
-            found["residual"] = self.surroundings.residual()
-        assert self.text.position is not None
-        found["position"] = self.text.position
-        valid = {name: self.text.valid(tensor) for name, tensor in found.items()}
-        tokens = RoutedTokens(num_experts=self.num_slots, **valid)
-        for s in self.routed:
-            self.held[s] = s.taken(self.held[s], tokens)
-
-    def _update_dense(self, hidden: Tensor, index: Tensor, weights: Tensor) -> None:
-        valid = self.text.valid(hidden)
-        ones = torch.ones(len(valid), 1, dtype=weights.dtype, device=weights.device)
-        for e in range(self.num_slots):
-            chosen = torch.full((len(valid), 1), e, dtype=index.dtype, device=index.device)
-            output = self.inner(valid, chosen, ones)
-            for s in self.dense:
-                so_far = self.held[s][e]
-                self.held[s][e] = s.merged(so_far, s.of(e, valid, output).to(so_far.device))
-
-
-@contextlib.contextmanager
-def _recording(
-    model: MoEModel, layers: Sequence[MoELayer], held: dict[int, Held], text: _Text
-) -> Iterator[None]:
-    stop = layers[-1].index if layers[-1].index != model.layers[-1].index else None
-    recorders = []
-    try:
-        for layer in layers:
-            last = layer.index == stop
-            recorders.append((layer, _Recorder(model, layer, held[layer.index], text, last)))
-            layer.swap(recorders[-1][1])
-        yield
-    finally:
-        for layer, recorder in recorders:
-            recorder.surroundings.remove()
-            layer.swap(recorder.inner)
-
-
-def _forward_pass(
-    model: MoEModel, layers: Sequence[MoELayer], batches: Iterable[Batch], held: dict[int, Held],
-    first: int,
-) -> None:  # fmt: skip
-    text = _Text(passed=first)
-    device = next(model.model.parameters()).device
-    with _recording(model, layers, held, text):
-        for input_ids, valid in batches:
-            text.turn_to(valid.to(device))
-            with contextlib.suppress(_Enough):
-                model.hidden(input_ids.to(device), valid.to(device))
 
 
 @torch.no_grad()
@@ -186,26 +48,23 @@ def collect(
     Raises:
         InputError: a statistic came out infinite or NaN, or cannot be measured on this model.
     """
-    begin, mine = part(batches)
+    begin, own = part(batches)
     first += sum(ids.numel() for ids, _ in batches[:begin])
     wanted = tuple(dict.fromkeys(statistics))
     chosen = [la for la in model.layers if layers is None or la.index in layers]
-    runs = {run: [s for s in wanted if s.run == run] for run in ("backward", "ablation")}
-    forward = [s for s in wanted if s.run in ("routed", "dense")]
-    held = {la.index: {s: s.empty(la) for s in wanted if s not in forward} for la in chosen}
-    if forward and chosen:
-        parts = empty_statistics(chosen, forward)
-        _forward_pass(model, chosen, progress(mine), parts, first)
-        held = {i: {**h, **parts.pop(i)} for i, h in held.items()}
-    if runs["backward"]:
-        backward_pass(model, chosen, progress(mine), held)
-    if runs["ablation"]:
-        ablation_pass(model, chosen, progress(mine), held)
-    for index, tensors in held.items():
+    filled = empty_statistics(chosen, wanted)
+    passes = {s.pass_name for s in wanted}
+    if chosen and passes & {"routed", "dense"}:
+        forward_pass(model, chosen, progress(own), filled, first)
+    if "backward" in passes:
+        backward_pass(model, chosen, progress(own), filled)
+    if "ablation" in passes:
+        ablation_pass(model, chosen, progress(own), filled)
+    for index, tensors in filled.items():
         for statistic, tensor in tensors.items():
-            tensors[statistic] = folded(tensor.cpu(), statistic.merged)
+            tensors[statistic] = folded(moved(tensor, "cpu"), statistic.merge)
             _check(statistic, tensors[statistic], index)
-    return StatisticSet({i: {s.name: t for s, t in h.items()} for i, h in held.items()})
+    return StatisticSet({i: {s.name: t for s, t in h.items()} for i, h in filled.items()})
 
 
 def _check(statistic: Statistic, tensor: Tensor, index: int) -> None:

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rerail.moe.model import MoELayer
 from rerail.statistics.statistic import DenseStatistic
 
 
@@ -13,17 +12,9 @@ from rerail.statistics.statistic import DenseStatistic
 class OutputSum(DenseStatistic):
     """sum over all tokens of E_e(x), ungated. float64 (E, H)."""
 
-    @property
-    def name(self) -> str:
-        """`output_sum`."""
-        return "output_sum"
+    axes = "E H"
 
-    def empty(self, layer: MoELayer) -> Tensor:
-        """Return float64 zeros (E, H)."""
-        return torch.zeros(layer.num_experts, layer.hidden_size, dtype=torch.float64)
-
-    def of(self, expert: int, hidden: Tensor, output: Tensor) -> Tensor:
-        """Add up one expert's outputs: (H,)."""
+    def measure(self, expert: int, hidden: Tensor, output: Tensor) -> Tensor:
         return output.sum(dim=0, dtype=torch.float64)
 
 
@@ -31,15 +22,8 @@ class OutputSum(DenseStatistic):
 class TokenCount(DenseStatistic):
     """Number of tokens that the dense pass saw. int64 (E,), the same in every entry."""
 
-    @property
-    def name(self) -> str:
-        """`token_count`."""
-        return "token_count"
+    axes = "E"
+    dtype = torch.int64
 
-    def empty(self, layer: MoELayer) -> Tensor:
-        """Return int64 zeros (E,)."""
-        return torch.zeros(layer.num_experts, dtype=torch.int64)
-
-    def of(self, expert: int, hidden: Tensor, output: Tensor) -> Tensor:
-        """Return this batch's tokens."""
+    def measure(self, expert: int, hidden: Tensor, output: Tensor) -> Tensor:
         return torch.tensor(len(hidden))

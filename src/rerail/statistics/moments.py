@@ -1,19 +1,19 @@
 """Second moments of what goes into an expert (x) and into its down projection (h).
 
 h = act(gate) * up is the middle activation (I,). Sums of outer products are fp32 matrix products a
-slot and batch, added up in float64.
+slot and batch, added up in float64. On a GPU vectors of bfloat16 are multiplied as they are with
+sums in fp32: each product of two of them is exact in fp32, so that nothing is lost, and the tensor
+cores are ten times as fast.
 """
 
 from abc import abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from rerail.moe.model import MoELayer
-from rerail.statistics.statistic import Need, RoutedStatistic, RoutedTokens
+from rerail.statistics.statistic import RoutedStatistic, RoutedTokens
 
 
 class Grams(RoutedStatistic):
@@ -21,151 +21,61 @@ class Grams(RoutedStatistic):
 
     @abstractmethod
     def rows(self, tokens: RoutedTokens) -> Iterator[tuple[int, Tensor]]:
-        """Yield a row of axis 0 and the float32 vectors (n, D) that belong to it."""
+        """Yield a row of axis 0 and the vectors (n, D) that belong to it, in the model's dtype."""
 
-    @abstractmethod
-    def shape(self, tokens: RoutedTokens) -> tuple[int, ...]:
-        """Return the shape of a share."""
+    def measure(self, tokens: RoutedTokens) -> Tensor:
+        return self.update(self.zeros(tokens.sizes), tokens)
 
-    def of(self, tokens: RoutedTokens) -> Tensor:
-        """Add up this batch."""
-        return self.taken(torch.zeros(*self.shape(tokens), dtype=torch.float64), tokens)
-
-    def taken(self, held: Tensor, tokens: RoutedTokens) -> Tensor:
-        """Add this batch to `held`, in place."""
-        rows = held if held.dim() == 3 else held.unsqueeze(0)
-        width = held.shape[-1]
-        product = tokens.hidden.new_empty(width, width, dtype=torch.float32)
+    def update(self, state: Tensor, tokens: RoutedTokens) -> Tensor:
+        """Add this batch to `state`, in place."""
+        rows = state if state.dim() == 3 else state.unsqueeze(0)
         for e, vectors in self.rows(tokens):
-            torch.mm(vectors.T, vectors, out=product)
-            rows[e] += product.to(held.device)
-        return held
+            rows[e] += gram(vectors).to(state.device)
+        return state
 
     def is_finite(self, tensor: Tensor) -> bool:
         """Look at the diagonal: it is not finite where any entry is not."""
         return bool(torch.isfinite(tensor.diagonal(dim1=-2, dim2=-1)).all())
 
 
+def gram(vectors: Tensor) -> Tensor:
+    """Return sum_n v_n v_n^T (D, D) of vectors (n, D), in float32."""
+    if vectors.device.type == "cuda" and vectors.dtype == torch.bfloat16:
+        return torch.mm(vectors.T, vectors, out_dtype=torch.float32)
+    vectors = vectors.float()
+    return vectors.T @ vectors
+
+
 @dataclass(frozen=True)
 class InputMoment(Grams):
     """sum over X_e of x x^T. float64 (E, H, H)."""
 
-    @property
-    def name(self) -> str:
-        """`input_moment`."""
-        return "input_moment"
-
-    def empty(self, layer: MoELayer) -> Tensor:
-        """Return float64 zeros (E, H, H)."""
-        h = layer.hidden_size
-        return torch.zeros(layer.num_experts, h, h, dtype=torch.float64)
-
-    def shape(self, tokens: RoutedTokens) -> tuple[int, ...]:
-        """Return (E, H, H)."""
-        h = tokens.hidden.shape[1]
-        return tokens.num_experts, h, h
+    axes = "E H H"
 
     def rows(self, tokens: RoutedTokens) -> Iterator[tuple[int, Tensor]]:
-        """Yield each slot's inputs."""
         for e, chosen, _ in tokens.by_expert():
-            yield e, tokens.hidden[chosen].float()
-
-
-@dataclass(frozen=True)
-class LayerMoment(Grams):
-    """sum over all tokens of x x^T. float64 (H, H)."""
-
-    @property
-    def name(self) -> str:
-        """`layer_moment`."""
-        return "layer_moment"
-
-    def empty(self, layer: MoELayer) -> Tensor:
-        """Return float64 zeros (H, H)."""
-        return torch.zeros(layer.hidden_size, layer.hidden_size, dtype=torch.float64)
-
-    def shape(self, tokens: RoutedTokens) -> tuple[int, ...]:
-        """Return (H, H)."""
-        h = tokens.hidden.shape[1]
-        return h, h
-
-    def rows(self, tokens: RoutedTokens) -> Iterator[tuple[int, Tensor]]:
-        """Yield all inputs."""
-        yield 0, tokens.hidden.float()
+            yield e, tokens.hidden[chosen]
 
 
 @dataclass(frozen=True)
 class MiddleMoment(Grams):
     """sum over X_e of g^a h h^T. float64 (E, I, I)."""
 
-    gate_power: int = 0
+    axes = "E I I"
+    needs = frozenset({"middle"})
 
-    needs: ClassVar[frozenset[Need]] = frozenset({"middle"})
+    gate_power: int = 0
 
     @property
     def name(self) -> str:
-        """`middle_moment_g<a>`."""
         return f"middle_moment_g{self.gate_power}"
-
-    def empty(self, layer: MoELayer) -> Tensor:
-        """Return float64 zeros (E, I, I)."""
-        i = layer.intermediate_size
-        return torch.zeros(layer.num_experts, i, i, dtype=torch.float64)
-
-    def shape(self, tokens: RoutedTokens) -> tuple[int, ...]:
-        """Return (E, I, I)."""
-        assert tokens.middle is not None
-        i = tokens.middle.shape[-1]
-        return tokens.num_experts, i, i
 
     def rows(self, tokens: RoutedTokens) -> Iterator[tuple[int, Tensor]]:
         """Yield each slot's middle activations, times the root of g^a."""
+        assert tokens.middle is not None
+        if not self.gate_power:
+            yield from ((e, run) for e, (run,) in tokens.runs(tokens.sorted(tokens.middle)))
+            return
         gates = tokens.sorted_gates.abs() ** (self.gate_power / 2)
         for e, (middle, g) in tokens.runs(tokens.sorted_middle, gates):
-            yield e, g * middle if self.gate_power else middle
-
-
-class _Channels(RoutedStatistic):
-    """One float64 a slot and channel of the middle."""
-
-    needs: ClassVar[frozenset[Need]] = frozenset({"middle"})
-
-    def empty(self, layer: MoELayer) -> Tensor:
-        """Return float64 zeros (E, I)."""
-        return torch.zeros(layer.num_experts, layer.intermediate_size, dtype=torch.float64)
-
-
-@dataclass(frozen=True)
-class MiddleEnergy(_Channels):
-    """sum over X_e of (g h)^2 (CAMERA's phi_2, squared). float64 (E, I)."""
-
-    @property
-    def name(self) -> str:
-        """`middle_energy`."""
-        return "middle_energy"
-
-    def of(self, tokens: RoutedTokens) -> Tensor:
-        """Add up this batch."""
-        return tokens.sum_runs(
-            lambda h, g: (g * h).square(), tokens.sorted_middle, tokens.sorted_gates
-        )
-
-
-@dataclass(frozen=True)
-class MiddlePeak(_Channels):
-    """max over X_e of |g h| (CAMERA's phi_inf). float64 (E, I)."""
-
-    merge = "max"
-
-    @property
-    def name(self) -> str:
-        """`middle_peak`."""
-        return "middle_peak"
-
-    def of(self, tokens: RoutedTokens) -> Tensor:
-        """Take this batch's largest."""
-        middle = tokens.sorted_middle
-        out = middle.new_zeros(tokens.num_experts, middle.shape[-1], dtype=torch.float64)
-        for e, (h, g) in tokens.runs(middle, tokens.sorted_gates):
-            out[e] = (g * h).abs().amax(dim=0)
-        return out
+            yield e, g * middle

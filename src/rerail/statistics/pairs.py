@@ -1,5 +1,7 @@
 """Experts one (token, choice) pair at a time: their outputs and middle activations, bit for bit."""
 
+from collections.abc import Collection
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,17 +17,30 @@ def is_eager(experts: nn.Module) -> bool:
     return getattr(experts.config, "_experts_implementation", None) in (None, "eager")
 
 
-def answered(
-    experts: nn.Module, hidden: Tensor, index: Tensor, weights: Tensor, with_middle: bool
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Return the experts' answer (T, H), as they give it without a pass, and what it was made of.
+@dataclass(frozen=True)
+class Answer:
+    """What experts answered, and what it was made of; None where that is not needed.
+
+    Attributes:
+        routed: (T, H) as the experts give it without a pass.
+        norms: float32 (T, K) euclidean norms of the outputs (`norms`).
+        outputs: (T, K, H) each chosen expert's own output before the gate (`outputs`).
+        middle: (T, K, I) what went into the down projections (`middle`).
+    """
+
+    routed: Tensor
+    norms: Tensor | None
+    outputs: Tensor | None
+    middle: Tensor | None
+
+
+def answer(
+    experts: nn.Module, hidden: Tensor, index: Tensor, weights: Tensor, needs: Collection[str]
+) -> Answer:
+    """Return the experts' answer and the parts of it that are needed.
 
     Stock experts under `grouped_mm` compute all pairs in one product, which can be watched in their
     own forward; others are asked for each pair on its own, and the answer is added up again.
-
-    Returns:
-        (T, H); each chosen expert's own output before the gate (T, K, H); and what went into the
-        down projections (T, K, I), None where it was not asked for.
     """
     if _grouped(experts):
         with Products({"down_proj": weight_of(experts, "down_proj")}) as products:
@@ -33,14 +48,31 @@ def answered(
         if [len(made) for made in products.made] == [index.numel()]:
             order = torch.sort(index.reshape(-1)).indices  # as the experts sort, ties included
             [middle], [pairs] = [left for left, _ in products.seen], products.made
-            found = _unsorted(middle, order, index) if with_middle else None
-            return out, _unsorted(pairs, order, index), found
+            norms = _norms(pairs) if "norms" in needs else None
+            # a norm is one number: only what is needed whole is put in order whole
+            parts = {"norms": norms, "outputs": pairs, "middle": middle}
+            return Answer(
+                out,
+                **{
+                    name: _unsorted(part, order, index)
+                    if name in needs and part is not None
+                    else None
+                    for name, part in parts.items()
+                },
+            )
     middle = None
-    if with_middle:
+    if "middle" in needs:
         pairs, middle = pairs_and_middle(experts, hidden, index)
     else:
         pairs = pair_outputs(experts, hidden, index)
-    return combined(experts, pairs, index, weights), pairs, middle
+    out = combined(experts, pairs, index, weights)
+    norms = _norms(pairs) if "norms" in needs else None
+    return Answer(out, norms, pairs if "outputs" in needs else None, middle)
+
+
+def _norms(pairs: Tensor) -> Tensor:
+    norms: Tensor = torch.linalg.vector_norm(pairs, dim=-1, dtype=torch.float32)
+    return norms
 
 
 def _grouped(experts: nn.Module) -> bool:
@@ -51,10 +83,10 @@ def _grouped(experts: nn.Module) -> bool:
 
 
 def _unsorted(rows: Tensor, order: Tensor, index: Tensor) -> Tensor:
-    """Return sorted pairs (T * K, D) in the order of tokens and choices, (T, K, D)."""
+    """Return sorted pairs (T * K, ...) in the order of tokens and choices, (T, K, ...)."""
     out = torch.empty_like(rows)
     out[order] = rows
-    return out.view(*index.shape, -1)
+    return out.view(*index.shape, *rows.shape[1:])
 
 
 def pair_outputs(experts: nn.Module, hidden: Tensor, index: Tensor) -> Tensor:

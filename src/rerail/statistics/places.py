@@ -28,7 +28,8 @@ def empty_statistics(
 ) -> dict[int, dict[Statistic, Tensor]]:
     """Return the tensors of zero tokens by layer index, in the order of the statistics.
 
-    The smallest are placed first, so that only large ones are left to the CPU.
+    The smallest are placed first, so that only large ones are left to the CPU. What a backward or
+    ablation pass fills comes seldom and lies on the CPU.
     """
     wanted = tuple(statistics)
     with torch.device("meta"):
@@ -38,7 +39,8 @@ def empty_statistics(
     beside = set()
     for index, statistic in sorted(sizes, key=lambda key: sizes[key]):
         place = devices[index]
-        if sizes[index, statistic] <= room[place]:
+        forward = statistic.pass_name in ("routed", "dense")
+        if forward and sizes[index, statistic] <= room[place]:
             room[place] -= sizes[index, statistic]
             beside.add((index, statistic))
     empty: dict[int, dict[Statistic, Tensor]] = {layer.index: {} for layer in layers}

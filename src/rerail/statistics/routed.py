@@ -5,13 +5,10 @@ n = ||f||_2.
 """
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from rerail.moe.model import MoELayer
 from rerail.statistics.statistic import Need, RoutedStatistic, RoutedTokens
 
 
@@ -19,48 +16,31 @@ from rerail.statistics.statistic import Need, RoutedStatistic, RoutedTokens
 class Count(RoutedStatistic):
     """c_e = |X_e|: how many tokens chose each slot. int64 (E,)."""
 
-    @property
-    def name(self) -> str:
-        """`count`."""
-        return "count"
+    axes = "E"
+    dtype = torch.int64
 
-    def empty(self, layer: MoELayer) -> Tensor:
-        """Return int64 zeros (E,)."""
-        return torch.zeros(layer.num_experts, dtype=torch.int64)
-
-    def of(self, tokens: RoutedTokens) -> Tensor:
-        """Count this batch."""
-        return torch.bincount(tokens.index.flatten(), minlength=tokens.num_experts)
-
-
-class _Scalars(RoutedStatistic):
-    """One float64 a slot."""
-
-    needs: ClassVar[frozenset[Need]] = frozenset({"outputs"})
-
-    def empty(self, layer: MoELayer) -> Tensor:
-        """Return float64 zeros (E,)."""
-        return torch.zeros(layer.num_experts, dtype=torch.float64)
+    def measure(self, tokens: RoutedTokens) -> Tensor:
+        return tokens.count_by_expert()
 
 
 @dataclass(frozen=True)
-class Moment(_Scalars):
+class Moment(RoutedStatistic):
     """sum over X_e of g^a n^p. float64 (E,)."""
+
+    axes = "E"
 
     gate_power: int
     norm_power: int
 
     @property
     def name(self) -> str:
-        """`moment_g<a>_n<p>`."""
         return f"moment_g{self.gate_power}_n{self.norm_power}"
 
-    def asks(self) -> frozenset[Need]:
-        """Ask for outputs where the norm enters."""
-        return self.needs if self.norm_power else frozenset()
+    def needed(self) -> frozenset[Need]:
+        """Outputs are needed where their norm enters."""
+        return frozenset({"norms"} if self.norm_power else ())
 
-    def of(self, tokens: RoutedTokens) -> Tensor:
-        """Add up this batch."""
+    def measure(self, tokens: RoutedTokens) -> Tensor:
         value = tokens.gates.float() ** self.gate_power
         if self.norm_power:
             assert tokens.norms is not None
@@ -69,100 +49,11 @@ class Moment(_Scalars):
 
 
 @dataclass(frozen=True)
-class Deviation(_Scalars):
-    """sum over X_e of g n s, s = max(0, 1 - cos(h, h + y)) (EASY-EP, section 4). float64 (E,).
-
-    h is the residual stream before the MoE sub-layer and y the routed output, without shared
-    experts: s says how far the layer turns the token.
-    """
-
-    needs: ClassVar[frozenset[Need]] = frozenset({"outputs", "residual"})
-
-    @property
-    def name(self) -> str:
-        """`deviation`."""
-        return "deviation"
-
-    def of(self, tokens: RoutedTokens) -> Tensor:
-        """Add up this batch."""
-        assert tokens.norms is not None
-        assert tokens.residual is not None
-        assert tokens.routed is not None
-        before = tokens.residual.float()
-        turned = 1 - F.cosine_similarity(before, before + tokens.routed.float(), dim=-1)
-        scale = turned.clamp(min=0).unsqueeze(1)
-        return tokens.sum_by_expert(tokens.gates.float() * tokens.norms.float() * scale)
-
-
-@dataclass(frozen=True)
-class MaxOutput(_Scalars):
-    """max over X_e and coordinates of |f|, 0 for a slot that was never chosen. float64 (E,)."""
-
-    merge = "max"
-
-    @property
-    def name(self) -> str:
-        """`max_output`."""
-        return "max_output"
-
-    def of(self, tokens: RoutedTokens) -> Tensor:
-        """Take this batch's largest."""
-        assert tokens.outputs is not None
-        largest = tokens.outputs.abs().amax(dim=-1).double().flatten()
-        zeros = largest.new_zeros(tokens.num_experts)
-        return torch.scatter_reduce(zeros, 0, tokens.index.flatten(), largest, "amax")
-
-
-class _Outputs(RoutedStatistic):
-    """One float64 vector of width H a slot."""
-
-    needs: ClassVar[frozenset[Need]] = frozenset({"outputs"})
-
-    def empty(self, layer: MoELayer) -> Tensor:
-        """Return float64 zeros (E, H)."""
-        return torch.zeros(layer.num_experts, layer.hidden_size, dtype=torch.float64)
-
-
-@dataclass(frozen=True)
-class OutputSumRouted(_Outputs):
+class OutputSumRouted(RoutedStatistic):
     """sum over X_e of f. float64 (E, H)."""
 
-    @property
-    def name(self) -> str:
-        """`output_sum_routed`."""
-        return "output_sum_routed"
+    axes = "E H"
+    needs = frozenset({"outputs"})
 
-    def of(self, tokens: RoutedTokens) -> Tensor:
-        """Add up this batch."""
+    def measure(self, tokens: RoutedTokens) -> Tensor:
         return tokens.sum_runs(lambda f: f, tokens.sorted_outputs)
-
-
-@dataclass(frozen=True)
-class OutputSquares(_Outputs):
-    """sum over X_e of f^2, coordinate by coordinate. float64 (E, H)."""
-
-    @property
-    def name(self) -> str:
-        """`output_squares`."""
-        return "output_squares"
-
-    def of(self, tokens: RoutedTokens) -> Tensor:
-        """Add up this batch."""
-        return tokens.sum_runs(torch.square, tokens.sorted_outputs)
-
-
-@dataclass(frozen=True)
-class GatedOutput(_Outputs):
-    """sum over X_e of g^a f. float64 (E, H)."""
-
-    gate_power: int
-
-    @property
-    def name(self) -> str:
-        """`gated_output_g<a>`."""
-        return f"gated_output_g{self.gate_power}"
-
-    def of(self, tokens: RoutedTokens) -> Tensor:
-        """Add up this batch."""
-        weights = tokens.sorted_gates**self.gate_power
-        return tokens.sum_runs(lambda f, g: g * f, tokens.sorted_outputs, weights)

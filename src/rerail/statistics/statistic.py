@@ -1,18 +1,20 @@
 """A statistic: one tensor a layer, with its pass and the way two shards of it merge."""
 
+import dataclasses
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 from torch import Tensor
 
 from rerail.moe.model import MoELayer
 
-Run = Literal["routed", "dense", "backward", "ablation"]
-Need = Literal["outputs", "middle", "logits", "residual"]
+PassName = Literal["routed", "dense", "backward", "ablation"]
+Need = Literal["norms", "outputs", "middle", "logits", "residual"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +28,7 @@ class RoutedTokens:
         index: (T, K) chosen slots.
         gates: (T, K) weights really multiplied into the outputs.
         num_experts: E.
-        norms: (T, K) euclidean norm of each chosen expert's output, before the gate (`outputs`).
+        norms: (T, K) euclidean norm of each chosen expert's output, before the gate (`norms`).
         outputs: (T, K, H) each chosen expert's output, before the gate (`outputs`).
         routed: (T, H) the layer's routed output, sum_k gates * outputs (`outputs`).
         middle: (T, K, I) act(gate) * up in each chosen expert (`middle`).
@@ -47,12 +49,27 @@ class RoutedTokens:
     residual: Tensor | None = None
     position: Tensor | None = None
 
+    @property
+    def sizes(self) -> dict[str, int]:
+        """The sizes of the axes E, H and, where `middle` is there, I."""
+        sizes = {"E": self.num_experts, "H": self.hidden.shape[1]}
+        return sizes if self.middle is None else sizes | {"I": self.middle.shape[-1]}
+
     def sum_by_expert(self, values: Tensor) -> Tensor:
         """Return float64 (E,) or (E, D): values (T, K) or (T, K, D) added up by chosen slot."""
         if values.dim() == 3:
             return self.sum_runs(lambda run: run, self.sorted(values))
-        flat = self.index.flatten()
-        return torch.bincount(flat, values.double().flatten(), minlength=self.num_experts)
+        flat, values = self.index.flatten(), values.double().flatten()
+        if flat.device.type == "cuda":
+            # bincount waits for the GPU there, and adds in no fixed order
+            return self._one_hot.double() @ values
+        return torch.bincount(flat, values, minlength=self.num_experts)
+
+    def count_by_expert(self) -> Tensor:
+        """Return int64 (E,): how many tokens chose each slot."""
+        if self.index.device.type == "cuda":
+            return self._one_hot.sum(dim=1)
+        return torch.bincount(self.index.flatten(), minlength=self.num_experts)
 
     def by_expert(self) -> Iterator[tuple[int, Tensor, Tensor]]:
         """Yield each slot that was chosen, and the (token, choice) indices that chose it."""
@@ -97,7 +114,13 @@ class RoutedTokens:
 
     @cached_property
     def _counts(self) -> list[int]:
-        return torch.bincount(self.index.flatten(), minlength=self.num_experts).tolist()
+        return self.count_by_expert().tolist()
+
+    @cached_property
+    def _one_hot(self) -> Tensor:
+        """Bool (E, T * K): whether a choice is of this slot."""
+        slots = torch.arange(self.num_experts, device=self.index.device)
+        return slots.unsqueeze(1) == self.index.flatten()
 
     @cached_property
     def _order(self) -> tuple[Tensor, Tensor]:
@@ -106,23 +129,40 @@ class RoutedTokens:
 
 
 class Statistic(ABC):
-    """A frozen dataclass that knows its name, pass, merge, shape and update."""
+    """A frozen dataclass that knows its pass, how shards merge, its shape and its update.
 
-    run: ClassVar[Run]
-    merge: ClassVar[Literal["add", "max", "rows"]] = "add"
+    Attributes:
+        pass_name: the pass that fills it.
+        merges_by: how two shards become one.
+        axes: the shape of a layer's tensor, in letters: E slots, H hidden, I intermediate.
+        dtype: sums are kept in float64 or int64.
+    """
+
+    pass_name: ClassVar[PassName]
+    merges_by: ClassVar[Literal["add", "max", "sample"]] = "add"
+    axes: ClassVar[str] = ""
+    dtype: ClassVar[torch.dtype] = torch.float64
 
     @property
-    @abstractmethod
     def name(self) -> str:
-        """A file-safe name that includes the settings."""
+        """A file-safe name: that of the class in snake case, and the settings."""
+        words = re.sub(r"(?<!^)(?=[A-Z])", "_", type(self).__name__).lower()
+        settings = dataclasses.asdict(cast(Any, self)).values()
+        short = (f"{v:g}" if isinstance(v, float) else str(v) for v in settings)
+        return "_".join([words, *short])
 
-    @abstractmethod
     def empty(self, layer: MoELayer) -> Tensor:
         """Return the tensor of zero tokens."""
+        sizes = {"E": layer.num_experts, "H": layer.hidden_size, "I": layer.intermediate_size}
+        return self.zeros(sizes)
 
-    def merged(self, a: Tensor, b: Tensor) -> Tensor:
-        """Merge two shards; sums are kept in float64 or int64, never means of means."""
-        return a + b if self.merge == "add" else torch.maximum(a, b)
+    def zeros(self, sizes: Mapping[str, int]) -> Tensor:
+        """Return zeros of the statistic's shape, for the size of each axis."""
+        return torch.zeros([sizes[axis] for axis in self.axes.split()], dtype=self.dtype)
+
+    def merge(self, a: Tensor, b: Tensor) -> Tensor:
+        """Return two shards merged; never means of means."""
+        return a + b if self.merges_by == "add" else torch.maximum(a, b)
 
     def is_finite(self, tensor: Tensor) -> bool:
         """Return whether no entry is infinite or NaN."""
@@ -132,50 +172,53 @@ class Statistic(ABC):
 class RoutedStatistic(Statistic):
     """A statistic of tokens at the experts that they were routed to."""
 
-    run: ClassVar[Run] = "routed"
+    pass_name: ClassVar[PassName] = "routed"
     needs: ClassVar[frozenset[Need]] = frozenset()
 
-    def asks(self) -> frozenset[Need]:
-        """Return what `of` reads beyond inputs, slots and gates; `needs` unless settings differ."""
+    def needed(self) -> frozenset[Need]:
+        """Return what `measure` reads beyond inputs, slots and gates."""
         return self.needs
 
     @abstractmethod
-    def of(self, tokens: RoutedTokens) -> Tensor:
+    def measure(self, tokens: RoutedTokens) -> Tensor:
         """Return this batch's share, to be merged."""
 
-    def taken(self, held: Tensor, tokens: RoutedTokens) -> Tensor:
-        """Return `held` with this batch merged in; large statistics add in place."""
-        return self.merged(held, self.of(tokens).to(held.device))
+    def update(self, state: Tensor, tokens: RoutedTokens) -> Tensor:
+        """Return `state` with this batch merged in; large statistics add in place."""
+        return self.merge(state, self.measure(tokens).to(state.device))
 
 
 class DenseStatistic(Statistic):
     """A statistic of every expert on every token (E / K times the experts' cost)."""
 
-    run: ClassVar[Run] = "dense"
+    pass_name: ClassVar[PassName] = "dense"
 
     @abstractmethod
-    def of(self, expert: int, hidden: Tensor, output: Tensor) -> Tensor:
+    def measure(self, expert: int, hidden: Tensor, output: Tensor) -> Tensor:
         """Return one expert's share for inputs (T, H) and outputs (T, H): a slice along axis 0."""
 
 
 class BackwardStatistic(Statistic):
     """A statistic of the gradient of each sequence's mean next-token loss."""
 
-    run: ClassVar[Run] = "backward"
+    pass_name: ClassVar[PassName] = "backward"
 
     @abstractmethod
-    def add(self, held: Tensor, expert: int, name: str, gradient: Tensor) -> None:
-        """Add one sequence's gradient of one slot's fused tensor `name` to `held`, in place."""
+    def update(self, state: Tensor, expert: int, name: str, gradient: Tensor) -> None:
+        """Add one sequence's gradient of one slot's fused tensor `name` to `state`, in place."""
 
 
 class AblationStatistic(Statistic):
     """A statistic of the loss without one slot."""
 
-    run: ClassVar[Run] = "ablation"
+    pass_name: ClassVar[PassName] = "ablation"
 
     @abstractmethod
-    def of(self, plain: float, without: float, tokens: int) -> Tensor:
+    def measure(self, plain: float, without: float, tokens: int) -> Tensor:
         """Return one slot's share for the summed losses of a batch: a slice along axis 0."""
+
+
+Filled = dict[Statistic, Tensor]  # the statistics of one layer
 
 
 class UndeclaredError(KeyError):
@@ -193,23 +236,32 @@ class StatisticSet:
         """Return the view that a compressor gets: the required statistics of one layer."""
         return LayerStatistics(self.tensors.get(layer.index, {}), tuple(required))
 
-    def merged(self, other: "StatisticSet", statistics: Iterable[Statistic]) -> "StatisticSet":
-        """Merge two shards of the same statistics."""
+    def merge(self, other: "StatisticSet", statistics: Iterable[Statistic]) -> "StatisticSet":
+        """Return these and another shard's statistics as those of both texts."""
         wanted = tuple(statistics)
         return StatisticSet(
             {
-                i: {s.name: s.merged(held[s.name], other.tensors[i][s.name]) for s in wanted}
-                for i, held in self.tensors.items()
+                i: {s.name: s.merge(own[s.name], other.tensors[i][s.name]) for s in wanted}
+                for i, own in self.tensors.items()
             },
             self.lineage,
         )
 
 
+def join_sets(sets: Iterable[StatisticSet]) -> StatisticSet:
+    """Return one set of the different statistics of several sets of the same layers and text."""
+    tensors: dict[int, dict[str, Tensor]] = {}
+    for part in sets:
+        for index, of_layer in part.tensors.items():
+            tensors.setdefault(index, {}).update(of_layer)
+    return StatisticSet(tensors)
+
+
 class LayerStatistics(Mapping[Statistic, Tensor]):
     """The declared statistics of one layer; reading another one raises."""
 
-    def __init__(self, held: Mapping[str, Tensor], required: tuple[Statistic, ...]):
-        self._held = held
+    def __init__(self, tensors: Mapping[str, Tensor], required: tuple[Statistic, ...]):
+        self._tensors = tensors
         self._required = required
         self.read: set[Statistic] = set()
 
@@ -222,7 +274,7 @@ class LayerStatistics(Mapping[Statistic, Tensor]):
         if statistic not in self._required:
             raise UndeclaredError(f"{statistic.name} is not among the required statistics")
         self.read.add(statistic)
-        return self._held[statistic.name]
+        return self._tensors[statistic.name]
 
     def __iter__(self) -> Iterator[Statistic]:
         """Iterate over the required statistics."""

@@ -14,8 +14,10 @@ import torch
 from jaxtyping import Int64
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from rerail import store
+from rerail.code_version import version_of
 from rerail.errors import InputError
-from rerail.files import cache_dir, digest, read_sealed, write_sealed
+from rerail.files import cache_dir, digest
 from rerail.text import reading, self_text
 from rerail.text.docstrings import PACKAGES, extract, package_versions
 from rerail.text.documents import Document, Split, split_of, without_near_duplicates
@@ -238,11 +240,12 @@ def _speeches() -> list[Document]:
 def _kept(corpus: Corpus, read: Callable[[], Iterable[Document]], split: Split) -> list[Document]:
     """Return a split of what is read once, freed of near-duplicates and kept in the cache."""
     path = cache_dir() / "corpora" / f"{corpus.name}-{digest(corpus.fingerprint())}.json"
-    pairs = read_sealed(path)
-    if pairs is None:
+    version = version_of(type(corpus), without_near_duplicates)
+    stored = store.read(path, version)
+    if stored is None:
         pairs = [[d.name, d.text] for d in without_near_duplicates(read())]
-        write_sealed(path, pairs)
-    return [Document(name, text) for name, text in pairs if split_of(name) == split]
+        stored = store.write(path, store.Artefact(pairs), version)
+    return [Document(name, text) for name, text in stored.data if split_of(name) == split]
 
 
 def _strings(given: Any) -> tuple[str, ...]:

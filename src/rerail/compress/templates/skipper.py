@@ -20,14 +20,33 @@ from rerail.compress.base import (
 )
 from rerail.errors import InputError, OutOfReach
 from rerail.experts.base import BankSpec
-from rerail.experts.skip_policy import BINS, Bank
+from rerail.experts.skip_policy import BINS, Bank, tails
 from rerail.moe.fitted import check_router, router_hash
 from rerail.moe.model import MoELayer, MoEModel
 from rerail.plan.allocation import Allocation, Uniform
 from rerail.plan.budget import Budget, Skip
 from rerail.plan.plan import Plan
-from rerail.statistics.gate_ratios import GateTails
-from rerail.statistics.statistic import Statistic, StatisticSet
+from rerail.statistics.statistic import RoutedStatistic, RoutedTokens, Statistic, StatisticSet
+
+
+@dataclass(frozen=True)
+class GateTails(RoutedStatistic):
+    """Histogram over all tokens of the tails of ranks 2 to K. int64 (BINS,).
+
+    The tail of rank i is (w_i + ... + w_K) / (w_1 + ... + w_K), w the gate weights in falling
+    order; with K = 2 it is r / (1 + r) for the ratio r = w_2 / w_1. Bin b counts tails in
+    [b, b + 1) / BINS, BINS a power of two, so that what lies below a threshold is exact.
+    """
+
+    def empty(self, layer: MoELayer) -> Tensor:
+        """Return int64 zeros (BINS,)."""
+        return torch.zeros(BINS, dtype=torch.int64)
+
+    def measure(self, tokens: RoutedTokens) -> Tensor:
+        found = tails(tokens.gates).flatten()
+        lower = found[torch.isfinite(found)]
+        place = (lower * BINS).floor().long().clamp(max=BINS - 1)
+        return torch.bincount(place, minlength=BINS)
 
 
 @dataclass(frozen=True, kw_only=True)

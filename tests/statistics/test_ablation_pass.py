@@ -5,8 +5,8 @@ from torch.nn import functional as F
 from families import CONFIGS, tiny
 from measuring import batches
 from rerail.errors import OutOfReach
+from rerail.methods.moe_i2 import LossIncrease
 from rerail.moe.model import MoEModel
-from rerail.statistics.ablation import LossIncrease
 from rerail.statistics.collect import collect
 
 
@@ -52,7 +52,7 @@ def test_shards_add() -> None:
     model, statistic = tiny("qwen3_moe"), LossIncrease()
     whole = collect(model, batches(4, 8), [statistic])
     first, second = (collect(model, [b], [statistic]) for b in batches(4, 8))
-    merged = first.merged(second, [statistic])
+    merged = first.merge(second, [statistic])
     for i, held in whole.tensors.items():
         torch.testing.assert_close(
             merged.tensors[i]["loss_increase"], held["loss_increase"], atol=1e-12, rtol=1e-12

@@ -7,9 +7,9 @@ import students
 from families import CONFIGS, tiny
 from measuring import batches
 from rerail.errors import InputError
+from rerail.methods.d2_moe import Fisher
 from rerail.moe.model import MoEModel
 from rerail.statistics.collect import collect
-from rerail.statistics.gradients import Fisher
 
 
 def reference(model: MoEModel) -> dict[int, Tensor]:
@@ -69,7 +69,7 @@ def test_batches_do_not_matter_and_shards_add() -> None:
     model, statistic = tiny("qwen3_moe"), Fisher()
     whole = collect(model, batches(size=6), [statistic])
     first, second = (collect(model, part, [statistic]) for part in (batches()[:1], batches()[1:]))
-    merged = first.merged(second, [statistic])
+    merged = first.merge(second, [statistic])
     for i, held in whole.tensors.items():
         torch.testing.assert_close(merged.tensors[i]["fisher"], held["fisher"])
 

@@ -12,7 +12,7 @@ _KEY = 24  # bits of a key in one float32, which holds integers below 2^24 exact
 
 
 @dataclass(frozen=True)
-class Rows(RoutedStatistic):
+class TokenSample(RoutedStatistic):
     """Up to `count` inputs of the experts. float32 (N, H + 2).
 
     Kept are the tokens whose position in the text has the smallest hash (splitmix64, upper 48
@@ -22,25 +22,18 @@ class Rows(RoutedStatistic):
 
     count: int
 
-    merge = "rows"
-
-    @property
-    def name(self) -> str:
-        """`rows_<count>`."""
-        return f"rows_{self.count}"
+    merges_by = "sample"
 
     def empty(self, layer: MoELayer) -> Tensor:
         """Return float32 (0, H + 2)."""
         return torch.zeros(0, layer.hidden_size + 2)
 
-    def of(self, tokens: RoutedTokens) -> Tensor:
-        """Keep this batch's smallest hashes."""
+    def measure(self, tokens: RoutedTokens) -> Tensor:
         assert tokens.position is not None
         keys, order = hashed(tokens.position).sort()
         return keyed(keys[: self.count], tokens.hidden[order[: self.count]])
 
-    def merged(self, a: Tensor, b: Tensor) -> Tensor:
-        """Keep the smallest hashes of both."""
+    def merge(self, a: Tensor, b: Tensor) -> Tensor:
         rows = torch.cat([a, b])
         return rows[keys_of(rows).argsort(stable=True)[: self.count]]
 
@@ -48,6 +41,14 @@ class Rows(RoutedStatistic):
     def hidden(tensor: Tensor) -> Tensor:
         """Return the sampled inputs (n, H) of a filled statistic."""
         return tensor[:, 2:]
+
+
+@dataclass(frozen=True)
+class OriginalTokenSample(TokenSample):
+    """`TokenSample` of the original model, the same tokens before anything was compressed.
+
+    A sequential driver measures it once and leaves it as it is while the others are measured anew.
+    """
 
 
 def keyed(keys: Tensor, hidden: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
 import torch
 
 from families import tiny, tokens
+from rerail.methods.moe_svd import OutlierShare
 from rerail.statistics.collect import collect
-from rerail.statistics.outliers import OutlierShare
 from rerail.statistics.routed import Count
 from rerail.statistics.statistic import RoutedTokens
 
@@ -11,8 +11,8 @@ def test_entries_far_above_a_tokens_mean_are_outliers() -> None:
     hidden = torch.tensor([[9.0, -1, 1, 1], [2, 2, 2, 2], [-9, 9, 0.1, 0.1]])
     index = torch.tensor([[0, 1], [1, 2], [0, 2]])
     seen = RoutedTokens(hidden=hidden, index=index, gates=torch.ones(3, 2), num_experts=4)
-    assert OutlierShare(2.0).of(seen).tolist() == [0.25, 0.25, 0, 0]
-    assert OutlierShare(1.5).of(seen).tolist() == [0.75, 0.25, 0.5, 0]
+    assert OutlierShare(2.0).measure(seen).tolist() == [0.25, 0.25, 0, 0]
+    assert OutlierShare(1.5).measure(seen).tolist() == [0.75, 0.25, 0.5, 0]
     assert OutlierShare(1.5).name != OutlierShare(2.0).name
 
 

@@ -2,9 +2,9 @@ import pytest
 import torch
 
 from families import tiny, tokens
+from rerail.compress.templates.skipper import GateTails
 from rerail.experts.skip_policy import BINS, tails
 from rerail.statistics.collect import Batch, collect
-from rerail.statistics.gate_ratios import GateTails
 from rerail.statistics.statistic import StatisticSet
 
 
@@ -57,6 +57,6 @@ def test_shards_add_up():
     parts = [collect(model, [b], [one]) for b in batches(2)]
     merged: StatisticSet = parts[0]
     for part in parts[1:]:
-        merged = merged.merged(part, [one])
+        merged = merged.merge(part, [one])
     assert int((merged.tensors[1]["gate_tails"] - whole.tensors[1]["gate_tails"]).abs().sum()) <= 2
     assert merged.tensors[1]["gate_tails"].sum() == whole.tensors[1]["gate_tails"].sum()

@@ -1,12 +1,12 @@
 import torch
 
 from families import tiny, tokens
+from rerail.methods.cfes import Segments
 from rerail.statistics.collect import collect
-from rerail.statistics.rows import Rows
-from rerail.statistics.segments import Segments
+from rerail.statistics.token_sample import TokenSample
 
 
-def filled(statistic: Rows, step: int, length: int = 24) -> torch.Tensor:
+def filled(statistic: TokenSample, step: int, length: int = 24) -> torch.Tensor:
     ids = tokens(9, length)
     mask = torch.ones_like(ids, dtype=torch.bool)
     mask[7:, length // 2 :] = False

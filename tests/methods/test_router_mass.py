@@ -1,8 +1,8 @@
 import torch
 
 from families import tiny, tokens
+from rerail.methods.pmq import RouterMass
 from rerail.statistics.collect import collect
-from rerail.statistics.mass import RouterMass
 
 
 def test_mass_is_the_softmax_share_before_the_model_normalises_it() -> None:

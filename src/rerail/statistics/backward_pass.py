@@ -7,7 +7,6 @@ is there and let go. Nothing else of the model gets a gradient.
 
 import contextlib
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,44 +16,19 @@ from rerail.experts.base import ExpertBank
 from rerail.moe.model import MoELayer, MoEModel
 from rerail.statistics.loss import summed_loss
 from rerail.statistics.pairs import Products, unseen, weight_of
-from rerail.statistics.statistic import BackwardStatistic, Statistic
+from rerail.statistics.stand_in import StandIn
+from rerail.statistics.statistic import BackwardStatistic, Filled
 
-NAMES = ("gate_up_proj", "down_proj")
-
-
-@dataclass(frozen=True)
-class Fisher(BackwardStatistic):
-    """sum over sequences of (dL / dW)^2, L the sequence's mean next-token loss. float32 (E, N).
-
-    The N numbers of a slot are its fused `gate_up_proj`, then its `down_proj`, flattened as they
-    are stored; biases are left out. As big as the experts themselves, so float32. A slot that no
-    token chose has zeros.
-    """
-
-    @property
-    def name(self) -> str:
-        """`fisher`."""
-        return "fisher"
-
-    def empty(self, layer: MoELayer) -> Tensor:
-        """Return float32 zeros (E, N)."""
-        numbers = sum(layer.dims.numbers[name] for name in NAMES)
-        return torch.zeros(layer.num_experts, numbers)
-
-    def add(self, held: Tensor, expert: int, name: str, gradient: Tensor) -> None:
-        """Add the squares."""
-        square = gradient.float().square().flatten().to(held.device)
-        at = slice(None, len(square)) if name == NAMES[0] else slice(-len(square), None)
-        held[expert, at] += square
+WEIGHTS = ("gate_up_proj", "down_proj")
 
 
 class _Leaves(Products):
     """Gives every product with a stored expert a leaf of its own."""
 
-    def __init__(self, experts: nn.Module, held: dict[Statistic, Tensor]):
-        super().__init__({name: weight_of(experts, name) for name in NAMES})
-        self.held = {s: t for s, t in held.items() if isinstance(s, BackwardStatistic)}
-        stored = range(len(self.watched[NAMES[0]]))
+    def __init__(self, experts: nn.Module, filled: Filled):
+        super().__init__({name: weight_of(experts, name) for name in WEIGHTS})
+        self.filled = {s: t for s, t in filled.items() if isinstance(s, BackwardStatistic)}
+        stored = range(len(self.watched[WEIGHTS[0]]))
         slots = experts.slots.tolist() if isinstance(experts, ExpertBank) else list(stored)
         self.slots = {p: [e for e, s in enumerate(slots) if s == p] for p in stored}
 
@@ -77,22 +51,16 @@ class _Leaves(Products):
     def _take(self, gradients: Tensor, first: int, name: str) -> None:
         for p, gradient in enumerate(gradients, start=first):
             for e in self.slots[p]:
-                for statistic, held in self.held.items():
-                    statistic.add(held, e, name, gradient)
+                for statistic, state in self.filled.items():
+                    statistic.update(state, e, name, gradient)
 
 
-class _Watched(nn.Module):
+class _Watched(StandIn):
     """Stands in for `experts` during the backward pass."""
 
-    def __init__(self, experts: nn.Module, held: dict[Statistic, Tensor]):
-        super().__init__()
-        self.inner, self.held = experts, held
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(super().__getattr__("inner"), name)
+    def __init__(self, experts: nn.Module, filled: Filled):
+        super().__init__(experts)
+        self.filled = filled
 
     def forward(self, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         """Compute as the experts do.
@@ -100,16 +68,16 @@ class _Watched(nn.Module):
         Raises:
             OutOfReach: the products do not read the stored weights.
         """
-        with _Leaves(self.inner, self.held) as leaves:
+        with _Leaves(self.inner, self.filled) as leaves:
             out: Tensor = self.inner(hidden, index, weights)
-        if {name for _, name in leaves.seen} != set(NAMES):
+        if {name for _, name in leaves.seen} != set(WEIGHTS):
             raise unseen(self.inner, "gradients")
         return out
 
 
 @contextlib.contextmanager
 def _watching(
-    model: MoEModel, layers: Sequence[MoELayer], held: dict[int, dict[Statistic, Tensor]]
+    model: MoEModel, layers: Sequence[MoELayer], filled: dict[int, Filled]
 ) -> Iterator[None]:
     trained = [p for p in model.model.parameters() if p.requires_grad]
     inner = [layer.experts for layer in layers]
@@ -117,7 +85,7 @@ def _watching(
         for parameter in trained:
             parameter.requires_grad_(False)
         for layer in layers:
-            layer.swap(_Watched(layer.experts, held[layer.index]))
+            layer.swap(_Watched(layer.experts, filled[layer.index]))
         yield
     finally:
         for layer, experts in zip(layers, inner, strict=True):
@@ -130,11 +98,11 @@ def backward_pass(
     model: MoEModel,
     layers: Sequence[MoELayer],
     batches: Iterable[tuple[Tensor, Tensor]],
-    held: dict[int, dict[Statistic, Tensor]],
+    filled: dict[int, Filled],
 ) -> None:
-    """Fill the backward statistics in `held`, sequence by sequence."""
+    """Fill the backward statistics in `filled`, sequence by sequence."""
     device = next(model.model.parameters()).device
-    with _watching(model, layers, held), torch.enable_grad():
+    with _watching(model, layers, filled), torch.enable_grad():
         for input_ids, mask in batches:
             for ids, valid in zip(input_ids.to(device), mask.to(device), strict=True):
                 loss, targets = summed_loss(model, ids[None], valid[None])
