@@ -6,7 +6,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from families import tiny, tokens
 from rerail.compress.base import make_plan
 from rerail.experts.base import BankSpec, build_bank
-from rerail.experts.basis import Bank
+from rerail.experts.basis import BasisExperts
 from rerail.methods.mobe import MoBE
 from rerail.moe.fused_experts import expert_parameters
 from rerail.moe.model import MoELayer, MoEModel
@@ -16,13 +16,13 @@ from rerail.plan.budget import Ratio, Sizes
 from rerail.statistics.statistic import StatisticSet
 
 
-def build(layer: MoELayer, matrices: str, **options: str) -> Bank:
+def build(layer: MoELayer, matrices: str, **options: str) -> BasisExperts:
     options = {"matrices": matrices, "activation": "silu", **options}
     spec = BankSpec("basis", 8, (), {"bases": 2, "rank": 3}, options)
     generator = torch.Generator().manual_seed(0)
     tensors = {
         name: torch.randn(shape, generator=generator, dtype=torch.float64)
-        for name, shape in Bank.shapes(spec, layer.dims).items()
+        for name, shape in BasisExperts.shapes(spec, layer.dims).items()
     }
     return build_bank(spec, range(8), layer.index, {layer.index: layer.stock()}, tensors)
 
@@ -95,6 +95,6 @@ def test_published_sizes_of_qwen3_30b_come_out(bases: int, billions: float) -> N
     for layer in teacher.layers:
         sizes = method.sizes(layer, layer.expert_size * layer.num_experts)
         assert sizes == {"bases": bases, "rank": 768}
-        predicted = Bank.predicted(method.spec(layer, sizes), layer.index, layer.dims)
+        predicted = BasisExperts.predicted(method.spec(layer, sizes), layer.index, layer.dims)
         total -= layer.expert_size * layer.num_experts - sum(predicted.values())
     assert total / 1e9 == pytest.approx(billions, abs=0.005)

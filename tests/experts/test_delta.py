@@ -3,7 +3,7 @@ import torch
 
 from families import tiny
 from rerail.experts.base import BankSpec, build_bank
-from rerail.experts.delta import Bank
+from rerail.experts.delta import DeltaExperts
 from rerail.moe.fused_experts import expert_parameters
 from rerail.moe.model import MoELayer
 
@@ -17,18 +17,18 @@ FORMS = {
 }
 
 
-def build(layer: MoELayer, form: str, **options: str) -> Bank:
+def build(layer: MoELayer, form: str, **options: str) -> DeltaExperts:
     integers, rows = FORMS[form]
     spec = BankSpec("delta", 8, (), integers, {"rows": rows, **options})
     generator = torch.Generator().manual_seed(0)
     tensors = {
         name: torch.randn(shape, generator=generator, dtype=torch.float64)
-        for name, shape in Bank.shapes(spec, layer.dims).items()
+        for name, shape in DeltaExperts.shapes(spec, layer.dims).items()
     }
     return build_bank(spec, range(8), layer.index, {layer.index: layer.stock()}, tensors)
 
 
-def expected(bank: Bank, name: str, i: int) -> torch.Tensor:
+def expected(bank: DeltaExperts, name: str, i: int) -> torch.Tensor:
     base, u, v = (bank.solved(f"{name}.{part}") for part in ("base", "U", "V"))
     if bank.spec.options["rows"] == "shared":
         return base + u[i] @ v
@@ -63,7 +63,7 @@ def test_lazy_and_materialised_agree_and_count_the_same(family: str, form: str) 
     assert torch.isfinite(kept(x, index, weights)).all()
     counted = sum(p.numel() for p in lazy.parameters())
     assert counted == sum(lazy.stored().values()) == sum(kept.stored().values())
-    assert lazy.stored() == Bank.predicted(lazy.spec, layer.index, layer.dims)
+    assert lazy.stored() == DeltaExperts.predicted(lazy.spec, layer.index, layer.dims)
     own = {n: p for n, p in expert_parameters(layer.experts).items() if n.endswith("bias")}
     held = dict(kept.shell.named_parameters())
     assert all(held[n] is p for n, p in own.items())

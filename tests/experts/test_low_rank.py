@@ -3,7 +3,7 @@ import torch
 
 from families import tiny
 from rerail.experts.base import BankSpec, build_bank
-from rerail.experts.low_rank import Bank
+from rerail.experts.low_rank import LowRankExperts
 from rerail.moe.fused_experts import expert_parameters
 from rerail.moe.model import MoELayer
 
@@ -15,18 +15,18 @@ FORMS = {
 }
 
 
-def build(layer: MoELayer, form: str, **options: str) -> Bank:
+def build(layer: MoELayer, form: str, **options: str) -> LowRankExperts:
     integers, rows = FORMS[form]
     spec = BankSpec("low_rank", 8, (), integers, {"rows": rows, **options})
     generator = torch.Generator().manual_seed(0)
     tensors = {
         name: torch.randn(shape, generator=generator, dtype=torch.float64)
-        for name, shape in Bank.shapes(spec, layer.dims).items()
+        for name, shape in LowRankExperts.shapes(spec, layer.dims).items()
     }
     return build_bank(spec, range(8), layer.index, {layer.index: layer.stock()}, tensors)
 
 
-def expected(bank: Bank, form: str, name: str, i: int) -> torch.Tensor:
+def expected(bank: LowRankExperts, form: str, name: str, i: int) -> torch.Tensor:
     u, v = bank.solved(f"{name}.U"), bank.solved(f"{name}.V")
     if form == "own":
         start = sum(OWN[name][:i])
@@ -58,7 +58,7 @@ def test_lazy_and_materialised_agree_and_count_the_same(family: str, form: str) 
     assert torch.equal(kept(x, index, weights), lazy(x, index, weights))
     counted = sum(p.numel() for p in lazy.parameters())
     assert counted == sum(lazy.stored().values()) == sum(kept.stored().values())
-    assert lazy.stored() == Bank.predicted(lazy.spec, layer.index, layer.dims)
+    assert lazy.stored() == LowRankExperts.predicted(lazy.spec, layer.index, layer.dims)
 
 
 def test_a_factored_forward_is_the_materialised_one() -> None:

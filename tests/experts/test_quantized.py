@@ -3,7 +3,7 @@ import torch
 
 from families import CONFIGS, tiny, tokens
 from rerail.experts.base import BankSpec, build_bank
-from rerail.experts.quantized import Bank, Coded, dequantised, pack, unpack
+from rerail.experts.quantized import Coded, QuantizedExperts, dequantised, pack, unpack
 from rerail.moe.fused_experts import expert_parameters
 from rerail.moe.model import MoELayer
 from rerail.plan.apply import apply_plan
@@ -19,7 +19,7 @@ def spec_of(bits: tuple[int, ...] = MIXED, group: int = 6, **options: str) -> Ba
 
 def tensors_of(layer: MoELayer, spec: BankSpec) -> dict[str, torch.Tensor]:
     generator, made = torch.Generator().manual_seed(0), {}
-    for name, shape in Bank.shapes(spec, layer.dims).items():
+    for name, shape in QuantizedExperts.shapes(spec, layer.dims).items():
         if name.endswith("codes"):
             made[name] = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
         else:
@@ -27,7 +27,7 @@ def tensors_of(layer: MoELayer, spec: BankSpec) -> dict[str, torch.Tensor]:
     return made
 
 
-def build(layer: MoELayer, spec: BankSpec) -> Bank:
+def build(layer: MoELayer, spec: BankSpec) -> QuantizedExperts:
     stocks = {layer.index: layer.stock()}
     return build_bank(spec, range(spec.stored), layer.index, stocks, tensors_of(layer, spec))
 
@@ -105,7 +105,9 @@ def test_bits_are_counted_to_the_byte(family: str) -> None:
             expected += 16 * out * inner if bits == 16 else 8 * -(-out * inner * bits // 8)
             expected += 16 * numbers
     assert sum(bank.stored_bits(16).values()) == expected
-    assert bank.stored_bits(32) == Bank.predicted_bits(bank.spec, layer.index, layer.dims, 32)
+    assert bank.stored_bits(32) == QuantizedExperts.predicted_bits(
+        bank.spec, layer.index, layer.dims, 32
+    )
 
 
 def test_sixteen_bits_are_the_model_itself() -> None:

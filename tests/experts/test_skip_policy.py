@@ -10,8 +10,7 @@ from rerail.errors import InputError
 from rerail.evaluate.active import counting
 from rerail.experts import skip_policy as policy
 from rerail.experts.base import BankSpec
-from rerail.experts.skip_policy import BINS, Bank, protected, rescaled, tails
-from rerail.moe.fitted import router_hash
+from rerail.experts.skip_policy import BINS, SkipPolicy, protected, rescaled, tails
 from rerail.moe.model import MoEModel
 from rerail.plan.apply import apply_plan
 from rerail.plan.budget import Sizes
@@ -116,7 +115,7 @@ def test_it_wraps_a_bank_and_stores_what_the_bank_stores(make):
     model = tiny("qwen3_moe")
     student = make(model)
     policed = skipping(student, 0.5)
-    assert isinstance(policed.layers[0].experts, Bank)
+    assert isinstance(policed.layers[0].experts, SkipPolicy)
     assert Sizes.of(policed, 2) == Sizes.of(student, 2)
     assert torch.equal(logits(skipping(student, 0.0)), logits(student))
     assert (logits(policed) - logits(student)).abs().max() > 1e-3
@@ -205,18 +204,18 @@ def test_plain_experts_cannot_hold_a_policy():
 
 def test_a_policy_is_refused_on_another_router():
     model = tiny("qwen3_moe")
-    hashes = [router_hash(layer) for layer in model.layers]
+    hashes = [layer.router_hash() for layer in model.layers]
     assert hashes[0] != hashes[1]
-    assert hashes == [router_hash(layer) for layer in tiny("qwen3_moe").layers]
+    assert hashes == [layer.router_hash() for layer in tiny("qwen3_moe").layers]
     plan = plan_of(model, 0.3, router=hashes[0])
     with pytest.raises(InputError, match=f"layer 1: .* fitted on the router {hashes[0]}"):
         apply_plan(model, plan)
     wide = copy.deepcopy(model.model).to(torch.float64)
-    assert router_hash(MoEModel(wide).layers[0]) == hashes[0]
+    assert MoEModel(wide).layers[0].router_hash() == hashes[0]
     biased = tiny("deepseek_v3", n_group=1)
-    before = router_hash(biased.layers[0])
+    before = biased.layers[0].router_hash()
     biased.layers[0].router.e_score_correction_bias[2] += 1
-    assert router_hash(biased.layers[0]) != before
+    assert biased.layers[0].router_hash() != before
 
 
 def test_attention_received_protects_tokens_that_rows_would_not():
@@ -276,7 +275,7 @@ def test_protection_does_not_depend_on_batch_or_padding():
 
 
 def test_without_attention_nothing_is_protected_and_it_is_said(caplog):
-    policy._say_unprotected.cache_clear()
+    policy._warn_unprotected.cache_clear()
     model = tiny("qwen3_moe")
     student = skipping(model, 0.6, protect="1.0")
     student.model.set_attn_implementation("sdpa")
@@ -287,7 +286,7 @@ def test_without_attention_nothing_is_protected_and_it_is_said(caplog):
 
 
 def test_decoding_with_a_cache_protects_nothing_quietly(caplog):
-    policy._say_unprotected.cache_clear()
+    policy._warn_unprotected.cache_clear()
     student = skipping(tiny("qwen3_moe"), 0.6, protect="1.0").model
     ids = tokens(1, 6)
     with caplog.at_level(logging.WARNING), torch.no_grad():

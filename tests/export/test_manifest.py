@@ -8,8 +8,8 @@ from safetensors.torch import load_file
 from families import tiny
 from rerail.errors import InputError
 from rerail.experts.base import BankSpec
-from rerail.export.manifest import NAME, is_whole, read_manifest
-from rerail.export.native import export_native
+from rerail.export.checkpoint import NAME, is_whole, read_manifest
+from rerail.export.targets import export_student
 from rerail.plan.apply import apply_plan
 from rerail.plan.plan import LayerPlan, Plan
 
@@ -21,7 +21,7 @@ def exported(folder, **manifest):
     parts = [LayerPlan(i, KEPT, (0, 1, 2), "slice", spec) for i, spec in enumerate(specs)]
     plan = Plan(tuple(parts), {"compressor": "by hand", "removed": 0.625})
     student = apply_plan(tiny("qwen3_moe"), plan)
-    path = export_native(student, plan, folder, manifest=manifest, dtype=torch.bfloat16)
+    path = export_student(student, plan, folder, manifest=manifest, dtype=torch.bfloat16)
     return plan, path
 
 

@@ -12,8 +12,8 @@ import rerail.auto  # noqa: F401
 import stored_forms as forms
 from families import tiny, tokens
 from rerail.errors import InputError
-from rerail.experts.base import SolvedBank
-from rerail.export.manifest import read_manifest
+from rerail.experts.base import EncodedExperts
+from rerail.export.checkpoint import read_manifest
 from rerail.export.package import check_packaged
 from rerail.export.reload import check_reload, judge, write_task
 from rerail.export.reload_script import compare
@@ -164,7 +164,7 @@ def test_a_tensor_with_a_dtype_of_its_own_keeps_it(tmp_path, monkeypatch):
     def keep(tensor, like):
         return tensor.to(like) if tensor.dtype == torch.float32 else tensor.to(like.device)
 
-    monkeypatch.setattr(SolvedBank, "cast", staticmethod(keep))
+    monkeypatch.setattr(EncodedExperts, "cast", staticmethod(keep))
     teacher = tiny("qwen3_moe")
     made = PLANS["quantized"](teacher)
     halved = {n: t.half() if n.endswith("b2.zero") else t for n, t in made.tensors.items()}

@@ -60,9 +60,9 @@ def test_the_file_of_all_forms_needs_torch_and_transformers_only(family, tmp_pat
 
 def test_a_file_holds_the_forms_that_are_stored_and_no_others():
     source = modelling_file("qwen3_moe", ["narrow"])
-    assert "def _narrow_form" in source
-    assert "def _dense_form" in source, "untouched whole experts may stand beside it"
-    assert "def _packed_form" not in source
+    assert "class NarrowExperts" in source
+    assert "class DenseExperts" in source, "untouched whole experts may stand beside it"
+    assert "class QuantizedExperts" not in source
 
 
 def test_two_files_that_define_one_name_are_refused(monkeypatch):

@@ -1,8 +1,12 @@
+import dataclasses
+
 import pytest
 import torch
 
 from families import tiny
 from rerail.moe.attention import Received, received, watch_attention
+from rerail.plan.apply import apply_plan
+from stored_forms import skipping
 
 
 def causal(*rows: list[float]) -> torch.Tensor:
@@ -42,13 +46,13 @@ def test_no_token_counts_while_decoding_with_a_cache():
 
 def test_only_banks_that_watch_are_served_and_only_once():
     model = tiny("qwen3_moe")
-    attention = model.model.model.layers[1].self_attn
-    watch_attention(model.model, model.layers)
+    blocks = {layer.name: layer.block for layer in model.layers}
+    watch_attention(model.model, blocks)
     assert model.config._attn_implementation == "sdpa"
-    model.layers[1].experts.watches = True
-    for _ in range(2):
-        watch_attention(model.model, model.layers)
-    hooks = [hook for hook in attention._forward_hooks.values() if isinstance(hook, Received)]
-    assert len(hooks) == 1
-    assert not model.model.model.layers[0].self_attn._forward_hooks
-    assert model.config._attn_implementation == "eager"
+    protecting = skipping("0.3")
+    student = apply_plan(model, dataclasses.replace(protecting, layers=protecting.layers[1:]))
+    watch_attention(student.model, {layer.name: layer.block for layer in student.layers})
+    first, second = (layer.self_attn for layer in student.model.model.layers)
+    assert not first._forward_hooks
+    assert [type(hook) for hook in second._forward_hooks.values()] == [Received]
+    assert student.config._attn_implementation == "eager"

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from rerail.experts.base import bank_of
 from rerail.moe.model import MoELayer, MoEModel
 
 
@@ -49,7 +50,7 @@ def _counter(layer: MoELayer, found: Active) -> Any:
 
     def count(bank: nn.Module, inputs: tuple[Tensor, ...], _: Tensor) -> None:
         index = inputs[1]
-        active = getattr(bank, "active", None)
+        active = bank_of(bank).active
         active = index.new_full((len(index),), index.shape[1]) if active is None else active
         if found.mask is not None:
             active = active[found.mask.flatten().to(active.device)]

@@ -10,7 +10,7 @@ from rerail.experts.base import BankSpec, ExpertBank, Member, Stored
 from rerail.moe.fused_experts import Dims, expert_parameters, shell_of
 
 
-class Bank(ExpertBank):
+class DenseExperts(ExpertBank):
     """Whole experts: some of the model's own, or weighted sums of them.
 
     Where every stored expert is one of this layer's, the bank reads the layer's own Parameters
@@ -34,7 +34,7 @@ class Bank(ExpertBank):
             return
         read = {i: expert_parameters(stocks[i]) for i in spec.reads()}
         gathered = {
-            name: _gather(like, {i: held[name] for i, held in read.items()}, spec.members)
+            name: _gather(like, {i: fused[name] for i, fused in read.items()}, spec.members)
             for name, like in expert_parameters(stock).items()
         }
         self.shell = shell_of(stock, gathered, spec.stored)

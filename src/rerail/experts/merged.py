@@ -1,4 +1,4 @@
-"""Solved form: P whole experts that a method computed, kept as the fused tensors they are.
+"""Merged form: P whole experts that a method solved for, stored as fused tensors.
 
 Solved tensors bear the family's own parameter names (biases included) and shapes, with P in the
 place of E; `spec.integers` names the shape of one expert's part of each.
@@ -13,7 +13,7 @@ from rerail.experts.base import BankSpec, ExpertBank, Stored
 from rerail.moe.fused_experts import Dims, expert_parameters, shell_of
 
 
-class Bank(ExpertBank):
+class MergedExperts(ExpertBank):
     """Whole experts from the plan's tensors, in the dtype of those that they replace."""
 
     def __init__(
@@ -26,10 +26,8 @@ class Bank(ExpertBank):
     ):
         stock = stocks[layer]
         super().__init__(spec, slots, layer, stock)
-        held = expert_parameters(stock)
-        solved = {
-            name: tensor.detach().to(held[name], copy=True) for name, tensor in tensors.items()
-        }
+        own = expert_parameters(stock)
+        solved = {name: t.detach().to(own[name], copy=True) for name, t in tensors.items()}
         self.shell = shell_of(stock, solved, spec.stored)
 
     @staticmethod
@@ -40,12 +38,11 @@ class Bank(ExpertBank):
     @staticmethod
     def shapes(spec: BankSpec, dims: Dims) -> dict[str, tuple[int, ...]]:
         """Return the shape of every fused tensor; a flat one where the plan's has another size."""
-        given = {name: spec.each(name) for name in spec.integers}
-        fits = {n: math.prod(given[n]) == count for n, count in dims.numbers.items() if n in given}
-        return {
-            name: (spec.stored, *(given[name] if fits.get(name) else (count,)))
-            for name, count in dims.numbers.items()
-        }
+        shapes = {}
+        for name, count in dims.numbers.items():
+            fits = name in spec.integers and math.prod(spec.each(name)) == count
+            shapes[name] = (spec.stored, *(spec.each(name) if fits else (count,)))
+        return shapes
 
     def dense(self) -> dict[str, Tensor]:
         """Return the fused tensors with leading axis P."""

@@ -15,6 +15,7 @@ from rerail.distill.strategies import check_strategy
 from rerail.errors import InputError
 from rerail.export.targets import FORMS
 from rerail.files import digest
+from rerail.moe.families import experts_implementation
 from rerail.moe.model import MoEModel
 from rerail.moe.source import ModelSource
 from rerail.parallel import world
@@ -113,7 +114,7 @@ class Cell:
         Dtype, kind of device and experts implementation all decide what comes out.
         """
         weight = next(model.model.parameters())
-        experts = getattr(model.config, "_experts_implementation", "eager")
+        experts = experts_implementation(model.config)
         runs = [experts, str(weight.dtype), weight.device.type]
         return digest([self.model.fingerprint(), runs, *what])
 

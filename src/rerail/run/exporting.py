@@ -5,8 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rerail.export.manifest import is_whole
-from rerail.export.native import stored_dtype
+from rerail.export.checkpoint import is_whole
 from rerail.export.reload import check_reload, logits_of
 from rerail.export.targets import as_written, check_student, export_student
 from rerail.files import digest, read_sealed, write_sealed
@@ -53,7 +52,7 @@ def export(  # noqa: PLR0913
     held = read_sealed(proof)
     if held is not None and held["key"] == key and is_whole(path):
         return path
-    dtype, form, densify = stored_dtype(cell.model), cell.export.form, cell.export.densify
+    dtype, form, densify = cell.model.stored_dtype(), cell.export.form, cell.export.densify
     manifest = {
         "choices": dict(cell.choices),
         "parent": {"model": cell.model.path_or_id, "fingerprint": cell.model.fingerprint()},

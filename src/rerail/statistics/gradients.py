@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rerail.experts.base import ExpertBank
+from rerail.experts.base import bank_of
 from rerail.moe.model import MoELayer, MoEModel
 from rerail.statistics.loss import summed_loss
 from rerail.statistics.pairs import Products, unseen, weight_of
@@ -55,7 +55,7 @@ class _Leaves(Products):
         super().__init__({name: weight_of(experts, name) for name in NAMES})
         self.held = {s: t for s, t in held.items() if isinstance(s, BackwardStatistic)}
         stored = range(len(self.watched[NAMES[0]]))
-        slots = experts.slots.tolist() if isinstance(experts, ExpertBank) else list(stored)
+        slots = bank_of(experts).slots.tolist()
         self.slots = {p: [e for e, s in enumerate(slots) if s == p] for p in stored}
 
     def product(self, func: Any, args: Any, named: dict[str, Any], name: str) -> Any:

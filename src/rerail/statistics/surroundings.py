@@ -5,6 +5,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from rerail.errors import OutOfReach
+from rerail.moe.families import decoder_layer
 from rerail.moe.model import MoELayer, MoEModel
 from rerail.statistics.statistic import Need
 
@@ -21,7 +22,7 @@ class Surroundings:
         if "logits" in needs:
             self._hooks.append(layer.router.register_forward_hook(self._routed))
         if "residual" in needs:
-            self._watch_children(model.model.get_submodule(layer.name.rpartition(".")[0]))
+            self._watch_children(decoder_layer(model.model, layer.name))
 
     def _watch_children(self, decoder: nn.Module) -> None:
         for child in decoder.children():

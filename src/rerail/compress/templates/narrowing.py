@@ -12,7 +12,7 @@ from torch import Tensor
 from rerail.compress.base import Decision, LayerWise, untouched
 from rerail.errors import OutOfReach
 from rerail.experts.base import BankSpec
-from rerail.experts.narrow import Bank
+from rerail.experts.narrow import NarrowExperts
 from rerail.moe.fused_experts import expert_parameters
 from rerail.moe.model import MoELayer
 from rerail.plan.allocation import Allocation, Uniform, check_kept
@@ -77,7 +77,7 @@ class Narrower(LayerWise):
 
 def micro_size(layer: MoELayer) -> int:
     """Return the numbers of one micro-expert: 3 H, and its two biases where there are some."""
-    touched = Bank.touched(_spec(layer, ()))
+    touched = NarrowExperts.touched(_spec(layer, ()))
     return sum(layer.dims.numbers[name] for name in touched) // layer.intermediate_size
 
 

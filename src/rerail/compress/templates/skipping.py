@@ -11,8 +11,7 @@ from torch import Tensor
 from rerail.compress.base import Decision, LayerWise, make_plan, untouched
 from rerail.errors import InputError, OutOfReach
 from rerail.experts.base import BankSpec
-from rerail.experts.skip_policy import BINS, Bank
-from rerail.moe.fitted import check_router, router_hash
+from rerail.experts.skip_policy import BINS
 from rerail.moe.model import MoELayer, MoEModel
 from rerail.plan.allocation import Allocation, Uniform
 from rerail.plan.budget import Skip
@@ -95,7 +94,7 @@ class Skipper(LayerWise):
 
     def decide(self, layer: MoELayer, statistics: LayerStatistics, share: int) -> Decision:
         """Return the policy around the experts that the layer has."""
-        router = {} if self.allow_stale else {"router": router_hash(layer)}
+        router = {} if self.allow_stale else {"router": layer.router_hash()}
         spec = BankSpec("skip_policy", layer.num_experts, (), {}, {**router, **self.words()})
         threshold = nearest(statistics[GateTails()], share)
         return Decision(untouched(layer, spec), {"threshold": threshold})
@@ -136,8 +135,7 @@ def without_policies(student: MoEModel) -> MoEModel:
     """Return the student as it computes without skipping; every Parameter is shared."""
     plain = student.with_shared_parameters()
     for layer in plain.layers:
-        if isinstance(layer.experts, Bank):
-            layer.swap(layer.experts.inner)
+        layer.swap(layer.bank.unwrapped())
     return plain
 
 
@@ -148,5 +146,4 @@ def check_fitted(student: MoEModel) -> None:
         InputError: a router changed since.
     """
     for layer in student.layers:
-        if isinstance(layer.experts, Bank):
-            check_router(layer, layer.experts.spec.options.get("router", ""))
+        layer.check_router(layer.bank.spec.options.get("router", ""))

@@ -79,16 +79,16 @@ def register_families() -> None:
     """Make AutoConfig know every model type of ours; a family is imported on its first use."""
     for family in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         if family not in OUTSIDE_THE_SEAM and PREFIX + family not in CONFIG_MAPPING:
-            door: Any = type(f"Rerail{family}", (_Door,), {"family": family})
-            AutoConfig.register(PREFIX + family, door)
+            lazy: Any = type(f"Rerail{family}", (_LazyConfig,), {"family": family})
+            AutoConfig.register(PREFIX + family, lazy)
 
 
-class _Door:
+class _LazyConfig:
     """Stands for a config class that is not made yet."""
 
     family: str
 
     @classmethod
-    def from_dict(cls, held: dict[str, Any], **named: Any) -> Any:
+    def from_dict(cls, fields: dict[str, Any], **options: Any) -> Any:
         """Make the family's classes, then read as their config class does."""
-        return our_classes(cls.family).config.from_dict(held, **named)
+        return our_classes(cls.family).config.from_dict(fields, **options)

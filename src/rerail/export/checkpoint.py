@@ -1,5 +1,6 @@
-"""`compression.json`: what was done to a checkpoint, beside its weights."""
+"""A checkpoint folder, whole or absent, with `compression.json`: what was done to the weights."""
 
+import copy
 import dataclasses
 import json
 import platform
@@ -8,14 +9,74 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from transformers import PreTrainedModel
+
 from rerail.errors import InputError
-from rerail.files import write_json
+from rerail.files import whole_file, write_json
+from rerail.moe.families import expert_count_aliases
 from rerail.moe.model import MoEModel
 from rerail.plan.budget import Sizes
 from rerail.plan.plan import Plan
 
 NAME = "compression.json"
 _PACKAGES = ("rerail", "torch", "transformers", "safetensors", "tokenizers")
+
+
+def check_target(path: Path) -> None:
+    """Check that nothing but an earlier export would be replaced.
+
+    Raises:
+        InputError: `path` is a file, or a folder that holds something else.
+    """
+    if not path.exists() or (path / NAME).exists():
+        return
+    if not path.is_dir() or any(path.iterdir()):
+        raise InputError(
+            f"export path {str(path)!r} exists and is not an earlier export; name a new or empty "
+            "folder"
+        )
+
+
+def write_checkpoint(
+    model: PreTrainedModel,
+    path: Path,
+    tokenizer: Any,
+    plan: Plan,
+    facts: Mapping[str, Any],
+    code: Mapping[str, str] | None = None,
+) -> Path:
+    """Write weights (sharded safetensors), configs, tokenizer, code (by file name) and manifest.
+
+    Raises:
+        InputError: as `check_target`, or no space is left on the device.
+    """
+    check_target(path)
+    with whole_file(path) as folder:
+        model.save_pretrained(folder)
+        _write_aliases(folder / "config.json", model.config)
+        if tokenizer is not None:
+            _as_loaded(tokenizer).save_pretrained(folder)
+        for name, text in (code or {}).items():
+            (folder / name).write_text(text, encoding="utf-8")
+        write_manifest(folder, plan, facts)
+    return path
+
+
+def _write_aliases(path: Path, config: Any) -> None:
+    """Write the expert count under each name that the family gives it."""
+    written = json.loads(path.read_text(encoding="utf-8"))
+    written |= expert_count_aliases(config, written)
+    path.write_text(json.dumps(written, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _as_loaded(tokenizer: Any) -> Any:
+    """Return the tokenizer with the longest input that its files named, not the one in use."""
+    longest = getattr(tokenizer, "init_kwargs", {}).get("model_max_length")
+    if longest is None or longest == tokenizer.model_max_length:
+        return tokenizer
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.model_max_length = longest
+    return tokenizer
 
 
 def write_manifest(folder: Path, plan: Plan, facts: Mapping[str, Any]) -> None:
