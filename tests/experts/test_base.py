@@ -1,9 +1,18 @@
+import ast
+import importlib
+import inspect
+import pkgutil
+import re
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
+import rerail.experts
 from families import CONFIGS, tiny, tokens
 from rerail.errors import InputError
-from rerail.experts.base import BankSpec, ExpertBank, build_bank
+from rerail.experts.base import BankSpec, ExpertBank, bank_class, bank_of, build_bank
 from rerail.moe.fused_experts import expert_parameters
 from rerail.moe.model import MoELayer, MoEModel
 from rerail.plan.apply import apply_plan
@@ -39,6 +48,62 @@ def test_chosen_experts_are_the_layers_own_tensors(family: str) -> None:
         for mine, own in zip(sliced.materialise(slot), layer.expert(expert), strict=True):
             assert mine.data_ptr() == own.data_ptr()
     assert sum(sliced.stored().values()) == 3 * layer.expert_size
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_stock_experts_answer_as_the_bank_of_all_of_them_does(family: str) -> None:
+    layer = tiny(family).layers[1]
+    stock, made = layer.bank, bank(layer, tuple(((1, e, 1.0),) for e in EVERYONE), EVERYONE)
+    assert (stock.is_stock, made.is_stock) == (True, False)
+    assert stock.unwrapped() is stock.as_stock() is stock.shell is layer.experts
+    assert stock.spec == made.spec
+    assert stock.slots.tolist() == made.slots.tolist()
+    for ask in (
+        lambda b: (b.dims, b.layout, b.num_experts, b.config is layer.experts.config),
+        lambda b: (b.stored(), b.stored_bits(16), b.numbers_used(1.5), b.is_fused),
+        lambda b: (b.whole, b.wraps, b.watches, b.active, b.uniform, len(b.nested())),
+    ):
+        assert ask(stock) == ask(made)
+    assert stock.stored() == stock.predicted(stock.spec, 1, stock.dims)
+    pairs = zip(
+        [*stock.stack(), *stock.materialise(3)], [*made.stack(), *made.materialise(3)], strict=True
+    )
+    assert all(torch.equal(a, b) for a, b in pairs)
+    assert torch.equal(answer(stock), answer(made))
+    assert torch.equal(answer(stock), answer(layer.experts))
+
+
+def test_a_view_of_stock_experts_copies_nothing_and_a_bank_is_its_own_view() -> None:
+    layer = tiny("qwen3_moe").layers[0]
+    own = expert_parameters(layer.experts)
+    assert all(tensor is own[name] for name, tensor in layer.bank.by_slot().items())
+    assert layer.stack().down.data_ptr() == own["down_proj"].data_ptr()
+    layer.swap(bank(layer, PAIRS, (0, 0, 1, 1, 2, 2, 3, 3)))
+    assert layer.bank is layer.experts is bank_of(layer.experts)
+
+
+KINDS = sorted({m.name for m in pkgutil.iter_modules(rerail.experts.__path__)} - {"base"})
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_defines_one_bank_which_imports_torch_and_the_base_only(kind: str) -> None:
+    found = bank_class(kind)
+    assert issubclass(found, ExpertBank)
+    assert found.__module__ == f"rerail.experts.{kind}"
+    tree = ast.parse(inspect.getsource(importlib.import_module(found.__module__)))
+    modules = {n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)}
+    ours = {name for name in modules if name.startswith("rerail")}
+    assert ours <= {"rerail.experts.base", "rerail.moe.fused_experts", "rerail.errors"}
+    others = {name.split(".")[0] for name in modules - ours}
+    assert others <= {"torch", *sys.stdlib_module_names}
+
+
+def test_nothing_asks_whether_experts_were_replaced() -> None:
+    asks = re.compile(r"isinstance\([^()]*,\s*\(?\w*(?:ExpertBank|Experts|SkipPolicy)\b")
+    guesses = re.compile(r"getattr\([^()]*,\s*\"(?:active|watches|uniform|wraps|slots|spec)\"")
+    sources = {p: p.read_text() for p in Path(rerail.__file__).parent.rglob("*.py")}
+    found = [p.stem for p, text in sources.items() if asks.search(text) or guesses.search(text)]
+    assert found == ["base"], "only `bank_of` asks"
 
 
 @pytest.mark.parametrize("family", CONFIGS)

@@ -85,6 +85,8 @@ class StoredForm(NamedTuple):
 class ExpertBank(nn.Module):
     """Stored experts of one form, and the map from router slots to them.
 
+    What is not overridden holds for whole experts that `spec.members` names.
+
     Attributes:
         spec: the plain data it was made from.
         layer: index of the decoder layer that it answers for.
@@ -151,10 +153,10 @@ class ExpertBank(nn.Module):
         """Return the module that this one wraps; itself where it wraps none."""
         return self
 
-    @staticmethod
-    @abstractmethod
-    def predicted(spec: BankSpec, layer: int, dims: Dims) -> Stored:
+    @classmethod
+    def predicted(cls, spec: BankSpec, layer: int, dims: Dims) -> Stored:  # noqa: ARG003
         """Return what `stored` will be, from plain data alone."""
+        return dict.fromkeys(spec.members, dims.expert)
 
     @classmethod
     def predicted_bits(cls, spec: BankSpec, layer: int, dims: Dims, width: int) -> Stored:
@@ -171,9 +173,9 @@ class ExpertBank(nn.Module):
         """Return the shape of every solved tensor by name; none by default."""
         return {}
 
-    @abstractmethod
     def dense(self) -> dict[str, Tensor]:
         """Return fused tensors whose leading axis `slots` indexes, under stock names."""
+        return dict(expert_parameters(self.shell))
 
     def by_slot(self) -> dict[str, Tensor]:
         """Return fused tensors with one row for each router slot, under stock names."""
@@ -189,9 +191,10 @@ class ExpertBank(nn.Module):
         dense, row = self.dense(), int(self.slots[slot])
         return self.layout.unpack(dense["gate_up_proj"][row], dense["down_proj"][row])
 
-    @abstractmethod
     def stored(self) -> Stored:
         """Return numbers by stored thing, counted from tensors; equal keys are the same thing."""
+        each = sum(tensor[0].numel() for tensor in self.dense().values())
+        return dict.fromkeys(self.spec.members, each)
 
     def stored_bits(self, width: int) -> Stored:
         """Return the bits of each stored thing, where a dense number takes `width` of them."""
@@ -280,22 +283,9 @@ class StockExperts(ExpertBank):
         """Return the family's module."""
         return self.shell
 
-    @staticmethod
-    def predicted(spec: BankSpec, layer: int, dims: Dims) -> Stored:  # noqa: ARG004
-        """Return one dense expert for each entry of `members`."""
-        return dict.fromkeys(spec.members, dims.expert)
-
-    def dense(self) -> dict[str, Tensor]:
-        """Return the experts' own tensors."""
-        return dict(expert_parameters(self.shell))
-
     def by_slot(self) -> dict[str, Tensor]:
         """Return the experts' own tensors: nothing is copied."""
         return self.dense()
-
-    def stored(self) -> Stored:
-        """Count each expert, biases included."""
-        return dict.fromkeys(self.spec.members, self.dims.expert)
 
     def as_stock(self, width: int | None = None) -> nn.Module:
         """Return the family's module itself."""
@@ -350,9 +340,9 @@ class EncodedExperts(ExpertBank):
         return self.spec.options.get("run", "materialised") == "lazy"
 
     @staticmethod
-    @abstractmethod
-    def touched(spec: BankSpec) -> frozenset[str]:
+    def touched(spec: BankSpec) -> frozenset[str]:  # noqa: ARG004
         """Return the stock parameter names that solved tensors replace; the others stay."""
+        return frozenset({"gate_up_proj", "down_proj"})
 
     @abstractmethod
     def expand(self) -> dict[str, Tensor]:

@@ -17,11 +17,6 @@ class DeltaExperts(EncodedExperts):
     """Integers `gate`, `up` and `down` are ranks, one each or one for all."""
 
     @staticmethod
-    def touched(spec: BankSpec) -> frozenset[str]:  # noqa: ARG004
-        """All matrices; biases stay."""
-        return frozenset({"gate_up_proj", "down_proj"})
-
-    @staticmethod
     def shapes(spec: BankSpec, dims: Dims) -> dict[str, tuple[int, ...]]:
         """Return the shapes of the base, U and V of each matrix."""
         p, d = dims.intermediate, dims.hidden

@@ -6,8 +6,8 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from rerail.experts.base import BankSpec, ExpertBank, Member, Stored
-from rerail.moe.fused_experts import Dims, expert_parameters, shell_of
+from rerail.experts.base import BankSpec, ExpertBank, Member
+from rerail.moe.fused_experts import expert_parameters, shell_of
 
 
 class DenseExperts(ExpertBank):
@@ -38,20 +38,6 @@ class DenseExperts(ExpertBank):
             for name, like in expert_parameters(stock).items()
         }
         self.shell = shell_of(stock, gathered, spec.stored)
-
-    @staticmethod
-    def predicted(spec: BankSpec, layer: int, dims: Dims) -> Stored:  # noqa: ARG004
-        """Return one dense expert for each distinct entry of `members`."""
-        return dict.fromkeys(spec.members, dims.expert)
-
-    def dense(self) -> dict[str, Tensor]:
-        """Return what the shell reads: E rows where they are the layer's own, else P."""
-        return dict(expert_parameters(self.shell))
-
-    def stored(self) -> Stored:
-        """Count each stored expert once, biases included."""
-        each = sum(p[0].numel() for p in self.dense().values())
-        return dict.fromkeys(self.spec.members, each)
 
 
 def _gather(

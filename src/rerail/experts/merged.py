@@ -30,8 +30,8 @@ class MergedExperts(ExpertBank):
         solved = {name: t.detach().to(own[name], copy=True) for name, t in tensors.items()}
         self.shell = shell_of(stock, solved, spec.stored)
 
-    @staticmethod
-    def predicted(spec: BankSpec, layer: int, dims: Dims) -> Stored:  # noqa: ARG004
+    @classmethod
+    def predicted(cls, spec: BankSpec, layer: int, dims: Dims) -> Stored:  # noqa: ARG003
         """Return P times the numbers of one expert, by tensor."""
         return {(layer, n): spec.stored * math.prod(spec.each(n)) for n in spec.integers}
 
@@ -43,10 +43,6 @@ class MergedExperts(ExpertBank):
             fits = name in spec.integers and math.prod(spec.each(name)) == count
             shapes[name] = (spec.stored, *(spec.each(name) if fits else (count,)))
         return shapes
-
-    def dense(self) -> dict[str, Tensor]:
-        """Return the fused tensors with leading axis P."""
-        return dict(expert_parameters(self.shell))
 
     def stored(self) -> Stored:
         """Count each tensor."""

@@ -90,11 +90,6 @@ class QuantizedExperts(EncodedExperts):
     """Integers: `bits`, one for each expert, and `group`, the numbers that share a scale."""
 
     @staticmethod
-    def touched(spec: BankSpec) -> frozenset[str]:  # noqa: ARG004
-        """All matrices; biases stay dense."""
-        return frozenset({"gate_up_proj", "down_proj"})
-
-    @staticmethod
     def shapes(spec: BankSpec, dims: Dims) -> dict[str, tuple[int, ...]]:
         """Return the shapes of codes, scale and zero of each matrix and bit width."""
         shapes: dict[str, tuple[int, ...]] = {}

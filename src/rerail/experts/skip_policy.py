@@ -97,8 +97,8 @@ class SkipPolicy(ExpertBank):
         """Return the module that it wraps."""
         return self.inner
 
-    @staticmethod
-    def predicted(spec: BankSpec, layer: int, dims: Dims) -> Stored:  # noqa: ARG004
+    @classmethod
+    def predicted(cls, spec: BankSpec, layer: int, dims: Dims) -> Stored:  # noqa: ARG003
         """Return nothing: a policy stores no expert."""
         return {}
 

@@ -59,11 +59,11 @@ def our_classes(family: str) -> Classes:
     bodies = [
         _named(base, (Compressed, base), {**own, "config_class": config}) for base in stock[1:]
     ]
-    made = Classes(config, *bodies)
-    AutoConfig.register(PREFIX + family, made.config, exist_ok=True)
-    AutoModel.register(made.config, made.model, exist_ok=True)
-    AutoModelForCausalLM.register(made.config, made.causal, exist_ok=True)
-    return made
+    ours = Classes(config, *bodies)
+    AutoConfig.register(PREFIX + family, ours.config, exist_ok=True)
+    AutoModel.register(ours.config, ours.model, exist_ok=True)
+    AutoModelForCausalLM.register(ours.config, ours.causal, exist_ok=True)
+    return ours
 
 
 def _named(stock: Any, bases: tuple[Any, ...], fields: dict[str, Any]) -> Any:

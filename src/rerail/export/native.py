@@ -8,11 +8,10 @@ from torch import nn
 
 from rerail.errors import InputError
 from rerail.export.classes import family_of
-from rerail.moe.families import WIDTH_NAMES
+from rerail.moe.families import WIDTH_NAMES, set_expert_count
 from rerail.moe.fused_experts import expert_parameters, shell_of
 from rerail.moe.model import MoELayer, MoEModel
 from rerail.moe.router import MaskedRouter
-from rerail.plan.apply import tell_config
 
 _STEP = 8  # numbers of 2 bytes in a row of 16 bytes, which the kernels of transformers ask for
 
@@ -156,7 +155,7 @@ def stock_model(student: MoEModel, densify: bool = False) -> MoEModel:
     for layer in plain.layers:
         layer.swap(_pick(layer.bank.as_stock(width), layer.selectable_rows))
         layer.unmask()
-    tell_config(plain)
+    set_expert_count(plain.config, plain.layers[0].num_experts)
     return plain
 
 

@@ -61,9 +61,9 @@ def packaged_model(student: MoEModel, densify: bool = False) -> MoEModel:
     stock = MoEModel(_on_meta(stock_classes(family).causal, config, plain)).layers
     stored = list(_stored_layers(plain, stock))
     config.rerail = {"version": VERSION, "layers": [layer.entry for layer in stored]}
-    made = _on_meta(our_classes(family).causal, config, plain)
-    _fill(made, plain, stored, {layer.index: layer.experts for layer in stock})
-    return MoEModel(made)
+    packaged = _on_meta(our_classes(family).causal, config, plain)
+    _fill(packaged, plain, stored, {layer.index: layer.experts for layer in stock})
+    return MoEModel(packaged)
 
 
 def _own_config(config_class: Any, stock: Any) -> Any:
@@ -134,7 +134,10 @@ def _entry(
 
 
 def _fill(
-    made: Any, student: MoEModel, layers: Sequence[_StoredLayer], stocks: Mapping[int, nn.Module]
+    packaged: Any,
+    student: MoEModel,
+    layers: Sequence[_StoredLayer],
+    stocks: Mapping[int, nn.Module],
 ) -> None:
     """Put the student's tensors into a model on the meta device, as the same objects."""
     state = dict(student.model.state_dict(keep_vars=True))
@@ -149,10 +152,10 @@ def _fill(
         if entry["kept"] is not None:
             dropped = f"{name}.{entry['router']}.dropped"
             state[dropped] = student.model.get_buffer(dropped)
-    made.load_state_dict(state, strict=True, assign=True)
+    packaged.load_state_dict(state, strict=True, assign=True)
     for name, buffer in student.model.named_buffers():
         if name not in state:
             owner, _, short = name.rpartition(".")
-            made.get_submodule(owner)._buffers[short] = buffer
-    made.generation_config = student.model.generation_config
-    made.eval()
+            packaged.get_submodule(owner)._buffers[short] = buffer
+    packaged.generation_config = student.model.generation_config
+    packaged.eval()

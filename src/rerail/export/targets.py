@@ -61,10 +61,10 @@ def built(student: MoEModel, form: str = "native", densify: bool = False) -> MoE
     check_form(form)
     if form == "native":
         return stock_model(student, densify)
-    made = packaged_model(student, densify)
+    packaged = packaged_model(student, densify)
     if form == "remote":
-        made.config.auto_map = auto_map(family_of(made.config))
-    return made
+        packaged.config.auto_map = auto_map(family_of(packaged.config))
+    return packaged
 
 
 def as_written(

@@ -38,13 +38,13 @@ class Surroundings:
         self._logits = next((p for p in parts if p is not None and p.shape[-1] == experts), None)
 
     def _passed_child(self, _module: nn.Module, args: Any, named: Any, output: Any) -> None:
-        if (given := _first(args, named)) is not None:
-            self._passed.append((output, given))
+        if (entering := _first(args, named)) is not None:
+            self._passed.append((output, entering))
 
     def _entered(self, _module: nn.Module, args: Any, named: Any) -> None:
         entering = _first(args, named)
-        found = [given for output, given in self._passed if output is entering]
-        self._residual = found[-1] if found else None
+        before = [tensor for output, tensor in self._passed if output is entering]
+        self._residual = before[-1] if before else None
         self._passed.clear()
 
     def logits(self) -> Tensor:
@@ -58,8 +58,8 @@ class Surroundings:
                 f"router logits of {self.layer.name} cannot be measured: its router returns no "
                 f"tensor with one column for each of {self.layer.num_experts} experts"
             )
-        held, self._logits = self._logits, None
-        return held.reshape(-1, held.shape[-1])
+        logits, self._logits = self._logits, None
+        return logits.reshape(-1, logits.shape[-1])
 
     def residual(self) -> Tensor:
         """Return this forward's residual stream (T, H) before the norm of the MoE sub-layer.
@@ -72,8 +72,8 @@ class Surroundings:
                 f"the residual stream before {self.layer.name} cannot be found: its input is not "
                 "the output of a norm beside it in the decoder layer; allowed are other statistics"
             )
-        held, self._residual = self._residual, None
-        return held.reshape(-1, held.shape[-1])
+        residual, self._residual = self._residual, None
+        return residual.reshape(-1, residual.shape[-1])
 
     def remove(self) -> None:
         """Take the hooks off."""
