@@ -87,10 +87,10 @@ KINDS = sorted({m.name for m in pkgutil.iter_modules(rerail.experts.__path__)} -
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_defines_one_bank_which_imports_torch_and_the_base_only(kind: str) -> None:
-    found = bank_class(kind)
-    assert issubclass(found, ExpertBank)
-    assert found.__module__ == f"rerail.experts.{kind}"
-    tree = ast.parse(inspect.getsource(importlib.import_module(found.__module__)))
+    form = bank_class(kind)
+    assert issubclass(form, ExpertBank)
+    assert form.__module__ == f"rerail.experts.{kind}"
+    tree = ast.parse(inspect.getsource(importlib.import_module(form.__module__)))
     modules = {n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)}
     ours = {name for name in modules if name.startswith("rerail")}
     assert ours <= {"rerail.experts.base", "rerail.moe.fused_experts", "rerail.errors"}
@@ -102,29 +102,29 @@ def test_nothing_asks_whether_experts_were_replaced() -> None:
     asks = re.compile(r"isinstance\([^()]*,\s*\(?\w*(?:ExpertBank|Experts|SkipPolicy)\b")
     guesses = re.compile(r"getattr\([^()]*,\s*\"(?:active|watches|uniform|wraps|slots|spec)\"")
     sources = {p: p.read_text() for p in Path(rerail.__file__).parent.rglob("*.py")}
-    found = [p.stem for p, text in sources.items() if asks.search(text) or guesses.search(text)]
-    assert found == ["base"], "only `bank_of` asks"
+    asking = [p.stem for p, text in sources.items() if asks.search(text) or guesses.search(text)]
+    assert asking == ["base"], "only `bank_of` asks"
 
 
 @pytest.mark.parametrize("family", CONFIGS)
 def test_a_bank_answers_as_plain_copies_of_its_experts_do(family: str) -> None:
     layer = tiny(family).layers[0]
-    for held in (
+    for replaced in (
         bank(layer, tuple(((0, e, 1.0),) for e in KEPT), (2, 1, 1, 0, 2, 0, 1, 0)),
         bank(layer, PAIRS, (0, 0, 1, 1, 2, 2, 3, 3)),
     ):
-        stock = held.as_stock()
+        stock = replaced.as_stock()
         assert not isinstance(stock, ExpertBank)
         assert stock.num_experts == 8
-        torch.testing.assert_close(answer(held), answer(stock), atol=1e-6, rtol=1e-6)
+        torch.testing.assert_close(answer(replaced), answer(stock), atol=1e-6, rtol=1e-6)
 
 
 def test_a_merged_expert_is_the_weighted_sum() -> None:
     layer = tiny("gpt_oss").layers[0]
-    held = bank(layer, PAIRS, (0, 0, 1, 1, 2, 2, 3, 3))
+    replaced = bank(layer, PAIRS, (0, 0, 1, 1, 2, 2, 3, 3))
     stock = expert_parameters(layer.experts)
     assert set(stock) == {"gate_up_proj", "gate_up_proj_bias", "down_proj", "down_proj_bias"}
-    for name, merged in held.dense().items():
+    for name, merged in replaced.dense().items():
         for i in range(4):
             expected = 0.25 * stock[name][2 * i] + 0.75 * stock[name][2 * i + 1]
             torch.testing.assert_close(merged[i], expected)
@@ -137,31 +137,31 @@ def test_identical_experts_merge_to_themselves_to_the_bit(dtype: torch.dtype) ->
     for parameter in layer.experts.parameters():
         parameter.data[:] = parameter.data[:1]
     thirds = tuple((0, e, w) for e, w in enumerate([0.3, 0.3, 0.4]))
-    held = bank(layer, (thirds,), (0,) * 8)
-    for name, merged in held.dense().items():
+    replaced = bank(layer, (thirds,), (0,) * 8)
+    for name, merged in replaced.dense().items():
         assert torch.equal(merged[0], expert_parameters(layer.experts)[name][0])
 
 
 def test_two_slots_of_one_stored_expert_add_their_gate_weights() -> None:
     layer = tiny("qwen3_moe").layers[0]
-    held, x = bank(layer, PAIRS, (0, 0, 1, 1, 2, 2, 3, 3)), torch.randn(5, 16)
-    both = held(x, torch.tensor([[2, 3]] * 5), torch.tensor([[0.3, 0.5]] * 5))
-    once = held(x, torch.tensor([[2]] * 5), torch.tensor([[0.8]] * 5))
+    replaced, x = bank(layer, PAIRS, (0, 0, 1, 1, 2, 2, 3, 3)), torch.randn(5, 16)
+    both = replaced(x, torch.tensor([[2, 3]] * 5), torch.tensor([[0.3, 0.5]] * 5))
+    once = replaced(x, torch.tensor([[2]] * 5), torch.tensor([[0.8]] * 5))
     torch.testing.assert_close(both, once)
 
 
 def test_a_shell_does_not_reach_the_original() -> None:
     layer = tiny("qwen3_moe").layers[0]
     stock, before = layer.experts, dict(layer.experts._parameters)
-    held = bank(layer, PAIRS, (0, 0, 1, 1, 2, 2, 3, 3))
-    held.shell.register_parameter("more", torch.nn.Parameter(torch.zeros(1)))
-    held.shell.register_buffer("extra", torch.zeros(1))
-    held.shell.add_module("inside", torch.nn.Linear(1, 1))
+    replaced = bank(layer, PAIRS, (0, 0, 1, 1, 2, 2, 3, 3))
+    replaced.shell.register_parameter("more", torch.nn.Parameter(torch.zeros(1)))
+    replaced.shell.register_buffer("extra", torch.zeros(1))
+    replaced.shell.add_module("inside", torch.nn.Linear(1, 1))
     assert stock._parameters.keys() == before.keys()
     assert all(stock._parameters[name] is p for name, p in before.items())
     assert not stock._buffers.keys() & {"extra"}
     assert not stock._modules.keys() & {"inside"}
-    assert (stock.num_experts, held.shell.num_experts) == (8, 4)
+    assert (stock.num_experts, replaced.shell.num_experts) == (8, 4)
 
 
 def aliased(teacher: MoEModel) -> tuple[MoEModel, Plan]:
@@ -191,8 +191,8 @@ def test_layers_of_a_scope_share_stored_experts(family: str) -> None:
         second[name].data = torch.stack([own[0], *borrowed, *borrowed, own[7]])
         first[name].data = borrowed[[0, 0, 0, 1, 1, 1, 2, 2]]
     with torch.no_grad():
-        expected, found = by_hand.model(tokens()).logits, student.model(tokens()).logits
-    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+        expected, actual = by_hand.model(tokens()).logits, student.model(tokens()).logits
+    torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
     counted = student.parameters_routed()
     assert counted == plan.stored(teacher.layers) == 5 * teacher.layers[0].expert_size
 

@@ -35,9 +35,9 @@ def test_every_expert_is_the_formula_of_its_factors(family: str) -> None:
         a, alpha, b = (bank.solved(f"{name}.{part}") for part in ("A", "alpha", "B"))
         for i in range(8):
             expected = a[i] @ F.silu(alpha[i, 0] * b[0] + alpha[i, 1] * b[1])
-            found = getattr(bank.materialise(i), name)
-            torch.testing.assert_close(found, expected.mT if name == "down" else expected)
-            assert found.dtype == torch.float32
+            actual = getattr(bank.materialise(i), name)
+            torch.testing.assert_close(actual, expected.mT if name == "down" else expected)
+            assert actual.dtype == torch.float32
 
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
@@ -45,9 +45,9 @@ def test_what_is_not_factorised_stays_the_layers_own(family: str) -> None:
     layer = tiny(family).layers[0]
     stock = expert_parameters(layer.experts)
     for bank in (build(layer, "gate+up"), build(layer, "gate+up", run="lazy")):
-        held = dict(bank.shell.named_parameters())
-        assert all(held[name] is p for name, p in stock.items() if name != "gate_up_proj")
-        assert ("gate_up_proj" in held) is not bank.lazy
+        in_shell = dict(bank.shell.named_parameters())
+        assert all(in_shell[name] is p for name, p in stock.items() if name != "gate_up_proj")
+        assert ("gate_up_proj" in in_shell) is not bank.lazy
 
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss", "granitemoe"])

@@ -44,13 +44,13 @@ def test_every_expert_is_base_plus_factors(family: str, form: str) -> None:
     bank, narrow = build(layer, form), form.startswith("narrow")
     for name in ("gate", "up", "down"):
         for i in range(8):
-            found, made = getattr(bank.materialise(i), name), expected(bank, name, i)
+            actual, made = getattr(bank.materialise(i), name), expected(bank, name, i)
             if narrow:
-                full = torch.zeros_like(found)
+                full = torch.zeros_like(actual)
                 at = list(CHANNELS)
                 full[(slice(None), at) if name == "down" else at] = made
                 made = full
-            torch.testing.assert_close(found, made)
+            torch.testing.assert_close(actual, made)
 
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
@@ -65,8 +65,8 @@ def test_lazy_and_materialised_agree_and_count_the_same(family: str, form: str) 
     assert counted == sum(lazy.stored().values()) == sum(kept.stored().values())
     assert lazy.stored() == DeltaExperts.predicted(lazy.spec, layer.index, layer.dims)
     own = {n: p for n, p in expert_parameters(layer.experts).items() if n.endswith("bias")}
-    held = dict(kept.shell.named_parameters())
-    assert all(held[n] is p for n, p in own.items())
+    in_shell = dict(kept.shell.named_parameters())
+    assert all(in_shell[n] is p for n, p in own.items())
 
 
 def test_dropped_channels_are_not_stored() -> None:

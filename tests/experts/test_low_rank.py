@@ -44,9 +44,9 @@ def test_every_expert_is_the_formula_of_its_factors(family: str, form: str) -> N
     bank = build(tiny(family).layers[0], form)
     for name in ("gate", "up", "down"):
         for i in range(8):
-            found = getattr(bank.materialise(i), name)
-            torch.testing.assert_close(found, expected(bank, form, name, i))
-            assert found.dtype == torch.float32
+            actual = getattr(bank.materialise(i), name)
+            torch.testing.assert_close(actual, expected(bank, form, name, i))
+            assert actual.dtype == torch.float32
 
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
@@ -68,16 +68,16 @@ def test_a_factored_forward_is_the_materialised_one() -> None:
     part = {n: (bank.solved(f"{n}.U")[6], bank.solved(f"{n}.V")) for n in ("gate", "up", "down")}
     gate, up = (x @ part[n][1].T @ part[n][0].T for n in ("gate", "up"))
     h = torch.nn.functional.silu(gate) * up
-    found = bank(x, torch.full((5, 1), 6), torch.ones(5, 1))
+    actual = bank(x, torch.full((5, 1), 6), torch.ones(5, 1))
     expected = h @ part["down"][1].T @ part["down"][0].T
-    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(actual, expected, atol=1e-4, rtol=1e-4)
 
 
 def test_biases_stay_the_layers_own() -> None:
     layer = tiny("gpt_oss").layers[0]
     stock, bank = expert_parameters(layer.experts), build(layer, "own")
-    held = dict(bank.shell.named_parameters())
-    assert all(held[n] is p for n, p in stock.items() if n.endswith("bias"))
+    in_shell = dict(bank.shell.named_parameters())
+    assert all(in_shell[n] is p for n, p in stock.items() if n.endswith("bias"))
     biases = {n: p.numel() for n, p in stock.items() if n.endswith("bias")}
     assert {n: c for (_, n), c in bank.stored().items() if n.endswith("bias")} == biases
 

@@ -52,29 +52,29 @@ def test_the_bit_stream_is_lowest_first_and_filled_with_zeros() -> None:
 def test_groups_have_their_own_scale_and_zero_also_the_short_last_one() -> None:
     codes = torch.arange(10, dtype=torch.uint8).view(2, 5)
     scale, zero = torch.tensor([[1.0, 10.0], [0.5, 2.0]]), torch.tensor([[0.0, 3.0], [5.0, 1.5]])
-    found = dequantised(Coded(codes, scale, zero), 3)
-    assert found.tolist() == [[0, 1, 2, 0, 10], [0, 0.5, 1, 13, 15]]
+    actual = dequantised(Coded(codes, scale, zero), 3)
+    assert actual.tolist() == [[0, 1, 2, 0, 10], [0, 0.5, 1, 13, 15]]
 
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss", "mixtral", "granitemoe"])
 def test_every_expert_is_the_formula_of_its_own_width(family: str) -> None:
     layer, spec = tiny(family).layers[0], spec_of()
-    bank, held = build(layer, spec), tensors_of(layer, spec)
+    bank, solved = build(layer, spec), tensors_of(layer, spec)
     for e, bits in enumerate(MIXED):
         row = [i for i, b in enumerate(MIXED) if b == bits].index(e)
         for name in ("gate", "up", "down"):
-            found, key = getattr(bank.materialise(e), name), f"{name}.b{bits}"
-            assert found.dtype == torch.float32
+            actual, key = getattr(bank.materialise(e), name), f"{name}.b{bits}"
+            assert actual.dtype == torch.float32
             if bits == 16:
-                assert torch.equal(found, held[f"{key}.dense"][row].float())
+                assert torch.equal(actual, solved[f"{key}.dense"][row].float())
                 continue
-            out, inner = found.shape
-            codes = unpack(held[f"{key}.codes"][row], bits, out * inner).view(out, inner)
+            out, inner = actual.shape
+            codes = unpack(solved[f"{key}.codes"][row], bits, out * inner).view(out, inner)
             for column in range(inner):
-                scale = held[f"{key}.scale"][row][:, column // 6]
-                zero = held[f"{key}.zero"][row][:, column // 6] if bits > 1 else 0.5
+                scale = solved[f"{key}.scale"][row][:, column // 6]
+                zero = solved[f"{key}.zero"][row][:, column // 6] if bits > 1 else 0.5
                 expected = (codes[:, column] - zero) * scale
-                torch.testing.assert_close(found[:, column], expected.float())
+                torch.testing.assert_close(actual[:, column], expected.float())
 
 
 @pytest.mark.parametrize("family", CONFIGS)

@@ -47,8 +47,8 @@ def test_threshold_zero_is_the_model_itself_to_the_bit(family):
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "mixtral"])
 def test_skipping_all_but_the_first_is_top_1_where_gates_are_normalised(family):
-    found, one = logits(skipping(tiny(family, **K), 1.0)), tiny(family, num_experts_per_tok=1)
-    torch.testing.assert_close(found, logits(one), atol=1e-5, rtol=1e-5)
+    actual, top_1 = logits(skipping(tiny(family, **K), 1.0)), tiny(family, num_experts_per_tok=1)
+    torch.testing.assert_close(actual, logits(top_1), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "olmoe"])
@@ -92,8 +92,8 @@ def test_a_slot_at_the_threshold_is_kept():
 
 def test_weights_that_are_all_zero_stay_finite():
     skip = torch.tensor([[False, True], [False, True]])
-    found = rescaled(torch.tensor([[0.0, 0.0], [0.25, 0.75]]), skip)
-    torch.testing.assert_close(found, torch.tensor([[0.0, 0.0], [1.0, 0.0]]))
+    actual = rescaled(torch.tensor([[0.0, 0.0], [0.25, 0.75]]), skip)
+    torch.testing.assert_close(actual, torch.tensor([[0.0, 0.0], [1.0, 0.0]]))
 
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss", "deepseek_v2"])
@@ -231,8 +231,8 @@ def test_attention_received_protects_tokens_that_rows_would_not():
     for fewer, more in itertools.pairwise(grown):
         assert (more | ~fewer).all()
     valid[0, 1] = False
-    found = protected(torch.ones(4, 3), received, valid, 0.34)
-    assert found.tolist() == [True, False, True, False]
+    actual = protected(torch.ones(4, 3), received, valid, 0.34)
+    assert actual.tolist() == [True, False, True, False]
 
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v2", "gpt_oss", "lfm2_moe"])
@@ -280,8 +280,8 @@ def test_without_attention_nothing_is_protected_and_it_is_said(caplog):
     student = skipping(model, 0.6, protect="1.0")
     student.model.set_attn_implementation("sdpa")
     with caplog.at_level(logging.WARNING):
-        found = logits(student)
-    assert torch.equal(found, logits(skipping(model, 0.6)))
+        actual = logits(student)
+    assert torch.equal(actual, logits(skipping(model, 0.6)))
     assert caplog.text.count("protects no token") == 1
 
 

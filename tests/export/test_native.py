@@ -118,10 +118,10 @@ def test_a_parent_read_from_disk_goes_back_to_the_same_bytes(tmp_path):
     first = export_student(parent, Plan(), tmp_path / "parent", dtype=torch.bfloat16)
     source = ModelSource(str(first))
     second = export_student(source.load(), Plan(), tmp_path / "again", dtype=source.config().dtype)
-    held, again = (load_file(p / "model.safetensors") for p in (first, second))
-    assert held.keys() == again.keys()
-    assert all(torch.equal(held[n], again[n]) for n in held)
-    assert "model.layers.0.block_sparse_moe.experts.7.w1.weight" in held
+    saved, again = (load_file(p / "model.safetensors") for p in (first, second))
+    assert saved.keys() == again.keys()
+    assert all(torch.equal(saved[n], again[n]) for n in saved)
+    assert "model.layers.0.block_sparse_moe.experts.7.w1.weight" in saved
 
 
 @pytest.mark.parametrize(
@@ -180,7 +180,7 @@ def widths_by_layer(teacher):
     """The second layer is narrower than the first."""
     first, second = (solved(teacher, "narrow", widths=(w,) * 8) for w in (13, 7))
     tensors = first.of_layer(0), second.of_layer(1)
-    named = {f"layers.{i}.{n}": t for i, held in enumerate(tensors) for n, t in held.items()}
+    named = {f"layers.{i}.{n}": t for i, saved in enumerate(tensors) for n, t in saved.items()}
     return Plan((first.layers[0], second.layers[1]), {}, named)
 
 
@@ -276,8 +276,8 @@ def test_generation_config_tied_head_and_tokenizer_go_with_the_weights(tmp_path)
     loaded = reload(path)
     assert loaded.generation_config.max_new_tokens == 7
     assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
-    with safe_open(path / "model.safetensors", "pt") as held:
-        assert "lm_head.weight" not in held.keys()  # noqa: SIM118
+    with safe_open(path / "model.safetensors", "pt") as saved:
+        assert "lm_head.weight" not in saved.keys()  # noqa: SIM118
     assert json.loads((path / "tokenizer_config.json").read_text())["model_max_length"] == 512
     assert tokenizer.model_max_length > 512
 
@@ -301,5 +301,5 @@ def test_a_process_that_knows_only_torch_and_transformers_computes_the_same_bits
     command = [sys.executable, "-P", "-c", FRESH, path, tmp_path / "ids", tmp_path / "out"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    found = load_file(tmp_path / "out")["logits"]
-    torch.testing.assert_close(found, logits(student.model), atol=1e-6, rtol=0)
+    actual = load_file(tmp_path / "out")["logits"]
+    torch.testing.assert_close(actual, logits(student.model), atol=1e-6, rtol=0)

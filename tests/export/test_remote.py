@@ -23,13 +23,13 @@ ALLOWED = {"torch", "transformers"}
 
 
 def imported(source):
-    found = set()
+    modules = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
-            found |= {alias.name.split(".")[0] for alias in node.names}
+            modules |= {alias.name.split(".")[0] for alias in node.names}
         if isinstance(node, ast.ImportFrom):
-            found.add(node.module.split(".")[0])
-    return found
+            modules.add(node.module.split(".")[0])
+    return modules
 
 
 def run_file(path):
@@ -137,10 +137,10 @@ def test_a_stranger_loads_generates_and_saves_with_the_auto_classes(tmp_path):
     own = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules")}
     done = subprocess.run(command, capture_output=True, text=True, env=own)
     assert done.returncode == 0, done.stderr
-    found = load_file(tmp_path / "out")
-    torch.testing.assert_close(found["logits"], logits(student.model), atol=1e-6, rtol=0)
-    assert torch.equal(found["again"], found["logits"])
-    torch.testing.assert_close(found["hidden"], student.hidden(tokens()), atol=1e-6, rtol=1e-6)
+    actual = load_file(tmp_path / "out")
+    torch.testing.assert_close(actual["logits"], logits(student.model), atol=1e-6, rtol=0)
+    assert torch.equal(actual["again"], actual["logits"])
+    torch.testing.assert_close(actual["hidden"], student.hidden(tokens()), atol=1e-6, rtol=1e-6)
     expected = student.model.generate(tokens()[:1, :4], max_new_tokens=3, do_sample=False)
-    assert torch.equal(found["written"], expected)
+    assert torch.equal(actual["written"], expected)
     assert (tmp_path / "model-again" / f"{module_name('qwen3_moe')}.py").exists()

@@ -18,7 +18,7 @@ from rerail.moe.model import MoEModel
 from rerail.plan.budget import Sizes
 from rerail.plan.plan import Plan
 
-NAME = "compression.json"
+MANIFEST = "compression.json"
 _PACKAGES = ("rerail", "torch", "transformers", "safetensors", "tokenizers")
 
 
@@ -28,7 +28,7 @@ def check_target(path: Path) -> None:
     Raises:
         InputError: `path` is a file, or a folder that holds something else.
     """
-    if not path.exists() or (path / NAME).exists():
+    if not path.exists() or (path / MANIFEST).exists():
         return
     if not path.is_dir() or any(path.iterdir()):
         raise InputError(
@@ -58,7 +58,7 @@ def write_checkpoint(
             _as_loaded(tokenizer).save_pretrained(folder)
         for name, text in (code or {}).items():
             (folder / name).write_text(text, encoding="utf-8")
-        write_manifest(folder, plan, facts)
+        _write_manifest(folder, plan, facts)
     return path
 
 
@@ -79,7 +79,7 @@ def _as_loaded(tokenizer: Any) -> Any:
     return tokenizer
 
 
-def write_manifest(folder: Path, plan: Plan, facts: Mapping[str, Any]) -> None:
+def _write_manifest(folder: Path, plan: Plan, facts: Mapping[str, Any]) -> None:
     """Describe a folder that holds everything else already.
 
     Args:
@@ -95,7 +95,7 @@ def write_manifest(folder: Path, plan: Plan, facts: Mapping[str, Any]) -> None:
         "weight_bytes": sum(n for name, n in files.items() if name.endswith(".safetensors")),
         "versions": {p: version(p) for p in _PACKAGES} | {"python": platform.python_version()},
     }
-    write_json(folder / NAME, content)
+    write_json(folder / MANIFEST, content)
 
 
 def sizes_of(model: MoEModel, dtype: Any) -> dict[str, int]:
@@ -110,7 +110,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     Raises:
         InputError: there is none, or it is not JSON.
     """
-    path = folder / NAME
+    path = folder / MANIFEST
     try:
         content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

@@ -70,6 +70,7 @@ def _follow(module: str, order: list[str]) -> None:
         return
     for node in _internal_imports(ast.parse(_path(module).read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom):
+            assert not any(alias.asname for alias in node.names), "a name must stay what it is"
             _follow(str(node.module), order)
     order.append(module)
 

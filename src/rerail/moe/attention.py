@@ -10,7 +10,7 @@ from rerail.experts.base import bank_of
 from rerail.moe.families import attention_of, decoder_layer, experts_of
 
 
-class Received:
+class AttentionHook:
     """A hook on an attention module: hands the bank beside it what each token receives.
 
     It looks the bank up at every forward, so that a copy of the model hands to its own bank and a
@@ -25,10 +25,10 @@ class Received:
         bank = bank_of(experts_of(self.block))
         maps = output[1] if isinstance(output, tuple) and len(output) > 1 else None
         if bank.watches and isinstance(maps, Tensor):
-            bank.received = received(maps.detach(), named.get("attention_mask"))
+            bank.received = attention_received(maps.detach(), named.get("attention_mask"))
 
 
-def received(maps: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+def attention_received(maps: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
     """Return the mean attention that each key gets from its own and later queries, and who counts.
 
     Args:
@@ -66,6 +66,6 @@ def watch_attention(model: Any, blocks: Mapping[str, nn.Module]) -> None:
         attention = attention_of(decoder_layer(model, path))
         if attention is None or not bank_of(experts_of(block)).watches:
             continue
-        if not any(isinstance(hook, Received) for hook in attention._forward_hooks.values()):
-            attention.register_forward_hook(Received(block), with_kwargs=True)
+        if not any(isinstance(hook, AttentionHook) for hook in attention._forward_hooks.values()):
+            attention.register_forward_hook(AttentionHook(block), with_kwargs=True)
             model.set_attn_implementation("eager")
