@@ -66,6 +66,29 @@ class BankSpec:
         return {layer for group in self.members for layer, _, _ in group}
 
 
+class BankParts(NamedTuple):
+    """What a bank is built from.
+
+    Attributes:
+        spec: the stored form.
+        slots: the stored expert that answers each router row.
+        layer: index of the layer that it answers for.
+        stocks: experts modules by layer index: this layer's and those that members name.
+        tensors: solved tensors by name.
+    """
+
+    spec: BankSpec
+    slots: Sequence[int]
+    layer: int
+    stocks: Mapping[int, nn.Module]
+    tensors: Mapping[str, Tensor]
+
+    @property
+    def stock(self) -> nn.Module:
+        """The experts that the bank replaces."""
+        return self.stocks[self.layer]
+
+
 class StoredForm(NamedTuple):
     """What a checkpoint holds of a bank.
 
@@ -112,13 +135,12 @@ class ExpertBank(nn.Module):
     received: tuple[Tensor, Tensor] | None = None
     active: Tensor | None = None
 
-    def __init__(self, spec: BankSpec, slots: Sequence[int], layer: int, stock: nn.Module):
+    def __init__(self, parts: BankParts):
         super().__init__()
-        self.spec = spec
-        self.layer = layer
-        self.dims = dims_of(stock)._replace(experts=len(slots))
-        device = next(iter(expert_parameters(stock).values())).device
-        self.register_buffer("slots", torch.tensor(slots, dtype=torch.int64, device=device))
+        self.spec, self.layer = parts.spec, parts.layer
+        self.dims = dims_of(parts.stock)._replace(experts=len(parts.slots))
+        device = next(iter(expert_parameters(parts.stock).values())).device
+        self.register_buffer("slots", torch.tensor(parts.slots, dtype=torch.int64, device=device))
 
     @property
     def config(self) -> Any:
@@ -306,23 +328,15 @@ class EncodedExperts(ExpertBank):
 
     whole = False
 
-    def __init__(
-        self,
-        spec: BankSpec,
-        slots: Sequence[int],
-        layer: int,
-        stocks: Mapping[int, nn.Module],
-        tensors: Mapping[str, Tensor],
-    ):
-        stock = stocks[layer]
-        super().__init__(spec, slots, layer, stock)
-        fused = expert_parameters(stock)
+    def __init__(self, parts: BankParts):
+        super().__init__(parts)
+        spec, fused = parts.spec, expert_parameters(parts.stock)
         like = next(iter(fused.values()))
-        self._names = {name: name.replace(".", "_") for name in tensors}
-        for name, tensor in tensors.items():
+        self._names = {name: name.replace(".", "_") for name in parts.tensors}
+        for name, tensor in parts.tensors.items():
             solved = nn.Parameter(self.cast(tensor.detach(), like), requires_grad=False)
             self.register_parameter(self._names[name], solved)
-        self.shell = shell_of(stock, {}, spec.stored)
+        self.shell = shell_of(parts.stock, {}, spec.stored)
         for name in self.touched(spec):
             del self.shell._parameters[name]
         self._untouched = tuple(n for n in fused if n not in self.touched(spec))
@@ -433,17 +447,9 @@ def build_bank(
     stocks: Mapping[int, nn.Module],
     tensors: Mapping[str, Tensor],
 ) -> ExpertBank:
-    """Build the bank that a spec names.
-
-    Args:
-        spec: the stored form.
-        slots: the stored expert that answers each router row.
-        layer: index of the layer that it answers for.
-        stocks: stock experts modules by layer index: this layer's and those that members name.
-        tensors: solved tensors by name.
+    """Build the bank that a spec names, from what `BankParts` describes.
 
     Raises:
         InputError: the kind is not known.
     """
-    bank: Any = bank_class(spec.kind)
-    return cast(ExpertBank, bank(spec, slots, layer, stocks, tensors))
+    return bank_class(spec.kind)(BankParts(spec, slots, layer, stocks, tensors))

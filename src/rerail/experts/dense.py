@@ -1,12 +1,12 @@
 """Dense form: whole experts, the model's own (slice, mask, alias) or sums of them (merge)."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from rerail.experts.base import BankSpec, ExpertBank, Member
+from rerail.experts.base import BankParts, ExpertBank, Member
 from rerail.moe.fused_experts import expert_parameters, shell_of
 
 
@@ -17,22 +17,16 @@ class DenseExperts(ExpertBank):
     through its slot map and no weight is copied; otherwise the stored experts are gathered.
     """
 
-    def __init__(
-        self,
-        spec: BankSpec,
-        slots: Sequence[int],
-        layer: int,
-        stocks: Mapping[int, nn.Module],
-        tensors: Mapping[str, Tensor],
-    ):
-        stock = stocks[layer]
-        own = all(len(g) == 1 and g[0][0] == layer and g[0][2] == 1.0 for g in spec.members)
-        rows = [spec.members[s][0][1] for s in slots] if own else list(slots)
-        super().__init__(spec, rows, layer, stock)
+    def __init__(self, parts: BankParts):
+        spec, stock = parts.spec, parts.stock
+        own = all(len(g) == 1 and g[0][0] == parts.layer and g[0][2] == 1.0 for g in spec.members)
         if own:
+            rows = [spec.members[slot][0][1] for slot in parts.slots]
+            super().__init__(parts._replace(slots=rows))
             self.shell = shell_of(stock, {}, cast(int, stock.num_experts))
             return
-        read = {i: expert_parameters(stocks[i]) for i in spec.reads()}
+        super().__init__(parts)
+        read = {i: expert_parameters(parts.stocks[i]) for i in spec.reads()}
         gathered = {
             name: _gather(like, {i: fused[name] for i, fused in read.items()}, spec.members)
             for name, like in expert_parameters(stock).items()

@@ -5,30 +5,19 @@ place of E; `spec.integers` names the shape of one expert's part of each.
 """
 
 import math
-from collections.abc import Mapping, Sequence
 
-from torch import Tensor, nn
-
-from rerail.experts.base import BankSpec, ExpertBank, Stored
+from rerail.experts.base import BankParts, BankSpec, ExpertBank, Stored
 from rerail.moe.fused_experts import Dims, expert_parameters, shell_of
 
 
 class MergedExperts(ExpertBank):
     """Whole experts from the plan's tensors, in the dtype of those that they replace."""
 
-    def __init__(
-        self,
-        spec: BankSpec,
-        slots: Sequence[int],
-        layer: int,
-        stocks: Mapping[int, nn.Module],
-        tensors: Mapping[str, Tensor],
-    ):
-        stock = stocks[layer]
-        super().__init__(spec, slots, layer, stock)
-        own = expert_parameters(stock)
-        solved = {name: t.detach().to(own[name], copy=True) for name, t in tensors.items()}
-        self.shell = shell_of(stock, solved, spec.stored)
+    def __init__(self, parts: BankParts):
+        super().__init__(parts)
+        own = expert_parameters(parts.stock)
+        solved = {name: t.detach().to(own[name], copy=True) for name, t in parts.tensors.items()}
+        self.shell = shell_of(parts.stock, solved, parts.spec.stored)
 
     @classmethod
     def predicted(cls, spec: BankSpec, layer: int, dims: Dims) -> Stored:  # noqa: ARG003

@@ -8,28 +8,20 @@ To run, experts are padded to one width with zeros. Zeros are exact: the down co
 act(0) * up is finite in every family (gpt_oss: (0 + 1) * 0).
 """
 
-from collections.abc import Mapping, Sequence
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from rerail.experts.base import BankSpec, EncodedExperts
+from rerail.experts.base import BankParts, BankSpec, EncodedExperts
 from rerail.moe.fused_experts import Dims, ExpertWeights, shell_of
 
 
 class NarrowExperts(EncodedExperts):
     """Integers: `widths`, one for each expert; option `biases`: `gate+up` where there are some."""
 
-    def __init__(
-        self,
-        spec: BankSpec,
-        slots: Sequence[int],
-        layer: int,
-        stocks: Mapping[int, nn.Module],
-        tensors: Mapping[str, Tensor],
-    ):
-        super().__init__(spec, slots, layer, stocks, tensors)
+    def __init__(self, parts: BankParts):
+        super().__init__(parts)
         if not self.lazy:
             self.shell = self._narrow_shell()
 

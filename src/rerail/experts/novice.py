@@ -3,7 +3,6 @@
 A token that chooses a novice gets g_e(x) N_e; router, choice and gate weights are as they were.
 """
 
-from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import cast
 
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from rerail.errors import InputError
-from rerail.experts.base import BankSpec, ExpertBank, Stored, StoredForm
+from rerail.experts.base import BankParts, BankSpec, ExpertBank, Stored, StoredForm
 from rerail.moe.fused_experts import Dims, ExpertWeights, expert_parameters, live_sum, shell_of
 
 _BIAS = "down_proj_bias"
@@ -26,21 +25,14 @@ class NoviceExperts(ExpertBank):
 
     whole = False
 
-    def __init__(
-        self,
-        spec: BankSpec,
-        slots: Sequence[int],
-        layer: int,
-        stocks: Mapping[int, nn.Module],
-        tensors: Mapping[str, Tensor],
-    ):
-        stock, kept = stocks[layer], spec.each("kept")
-        own = cast(int, stock.num_experts)
-        rows = [kept[s] if s < len(kept) else own + s - len(kept) for s in slots]
-        super().__init__(spec, rows, layer, stock)
-        self.shell = shell_of(stock, {}, own)
-        like = next(iter(expert_parameters(stock).values()))
-        self.novices = nn.Parameter(tensors["novices"].detach().to(like), requires_grad=False)
+    def __init__(self, parts: BankParts):
+        kept, own = parts.spec.each("kept"), cast(int, parts.stock.num_experts)
+        rows = [kept[s] if s < len(kept) else own + s - len(kept) for s in parts.slots]
+        super().__init__(parts._replace(slots=rows))
+        self.shell = shell_of(parts.stock, {}, own)
+        like = next(iter(expert_parameters(parts.stock).values()))
+        novices = parts.tensors["novices"].detach().to(like)
+        self.novices = nn.Parameter(novices, requires_grad=False)
 
     @staticmethod
     def shapes(spec: BankSpec, dims: Dims) -> dict[str, tuple[int, ...]]:

@@ -9,13 +9,12 @@ sum that all K had, as the model's own normalisation would have left it.
 import functools
 import logging
 import math
-from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from rerail.errors import InputError
-from rerail.experts.base import BankSpec, ExpertBank, Stored, StoredForm, bank_of
+from rerail.experts.base import BankParts, BankSpec, ExpertBank, Stored, StoredForm, bank_of
 from rerail.moe.fused_experts import Dims, ExpertWeights, live_sum
 
 log = logging.getLogger(__name__)
@@ -63,20 +62,13 @@ class SkipPolicy(ExpertBank):
 
     threshold: Tensor
 
-    def __init__(
-        self,
-        spec: BankSpec,
-        slots: Sequence[int],
-        layer: int,
-        stocks: Mapping[int, nn.Module],
-        tensors: Mapping[str, Tensor],
-    ):
+    def __init__(self, parts: BankParts):
         nn.Module.__init__(self)  # what it wraps knows its own sizes and slots
-        self.spec, self.layer, self.inner = spec, layer, stocks[layer]
+        self.spec, self.layer, self.inner = parts.spec, parts.layer, parts.stock
         self.dims, slots_of_inner = self.wrapped.dims, self.wrapped.slots
         self.register_buffer("slots", slots_of_inner, persistent=False)
-        self.register_buffer("threshold", tensors["threshold"].to(slots_of_inner.device))
-        self.protect = float(spec.options.get("protect", "0"))
+        self.register_buffer("threshold", parts.tensors["threshold"].to(slots_of_inner.device))
+        self.protect = float(parts.spec.options.get("protect", "0"))
         self.watches = self.protect > 0
 
     @property
