@@ -102,9 +102,9 @@ def fused(teacher):
     generator = torch.Generator().manual_seed(0)
     parts, tensors = [], {}
     for layer in teacher.layers:
-        held = {n: p for n, p in layer.experts.named_parameters() if p.shape[0] == 8}
-        spec = BankSpec("merged", 3, (), {n: tuple(p.shape[1:]) for n, p in held.items()})
-        for name, parameter in held.items():
+        own = {n: p for n, p in layer.experts.named_parameters() if p.shape[0] == 8}
+        spec = BankSpec("merged", 3, (), {n: tuple(p.shape[1:]) for n, p in own.items()})
+        for name, parameter in own.items():
             numbers = torch.randn((3, *parameter.shape[1:]), generator=generator) * 0.3
             tensors[f"layers.{layer.index}.{name}"] = numbers
         slots = (0, 0, 1, 1, 2, 2, 0, 1)

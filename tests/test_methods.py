@@ -21,7 +21,7 @@ from rerail.distill.masters import masters
 from rerail.distill.router_distillation import RouterDistillation
 from rerail.distill.settings import RouterKD
 from rerail.errors import OutOfReach
-from rerail.experts.base import BankSpec, SolvedBank, bank_class
+from rerail.experts.base import BankSpec, EncodedExperts, bank_class
 from rerail.export.package import packaged_model
 from rerail.methods.aimer import AIMER
 from rerail.methods.camera import Camera
@@ -330,7 +330,7 @@ def test_a_token_reads_no_more_than_the_teacher_and_edits_count_what_they_store(
     rows = Sizes.of(teacher, 2).active - plan.rows_removed(teacher.layers)
     for layer in student.layers:
         bank = layer.experts
-        if isinstance(bank, SolvedBank) and bank.spec.kind != "quantized":
+        if isinstance(bank, EncodedExperts) and bank.spec.kind != "quantized":
             assert layer.used(bank.spec.stored) == pytest.approx(sum(layer.stored().values()))
         else:
             assert layer.used(1) == layer.expert_size

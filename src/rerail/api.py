@@ -121,7 +121,6 @@ def save(student: Loaded, path: str | Path, form: str = "native", densify: bool 
     Raises:
         InputError: the form cannot hold the student.
     """
-    from rerail.export.native import stored_dtype
     from rerail.export.targets import export_student
 
     return export_student(
@@ -132,5 +131,5 @@ def save(student: Loaded, path: str | Path, form: str = "native", densify: bool 
         tokenizer=student.tokenizer,
         manifest={"parent": student.source.fingerprint()},
         densify=densify,
-        dtype=stored_dtype(student.source),
+        dtype=student.source.stored_dtype(),
     )

@@ -1,5 +1,5 @@
 """`import rerail.auto` lets stock `from_pretrained` load checkpoints of the package form."""
 
-from rerail.export.families import register_families
+from rerail.export.classes import register_families
 
 register_families()

@@ -12,7 +12,7 @@ from rerail.compress.templates.skipper import (
 )
 from rerail.errors import InputError, OutOfReach
 from rerail.evaluate.active import counting
-from rerail.experts.skip_policy import BINS, Bank
+from rerail.experts.skip_policy import BINS, SkipPolicy
 from rerail.methods.naee_skip import NAEESkip
 from rerail.methods.odp import ODP
 from rerail.methods.reap import MomentScore
@@ -164,7 +164,7 @@ def test_thresholds_are_fitted_again_after_a_repair(method):
     again = apply_plan(without_policies(student), plan)
     check_fitted(again)
     assert all(int(la.experts.threshold) > o for la, o in zip(again.layers, old, strict=True))
-    assert not any(isinstance(layer.experts.inner, Bank) for layer in again.layers)
+    assert not any(isinstance(layer.experts.inner, SkipPolicy) for layer in again.layers)
     for mine, theirs in zip(again.layers, student.layers, strict=True):
         assert mine.router_rows is theirs.router_rows
 

@@ -6,7 +6,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from families import tiny, tokens
 from rerail.compress.base import make_plan
 from rerail.experts.base import BankSpec, build_bank
-from rerail.experts.basis import Bank
+from rerail.experts.basis import BasisExperts
 from rerail.methods.mobe import MoBE
 from rerail.moe.fused_experts import expert_parameters
 from rerail.moe.model import MoELayer, MoEModel
@@ -17,13 +17,13 @@ from rerail.plan.sizes import Sizes
 from rerail.statistics.statistic import StatisticSet
 
 
-def build(layer: MoELayer, matrices: str, **options: str) -> Bank:
+def build(layer: MoELayer, matrices: str, **options: str) -> BasisExperts:
     options = {"matrices": matrices, "activation": "silu", **options}
     spec = BankSpec("basis", 8, (), {"bases": 2, "rank": 3}, options)
     generator = torch.Generator().manual_seed(0)
     tensors = {
         name: torch.randn(shape, generator=generator, dtype=torch.float64)
-        for name, shape in Bank.shapes(spec, layer.dims).items()
+        for name, shape in BasisExperts.shapes(spec, layer.dims).items()
     }
     return build_bank(spec, range(8), layer.index, {layer.index: layer.stock()}, tensors)
 
@@ -36,9 +36,9 @@ def test_every_expert_is_the_formula_of_its_factors(family: str) -> None:
         a, alpha, b = (bank.solved(f"{name}.{part}") for part in ("A", "alpha", "B"))
         for i in range(8):
             expected = a[i] @ F.silu(alpha[i, 0] * b[0] + alpha[i, 1] * b[1])
-            found = getattr(bank.materialise(i), name)
-            torch.testing.assert_close(found, expected.mT if name == "down" else expected)
-            assert found.dtype == torch.float32
+            actual = getattr(bank.materialise(i), name)
+            torch.testing.assert_close(actual, expected.mT if name == "down" else expected)
+            assert actual.dtype == torch.float32
 
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
@@ -46,9 +46,9 @@ def test_what_is_not_factorised_stays_the_layers_own(family: str) -> None:
     layer = tiny(family).layers[0]
     stock = expert_parameters(layer.experts)
     for bank in (build(layer, "gate+up"), build(layer, "gate+up", run="lazy")):
-        held = dict(bank.shell.named_parameters())
-        assert all(held[name] is p for name, p in stock.items() if name != "gate_up_proj")
-        assert ("gate_up_proj" in held) is not bank.lazy
+        in_shell = dict(bank.shell.named_parameters())
+        assert all(in_shell[name] is p for name, p in stock.items() if name != "gate_up_proj")
+        assert ("gate_up_proj" in in_shell) is not bank.lazy
 
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss", "granitemoe"])
@@ -96,6 +96,6 @@ def test_published_sizes_of_qwen3_30b_come_out(bases: int, billions: float) -> N
     for layer in teacher.layers:
         sizes = method.sizes(layer, layer.expert_size * layer.num_experts)
         assert sizes == {"bases": bases, "rank": 768}
-        predicted = Bank.predicted(method.spec(layer, sizes), layer.index, layer.dims)
+        predicted = BasisExperts.predicted(method.spec(layer, sizes), layer.index, layer.dims)
         total -= layer.expert_size * layer.num_experts - sum(predicted.values())
     assert total / 1e9 == pytest.approx(billions, abs=0.005)

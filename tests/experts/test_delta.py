@@ -3,7 +3,7 @@ import torch
 
 from families import tiny
 from rerail.experts.base import BankSpec, build_bank
-from rerail.experts.delta import Bank
+from rerail.experts.delta import DeltaExperts
 from rerail.moe.fused_experts import expert_parameters
 from rerail.moe.model import MoELayer
 
@@ -17,18 +17,18 @@ FORMS = {
 }
 
 
-def build(layer: MoELayer, form: str, **options: str) -> Bank:
+def build(layer: MoELayer, form: str, **options: str) -> DeltaExperts:
     integers, rows = FORMS[form]
     spec = BankSpec("delta", 8, (), integers, {"rows": rows, **options})
     generator = torch.Generator().manual_seed(0)
     tensors = {
         name: torch.randn(shape, generator=generator, dtype=torch.float64)
-        for name, shape in Bank.shapes(spec, layer.dims).items()
+        for name, shape in DeltaExperts.shapes(spec, layer.dims).items()
     }
     return build_bank(spec, range(8), layer.index, {layer.index: layer.stock()}, tensors)
 
 
-def expected(bank: Bank, name: str, i: int) -> torch.Tensor:
+def expected(bank: DeltaExperts, name: str, i: int) -> torch.Tensor:
     base, u, v = (bank.solved(f"{name}.{part}") for part in ("base", "U", "V"))
     if bank.spec.options["rows"] == "shared":
         return base + u[i] @ v
@@ -44,13 +44,13 @@ def test_every_expert_is_base_plus_factors(family: str, form: str) -> None:
     bank, narrow = build(layer, form), form.startswith("narrow")
     for name in ("gate", "up", "down"):
         for i in range(8):
-            found, made = getattr(bank.materialise(i), name), expected(bank, name, i)
+            actual, made = getattr(bank.materialise(i), name), expected(bank, name, i)
             if narrow:
-                full = torch.zeros_like(found)
+                full = torch.zeros_like(actual)
                 at = list(CHANNELS)
                 full[(slice(None), at) if name == "down" else at] = made
                 made = full
-            torch.testing.assert_close(found, made)
+            torch.testing.assert_close(actual, made)
 
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
@@ -63,10 +63,10 @@ def test_lazy_and_materialised_agree_and_count_the_same(family: str, form: str) 
     assert torch.isfinite(kept(x, index, weights)).all()
     counted = sum(p.numel() for p in lazy.parameters())
     assert counted == sum(lazy.stored().values()) == sum(kept.stored().values())
-    assert lazy.stored() == Bank.predicted(lazy.spec, layer.index, layer.dims)
+    assert lazy.stored() == DeltaExperts.predicted(lazy.spec, layer.index, layer.dims)
     own = {n: p for n, p in expert_parameters(layer.experts).items() if n.endswith("bias")}
-    held = dict(kept.shell.named_parameters())
-    assert all(held[n] is p for n, p in own.items())
+    in_shell = dict(kept.shell.named_parameters())
+    assert all(in_shell[n] is p for n, p in own.items())
 
 
 def test_dropped_channels_are_not_stored() -> None:

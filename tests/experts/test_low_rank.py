@@ -3,7 +3,7 @@ import torch
 
 from families import tiny
 from rerail.experts.base import BankSpec, build_bank
-from rerail.experts.low_rank import Bank
+from rerail.experts.low_rank import LowRankExperts
 from rerail.moe.fused_experts import expert_parameters
 from rerail.moe.model import MoELayer
 
@@ -15,18 +15,18 @@ FORMS = {
 }
 
 
-def build(layer: MoELayer, form: str, **options: str) -> Bank:
+def build(layer: MoELayer, form: str, **options: str) -> LowRankExperts:
     integers, rows = FORMS[form]
     spec = BankSpec("low_rank", 8, (), integers, {"rows": rows, **options})
     generator = torch.Generator().manual_seed(0)
     tensors = {
         name: torch.randn(shape, generator=generator, dtype=torch.float64)
-        for name, shape in Bank.shapes(spec, layer.dims).items()
+        for name, shape in LowRankExperts.shapes(spec, layer.dims).items()
     }
     return build_bank(spec, range(8), layer.index, {layer.index: layer.stock()}, tensors)
 
 
-def expected(bank: Bank, form: str, name: str, i: int) -> torch.Tensor:
+def expected(bank: LowRankExperts, form: str, name: str, i: int) -> torch.Tensor:
     u, v = bank.solved(f"{name}.U"), bank.solved(f"{name}.V")
     if form == "own":
         start = sum(OWN[name][:i])
@@ -44,9 +44,9 @@ def test_every_expert_is_the_formula_of_its_factors(family: str, form: str) -> N
     bank = build(tiny(family).layers[0], form)
     for name in ("gate", "up", "down"):
         for i in range(8):
-            found = getattr(bank.materialise(i), name)
-            torch.testing.assert_close(found, expected(bank, form, name, i))
-            assert found.dtype == torch.float32
+            actual = getattr(bank.materialise(i), name)
+            torch.testing.assert_close(actual, expected(bank, form, name, i))
+            assert actual.dtype == torch.float32
 
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
@@ -58,7 +58,7 @@ def test_lazy_and_materialised_agree_and_count_the_same(family: str, form: str) 
     assert torch.equal(kept(x, index, weights), lazy(x, index, weights))
     counted = sum(p.numel() for p in lazy.parameters())
     assert counted == sum(lazy.stored().values()) == sum(kept.stored().values())
-    assert lazy.stored() == Bank.predicted(lazy.spec, layer.index, layer.dims)
+    assert lazy.stored() == LowRankExperts.predicted(lazy.spec, layer.index, layer.dims)
 
 
 def test_a_factored_forward_is_the_materialised_one() -> None:
@@ -68,16 +68,16 @@ def test_a_factored_forward_is_the_materialised_one() -> None:
     part = {n: (bank.solved(f"{n}.U")[6], bank.solved(f"{n}.V")) for n in ("gate", "up", "down")}
     gate, up = (x @ part[n][1].T @ part[n][0].T for n in ("gate", "up"))
     h = torch.nn.functional.silu(gate) * up
-    found = bank(x, torch.full((5, 1), 6), torch.ones(5, 1))
+    actual = bank(x, torch.full((5, 1), 6), torch.ones(5, 1))
     expected = h @ part["down"][1].T @ part["down"][0].T
-    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(actual, expected, atol=1e-4, rtol=1e-4)
 
 
 def test_biases_stay_the_layers_own() -> None:
     layer = tiny("gpt_oss").layers[0]
     stock, bank = expert_parameters(layer.experts), build(layer, "own")
-    held = dict(bank.shell.named_parameters())
-    assert all(held[n] is p for n, p in stock.items() if n.endswith("bias"))
+    in_shell = dict(bank.shell.named_parameters())
+    assert all(in_shell[n] is p for n, p in stock.items() if n.endswith("bias"))
     biases = {n: p.numel() for n, p in stock.items() if n.endswith("bias")}
     assert {n: c for (_, n), c in bank.stored().items() if n.endswith("bias")} == biases
 

@@ -20,11 +20,11 @@ def plan_of(teacher: MoEModel, chosen: list[int]) -> Plan:
     """Return a plan that stores the chosen experts, two slots each, as solved tensors."""
     parts, tensors = [], {}
     for layer in teacher.layers:
-        held = {n: p[chosen].double() for n, p in expert_parameters(layer.experts).items()}
-        shapes = {n: tuple(t.shape[1:]) for n, t in held.items()}
+        fused = {n: p[chosen].double() for n, p in expert_parameters(layer.experts).items()}
+        shapes = {n: tuple(t.shape[1:]) for n, t in fused.items()}
         spec = BankSpec("merged", len(chosen), (), shapes)
         parts.append(LayerPlan(layer.index, tuple(range(8)), SLOTS, "untouched", spec))
-        tensors |= {f"layers.{layer.index}.{n}": t for n, t in held.items()}
+        tensors |= {f"layers.{layer.index}.{n}": t for n, t in fused.items()}
     return Plan(tuple(parts), {}, tensors)
 
 

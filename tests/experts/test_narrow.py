@@ -6,7 +6,7 @@ import torch
 from families import tiny
 from rerail.compress.templates.narrower import narrowed
 from rerail.experts.base import build_bank
-from rerail.experts.narrow import Bank
+from rerail.experts.narrow import NarrowExperts
 from rerail.moe.fused_experts import ExpertWeights, expert_parameters, shell_of
 from rerail.moe.model import MoELayer
 
@@ -21,7 +21,7 @@ def ragged(layer: MoELayer) -> torch.Tensor:
     return kept
 
 
-def build(layer: MoELayer, kept: torch.Tensor, **options: str) -> Bank:
+def build(layer: MoELayer, kept: torch.Tensor, **options: str) -> NarrowExperts:
     spec, tensors = narrowed(layer, kept)
     spec.options.update(options)
     return build_bank(spec, range(8), layer.index, {layer.index: layer.stock()}, tensors)
@@ -90,7 +90,7 @@ def test_sizes_are_those_of_the_kept_channels(family: str) -> None:
     biased = family == "gpt_oss"
     formula = int(kept.sum()) * (3 * 16 + 2 * biased) + biased * 8 * 16
     assert sum(bank.stored().values()) == formula
-    assert bank.stored() == Bank.predicted(bank.spec, layer.index, layer.dims)
+    assert bank.stored() == NarrowExperts.predicted(bank.spec, layer.index, layer.dims)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

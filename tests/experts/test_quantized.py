@@ -3,7 +3,7 @@ import torch
 
 from families import CONFIGS, tiny, tokens
 from rerail.experts.base import BankSpec, build_bank
-from rerail.experts.quantized import Bank, Coded, dequantised, pack, unpack
+from rerail.experts.quantized import Coded, QuantizedExperts, dequantised, pack, unpack
 from rerail.moe.fused_experts import expert_parameters
 from rerail.moe.model import MoELayer
 from rerail.plan.apply import apply_plan
@@ -19,7 +19,7 @@ def spec_of(bits: tuple[int, ...] = MIXED, group: int = 6, **options: str) -> Ba
 
 def tensors_of(layer: MoELayer, spec: BankSpec) -> dict[str, torch.Tensor]:
     generator, made = torch.Generator().manual_seed(0), {}
-    for name, shape in Bank.shapes(spec, layer.dims).items():
+    for name, shape in QuantizedExperts.shapes(spec, layer.dims).items():
         if name.endswith("codes"):
             made[name] = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
         else:
@@ -27,7 +27,7 @@ def tensors_of(layer: MoELayer, spec: BankSpec) -> dict[str, torch.Tensor]:
     return made
 
 
-def build(layer: MoELayer, spec: BankSpec) -> Bank:
+def build(layer: MoELayer, spec: BankSpec) -> QuantizedExperts:
     stocks = {layer.index: layer.stock()}
     return build_bank(spec, range(spec.stored), layer.index, stocks, tensors_of(layer, spec))
 
@@ -52,29 +52,29 @@ def test_the_bit_stream_is_lowest_first_and_filled_with_zeros() -> None:
 def test_groups_have_their_own_scale_and_zero_also_the_short_last_one() -> None:
     codes = torch.arange(10, dtype=torch.uint8).view(2, 5)
     scale, zero = torch.tensor([[1.0, 10.0], [0.5, 2.0]]), torch.tensor([[0.0, 3.0], [5.0, 1.5]])
-    found = dequantised(Coded(codes, scale, zero), 3)
-    assert found.tolist() == [[0, 1, 2, 0, 10], [0, 0.5, 1, 13, 15]]
+    actual = dequantised(Coded(codes, scale, zero), 3)
+    assert actual.tolist() == [[0, 1, 2, 0, 10], [0, 0.5, 1, 13, 15]]
 
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss", "mixtral", "granitemoe"])
 def test_every_expert_is_the_formula_of_its_own_width(family: str) -> None:
     layer, spec = tiny(family).layers[0], spec_of()
-    bank, held = build(layer, spec), tensors_of(layer, spec)
+    bank, solved = build(layer, spec), tensors_of(layer, spec)
     for e, bits in enumerate(MIXED):
         row = [i for i, b in enumerate(MIXED) if b == bits].index(e)
         for name in ("gate", "up", "down"):
-            found, key = getattr(bank.materialise(e), name), f"{name}.b{bits}"
-            assert found.dtype == torch.float32
+            actual, key = getattr(bank.materialise(e), name), f"{name}.b{bits}"
+            assert actual.dtype == torch.float32
             if bits == 16:
-                assert torch.equal(found, held[f"{key}.dense"][row].float())
+                assert torch.equal(actual, solved[f"{key}.dense"][row].float())
                 continue
-            out, inner = found.shape
-            codes = unpack(held[f"{key}.codes"][row], bits, out * inner).view(out, inner)
+            out, inner = actual.shape
+            codes = unpack(solved[f"{key}.codes"][row], bits, out * inner).view(out, inner)
             for column in range(inner):
-                scale = held[f"{key}.scale"][row][:, column // 6]
-                zero = held[f"{key}.zero"][row][:, column // 6] if bits > 1 else 0.5
+                scale = solved[f"{key}.scale"][row][:, column // 6]
+                zero = solved[f"{key}.zero"][row][:, column // 6] if bits > 1 else 0.5
                 expected = (codes[:, column] - zero) * scale
-                torch.testing.assert_close(found[:, column], expected.float())
+                torch.testing.assert_close(actual[:, column], expected.float())
 
 
 @pytest.mark.parametrize("family", CONFIGS)
@@ -105,7 +105,9 @@ def test_bits_are_counted_to_the_byte(family: str) -> None:
             expected += 16 * out * inner if bits == 16 else 8 * -(-out * inner * bits // 8)
             expected += 16 * numbers
     assert sum(bank.stored_bits(16).values()) == expected
-    assert bank.stored_bits(32) == Bank.predicted_bits(bank.spec, layer.index, layer.dims, 32)
+    assert bank.stored_bits(32) == QuantizedExperts.predicted_bits(
+        bank.spec, layer.index, layer.dims, 32
+    )
 
 
 def test_sixteen_bits_are_the_model_itself() -> None:

@@ -10,8 +10,7 @@ from rerail.errors import InputError
 from rerail.evaluate.active import counting
 from rerail.experts import skip_policy as policy
 from rerail.experts.base import BankSpec
-from rerail.experts.skip_policy import BINS, Bank, protected, rescaled, tails
-from rerail.moe.fitted import router_hash
+from rerail.experts.skip_policy import BINS, SkipPolicy, protected, rescaled, tails
 from rerail.moe.model import MoEModel
 from rerail.plan.apply import apply_plan
 from rerail.plan.plan import LayerPlan, Plan
@@ -48,8 +47,8 @@ def test_threshold_zero_is_the_model_itself_to_the_bit(family):
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "mixtral"])
 def test_skipping_all_but_the_first_is_top_1_where_gates_are_normalised(family):
-    found, one = logits(skipping(tiny(family, **K), 1.0)), tiny(family, num_experts_per_tok=1)
-    torch.testing.assert_close(found, logits(one), atol=1e-5, rtol=1e-5)
+    actual, top_1 = logits(skipping(tiny(family, **K), 1.0)), tiny(family, num_experts_per_tok=1)
+    torch.testing.assert_close(actual, logits(top_1), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "olmoe"])
@@ -93,8 +92,8 @@ def test_a_slot_at_the_threshold_is_kept():
 
 def test_weights_that_are_all_zero_stay_finite():
     skip = torch.tensor([[False, True], [False, True]])
-    found = rescaled(torch.tensor([[0.0, 0.0], [0.25, 0.75]]), skip)
-    torch.testing.assert_close(found, torch.tensor([[0.0, 0.0], [1.0, 0.0]]))
+    actual = rescaled(torch.tensor([[0.0, 0.0], [0.25, 0.75]]), skip)
+    torch.testing.assert_close(actual, torch.tensor([[0.0, 0.0], [1.0, 0.0]]))
 
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss", "deepseek_v2"])
@@ -116,7 +115,7 @@ def test_it_wraps_a_bank_and_stores_what_the_bank_stores(make):
     model = tiny("qwen3_moe")
     student = make(model)
     policed = skipping(student, 0.5)
-    assert isinstance(policed.layers[0].experts, Bank)
+    assert isinstance(policed.layers[0].experts, SkipPolicy)
     assert Sizes.of(policed, 2) == Sizes.of(student, 2)
     assert torch.equal(logits(skipping(student, 0.0)), logits(student))
     assert (logits(policed) - logits(student)).abs().max() > 1e-3
@@ -205,18 +204,18 @@ def test_plain_experts_cannot_hold_a_policy():
 
 def test_a_policy_is_refused_on_another_router():
     model = tiny("qwen3_moe")
-    hashes = [router_hash(layer) for layer in model.layers]
+    hashes = [layer.router_hash() for layer in model.layers]
     assert hashes[0] != hashes[1]
-    assert hashes == [router_hash(layer) for layer in tiny("qwen3_moe").layers]
+    assert hashes == [layer.router_hash() for layer in tiny("qwen3_moe").layers]
     plan = plan_of(model, 0.3, router=hashes[0])
     with pytest.raises(InputError, match=f"layer 1: .* fitted on the router {hashes[0]}"):
         apply_plan(model, plan)
     wide = copy.deepcopy(model.model).to(torch.float64)
-    assert router_hash(MoEModel(wide).layers[0]) == hashes[0]
+    assert MoEModel(wide).layers[0].router_hash() == hashes[0]
     biased = tiny("deepseek_v3", n_group=1)
-    before = router_hash(biased.layers[0])
+    before = biased.layers[0].router_hash()
     biased.layers[0].router.e_score_correction_bias[2] += 1
-    assert router_hash(biased.layers[0]) != before
+    assert biased.layers[0].router_hash() != before
 
 
 def test_attention_received_protects_tokens_that_rows_would_not():
@@ -232,8 +231,8 @@ def test_attention_received_protects_tokens_that_rows_would_not():
     for fewer, more in itertools.pairwise(grown):
         assert (more | ~fewer).all()
     valid[0, 1] = False
-    found = protected(torch.ones(4, 3), received, valid, 0.34)
-    assert found.tolist() == [True, False, True, False]
+    actual = protected(torch.ones(4, 3), received, valid, 0.34)
+    assert actual.tolist() == [True, False, True, False]
 
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v2", "gpt_oss", "lfm2_moe"])
@@ -276,18 +275,18 @@ def test_protection_does_not_depend_on_batch_or_padding():
 
 
 def test_without_attention_nothing_is_protected_and_it_is_said(caplog):
-    policy._say_unprotected.cache_clear()
+    policy._warn_unprotected.cache_clear()
     model = tiny("qwen3_moe")
     student = skipping(model, 0.6, protect="1.0")
     student.model.set_attn_implementation("sdpa")
     with caplog.at_level(logging.WARNING):
-        found = logits(student)
-    assert torch.equal(found, logits(skipping(model, 0.6)))
+        actual = logits(student)
+    assert torch.equal(actual, logits(skipping(model, 0.6)))
     assert caplog.text.count("protects no token") == 1
 
 
 def test_decoding_with_a_cache_protects_nothing_quietly(caplog):
-    policy._say_unprotected.cache_clear()
+    policy._warn_unprotected.cache_clear()
     student = skipping(tiny("qwen3_moe"), 0.6, protect="1.0").model
     ids = tokens(1, 6)
     with caplog.at_level(logging.WARNING), torch.no_grad():

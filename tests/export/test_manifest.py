@@ -8,8 +8,8 @@ from safetensors.torch import load_file
 from families import tiny
 from rerail.errors import InputError
 from rerail.experts.base import BankSpec
-from rerail.export.manifest import NAME, is_whole, read_manifest
-from rerail.export.native import export_native
+from rerail.export.checkpoint import MANIFEST, is_whole, read_manifest
+from rerail.export.targets import export_student
 from rerail.plan.apply import apply_plan
 from rerail.plan.plan import LayerPlan, Plan
 
@@ -21,40 +21,44 @@ def exported(folder, **manifest):
     parts = [LayerPlan(i, KEPT, (0, 1, 2), "slice", spec) for i, spec in enumerate(specs)]
     plan = Plan(tuple(parts), {"compressor": "by hand", "removed": 0.625})
     student = apply_plan(tiny("qwen3_moe"), plan)
-    path = export_native(student, plan, folder, manifest=manifest, dtype=torch.bfloat16)
+    path = export_student(student, plan, folder, manifest=manifest, dtype=torch.bfloat16)
     return plan, path
 
 
 def test_the_plan_comes_back_from_the_manifest(tmp_path):
     plan, path = exported(tmp_path / "model")
-    held = read_manifest(path)["plan"]
-    back = Plan.from_json(held)
+    content = read_manifest(path)["plan"]
+    back = Plan.from_json(content)
     assert back == plan
-    assert back.fingerprint() == held["fingerprint"] == plan.fingerprint()
-    assert held["layers"][1]["kept"] == list(KEPT)
-    assert held["lineage"]["removed"] == 0.625
+    assert back.fingerprint() == content["fingerprint"] == plan.fingerprint()
+    assert content["layers"][1]["kept"] == list(KEPT)
+    assert content["lineage"]["removed"] == 0.625
 
 
 def test_the_manifest_counts_what_lies_on_disk(tmp_path):
     _, path = exported(tmp_path / "model")
-    held = read_manifest(path)
-    sizes = {p.name: p.stat().st_size for p in path.iterdir() if p.name != NAME}
-    assert held["files"] == sizes
-    assert held["weight_bytes"] == sizes["model.safetensors"]
+    content = read_manifest(path)
+    sizes = {p.name: p.stat().st_size for p in path.iterdir() if p.name != MANIFEST}
+    assert content["files"] == sizes
+    assert content["weight_bytes"] == sizes["model.safetensors"]
     tensors = load_file(path / "model.safetensors")
-    assert held["sizes"]["bytes"] == sum(t.numel() * t.itemsize for t in tensors.values())
+    assert content["sizes"]["bytes"] == sum(t.numel() * t.itemsize for t in tensors.values())
     routed = sum(t.numel() for n, t in tensors.items() if ".experts." in n)
-    assert held["sizes"]["routed"] == routed == 2 * 3 * 3 * 8 * 16
+    assert content["sizes"]["routed"] == routed == 2 * 3 * 3 * 8 * 16
 
 
 def test_the_manifest_says_what_and_with_which_versions_and_keeps_the_caller_s_facts(tmp_path):
     facts = {"parent": {"fingerprint": "abc"}, "choices": {"seed": 1}, "evaluation": [{"nll": 1.5}]}
     _, path = exported(tmp_path / "model", **facts)
-    held = json.loads((path / "compression.json").read_text())
-    assert {name: held[name] for name in facts} == facts
-    assert (held["target"], held["densified"], held["dtype"]) == ("native", False, "bfloat16")
-    assert held["versions"]["transformers"] == version("transformers")
-    assert {"rerail", "torch", "safetensors", "python"} <= held["versions"].keys()
+    content = json.loads((path / "compression.json").read_text())
+    assert {name: content[name] for name in facts} == facts
+    assert (content["target"], content["densified"], content["dtype"]) == (
+        "native",
+        False,
+        "bfloat16",
+    )
+    assert content["versions"]["transformers"] == version("transformers")
+    assert {"rerail", "torch", "safetensors", "python"} <= content["versions"].keys()
 
 
 def test_a_folder_with_a_missing_or_cut_file_is_not_whole(tmp_path):
@@ -66,7 +70,7 @@ def test_a_folder_with_a_missing_or_cut_file_is_not_whole(tmp_path):
     assert not is_whole(path)
     weights.write_bytes(data)
     assert is_whole(path)
-    (path / NAME).unlink()
+    (path / MANIFEST).unlink()
     assert not is_whole(path)
     with pytest.raises(InputError, match=r"compression\.json cannot be read"):
         read_manifest(path)

@@ -12,10 +12,10 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from families import CONFIGS, tiny, tokens
 from rerail.errors import InputError
-from rerail.export.manifest import is_whole, read_manifest
-from rerail.export.native import as_written, export_native
-from rerail.export.stock import check_native
-from rerail.export.widths import NAMES as WIDTH_NAMES
+from rerail.export.checkpoint import is_whole, read_manifest
+from rerail.export.native import check_native
+from rerail.export.targets import as_written, export_student
+from rerail.moe.families import WIDTH_NAMES
 from rerail.moe.source import ModelSource
 from rerail.plan.apply import apply_plan
 from rerail.plan.plan import Plan
@@ -76,7 +76,7 @@ def test_a_sliced_student_of_every_family_reloads_bit_equal_under_every_name_of_
     assert not torch.equal(logits(student.model), logits(teacher.model))
     own = bits(student), student.config.to_json_string()
 
-    path = export_native(student, sliced(), tmp_path / "model")
+    path = export_student(student, sliced(), tmp_path / "model")
 
     assert torch.equal(logits(reload(path)), logits(student.model))
     written = json.loads((path / "config.json").read_text())
@@ -95,7 +95,7 @@ def test_a_float32_student_is_written_in_the_dtype_of_its_parent_and_equals_its_
     family, tmp_path
 ):
     student = apply_plan(tiny(family), sliced())
-    path = export_native(student, sliced(), tmp_path / "model", dtype=torch.bfloat16)
+    path = export_student(student, sliced(), tmp_path / "model", dtype=torch.bfloat16)
 
     expected = as_written(student, torch.bfloat16)
     assert expected.model.dtype == torch.float32
@@ -115,13 +115,13 @@ def test_a_float32_student_is_written_in_the_dtype_of_its_parent_and_equals_its_
 
 def test_a_parent_read_from_disk_goes_back_to_the_same_bytes(tmp_path):
     parent = apply_plan(tiny("mixtral"), Plan())
-    first = export_native(parent, Plan(), tmp_path / "parent", dtype=torch.bfloat16)
+    first = export_student(parent, Plan(), tmp_path / "parent", dtype=torch.bfloat16)
     source = ModelSource(str(first))
-    second = export_native(source.load(), Plan(), tmp_path / "again", dtype=source.config().dtype)
-    held, again = (load_file(p / "model.safetensors") for p in (first, second))
-    assert held.keys() == again.keys()
-    assert all(torch.equal(held[n], again[n]) for n in held)
-    assert "model.layers.0.block_sparse_moe.experts.7.w1.weight" in held
+    second = export_student(source.load(), Plan(), tmp_path / "again", dtype=source.config().dtype)
+    saved, again = (load_file(p / "model.safetensors") for p in (first, second))
+    assert saved.keys() == again.keys()
+    assert all(torch.equal(saved[n], again[n]) for n in saved)
+    assert "model.layers.0.block_sparse_moe.experts.7.w1.weight" in saved
 
 
 @pytest.mark.parametrize(
@@ -130,7 +130,7 @@ def test_a_parent_read_from_disk_goes_back_to_the_same_bytes(tmp_path):
 def test_a_masked_router_is_written_as_a_sliced_one_that_chooses_the_same(family, tmp_path):
     teacher = tiny(family)
     student = apply_plan(teacher, masked())
-    path = export_native(student, masked(), tmp_path / "model")
+    path = export_student(student, masked(), tmp_path / "model")
     loaded = reload(path)
     torch.testing.assert_close(logits(loaded), logits(student.model), atol=1e-5, rtol=1e-5)
     assert torch.equal(logits(loaded), logits(apply_plan(teacher, sliced()).model))
@@ -140,7 +140,7 @@ def test_a_masked_router_is_written_as_a_sliced_one_that_chooses_the_same(family
 @pytest.mark.parametrize("plan", [aliased, merged, lent, factored])
 def test_densify_writes_one_whole_expert_for_each_router_row(family, plan, tmp_path):
     student = apply_plan(tiny(family), plan())
-    path = export_native(student, plan(), tmp_path / "model", densify=True)
+    path = export_student(student, plan(), tmp_path / "model", densify=True)
     loaded = reload(path)
     torch.testing.assert_close(logits(loaded), logits(student.model), atol=1e-5, rtol=1e-5)
     assert loaded.config.num_local_experts == 8
@@ -157,13 +157,13 @@ def test_experts_of_one_narrower_width_are_plain_experts(family, tmp_path):
     teacher = tiny(family, **SPACIOUS.get(family, {"intermediate_size": 24}))
     plan = solved(teacher, "narrow", widths=WIDE)
     student = apply_plan(teacher, plan)
-    path = export_native(student, plan, tmp_path / "model")
+    path = export_student(student, plan, tmp_path / "model")
     loaded = reload(path)
     torch.testing.assert_close(logits(loaded), logits(student.model), atol=1e-5, rtol=1e-5)
     widths = {name: getattr(loaded.config, name, None) for name in WIDTH_NAMES}
     own = "moe_intermediate_size" if family == "qwen3_moe" else "intermediate_size"
     assert [name for name, width in widths.items() if width == 16] == [own]
-    dense = export_native(student, plan, tmp_path / "dense", densify=True)
+    dense = export_student(student, plan, tmp_path / "dense", densify=True)
     torch.testing.assert_close(logits(reload(dense)), logits(student.model), atol=1e-5, rtol=1e-5)
 
 
@@ -172,7 +172,7 @@ def test_merged_experts_with_a_router_row_each_are_plain_experts(tmp_path):
     plan = fused(teacher)
     parts = [replace(part, kept=(1, 4, 6), slots=(0, 1, 2), router="slice") for part in plan.layers]
     student = apply_plan(teacher, replace(plan, layers=tuple(parts)))
-    path = export_native(student, plan, tmp_path / "model")
+    path = export_student(student, plan, tmp_path / "model")
     assert torch.equal(logits(reload(path)), logits(student.model))
 
 
@@ -180,7 +180,7 @@ def widths_by_layer(teacher):
     """The second layer is narrower than the first."""
     first, second = (solved(teacher, "narrow", widths=(w,) * 8) for w in (13, 7))
     tensors = first.of_layer(0), second.of_layer(1)
-    named = {f"layers.{i}.{n}": t for i, held in enumerate(tensors) for n, t in held.items()}
+    named = {f"layers.{i}.{n}": t for i, saved in enumerate(tensors) for n, t in saved.items()}
     return Plan((first.layers[0], second.layers[1]), {}, named)
 
 
@@ -227,7 +227,7 @@ def test_a_form_that_stock_transformers_cannot_hold_is_refused_before_anything_i
     with pytest.raises(InputError, match=sentence):
         check_native(student, densify)
     with pytest.raises(InputError, match=sentence):
-        export_native(student, plan, tmp_path / "model", densify=densify)
+        export_student(student, plan, tmp_path / "model", densify=densify)
     assert not list(tmp_path.iterdir())
 
 
@@ -235,9 +235,9 @@ def test_a_folder_that_is_not_an_export_is_never_replaced(tmp_path):
     student = apply_plan(tiny("qwen3_moe"), sliced())
     (tmp_path / "diary.txt").write_text("dear diary")
     with pytest.raises(InputError, match="is not an earlier export; name a new or empty folder"):
-        export_native(student, sliced(), tmp_path)
+        export_student(student, sliced(), tmp_path)
     with pytest.raises(InputError, match="is not an earlier export"):
-        export_native(student, sliced(), tmp_path / "diary.txt")
+        export_student(student, sliced(), tmp_path / "diary.txt")
     assert [p.name for p in tmp_path.iterdir()] == ["diary.txt"]
 
 
@@ -252,7 +252,7 @@ def test_a_full_disk_leaves_the_earlier_export_and_nothing_half_written(
     error, tmp_path, monkeypatch
 ):
     student = apply_plan(tiny("qwen3_moe"), sliced())
-    export_native(student, sliced(), tmp_path / "model", manifest={"which": "first"})
+    export_student(student, sliced(), tmp_path / "model", manifest={"which": "first"})
 
     def fill(self, folder, **_):
         folder.mkdir()
@@ -262,7 +262,7 @@ def test_a_full_disk_leaves_the_earlier_export_and_nothing_half_written(
     monkeypatch.setattr(PreTrainedModel, "save_pretrained", fill)
     for name in ("model", "other"):
         with pytest.raises(InputError, match="no space left on the device"):
-            export_native(student, sliced(), tmp_path / name)
+            export_student(student, sliced(), tmp_path / name)
     assert [p.name for p in tmp_path.iterdir()] == ["model"]
     assert read_manifest(tmp_path / "model")["which"] == "first"
     assert is_whole(tmp_path / "model")
@@ -272,12 +272,12 @@ def test_generation_config_tied_head_and_tokenizer_go_with_the_weights(tmp_path)
     student = apply_plan(tiny("qwen3_moe"), sliced())
     student.model.generation_config.max_new_tokens = 7
     tokenizer = ModelSource("zoo:tiny_fine").tokenizer()
-    path = export_native(student, sliced(), tmp_path / "model", tokenizer=tokenizer)
+    path = export_student(student, sliced(), tmp_path / "model", tokenizer=tokenizer)
     loaded = reload(path)
     assert loaded.generation_config.max_new_tokens == 7
     assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
-    with safe_open(path / "model.safetensors", "pt") as held:
-        assert "lm_head.weight" not in held.keys()  # noqa: SIM118
+    with safe_open(path / "model.safetensors", "pt") as saved:
+        assert "lm_head.weight" not in saved.keys()  # noqa: SIM118
     assert json.loads((path / "tokenizer_config.json").read_text())["model_max_length"] == 512
     assert tokenizer.model_max_length > 512
 
@@ -296,10 +296,10 @@ save_file({"logits": out}, sys.argv[3])
 
 def test_a_process_that_knows_only_torch_and_transformers_computes_the_same_bits(tmp_path):
     student = apply_plan(tiny("qwen3_moe"), sliced())
-    path = export_native(student, sliced(), tmp_path / "model")
+    path = export_student(student, sliced(), tmp_path / "model")
     save_file({"ids": tokens()}, tmp_path / "ids")
     command = [sys.executable, "-P", "-c", FRESH, path, tmp_path / "ids", tmp_path / "out"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    found = load_file(tmp_path / "out")["logits"]
-    torch.testing.assert_close(found, logits(student.model), atol=1e-6, rtol=0)
+    actual = load_file(tmp_path / "out")["logits"]
+    torch.testing.assert_close(actual, logits(student.model), atol=1e-6, rtol=0)

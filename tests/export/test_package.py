@@ -12,8 +12,8 @@ import rerail.auto  # noqa: F401
 import stored_forms as forms
 from families import tiny, tokens
 from rerail.errors import InputError
-from rerail.experts.base import SolvedBank
-from rerail.export.manifest import read_manifest
+from rerail.experts.base import EncodedExperts
+from rerail.export.checkpoint import read_manifest
 from rerail.export.package import check_packaged
 from rerail.export.reload import check_reload, judge, write_task
 from rerail.export.reload_script import compare
@@ -115,11 +115,11 @@ def test_bytes_on_disk_are_the_sizes_that_were_counted(plan, tmp_path):
     student = apply_plan(teacher, made)
     path = export_student(student, made, tmp_path / "model", form="package", dtype=torch.bfloat16)
     tensors = load_file(path / "model.safetensors")
-    held = sum(t.numel() * t.itemsize for t in tensors.values())
+    saved = sum(t.numel() * t.itemsize for t in tensors.values())
     counted = read_manifest(path)["sizes"]["bytes"]
     whole = sum(p.numel() * 2 for p in teacher.model.parameters())
-    assert held == pytest.approx(counted, rel=0.01)
-    assert held < 0.95 * whole
+    assert saved == pytest.approx(counted, rel=0.01)
+    assert saved < 0.95 * whole
 
 
 def test_whole_experts_lie_on_disk_once_and_per_layer(tmp_path):
@@ -164,7 +164,7 @@ def test_a_tensor_with_a_dtype_of_its_own_keeps_it(tmp_path, monkeypatch):
     def keep(tensor, like):
         return tensor.to(like) if tensor.dtype == torch.float32 else tensor.to(like.device)
 
-    monkeypatch.setattr(SolvedBank, "cast", staticmethod(keep))
+    monkeypatch.setattr(EncodedExperts, "cast", staticmethod(keep))
     teacher = tiny("qwen3_moe")
     made = PLANS["quantized"](teacher)
     halved = {n: t.half() if n.endswith("b2.zero") else t for n, t in made.tensors.items()}
@@ -222,8 +222,8 @@ def test_the_body_alone_loads_and_rerail_can_read_what_it_wrote(tmp_path):
     student, made = student_of("qwen3_moe", "low_rank")
     path = export_student(student, made, tmp_path / "model", form="package")
     with torch.no_grad():
-        found = AutoModel.from_pretrained(path)(input_ids=tokens()).last_hidden_state
-    torch.testing.assert_close(found, student.hidden(tokens()), atol=1e-6, rtol=1e-6)
+        actual = AutoModel.from_pretrained(path)(input_ids=tokens()).last_hidden_state
+    torch.testing.assert_close(actual, student.hidden(tokens()), atol=1e-6, rtol=1e-6)
 
     source = ModelSource(str(path))
     read = source.load()
@@ -245,8 +245,8 @@ def test_densify_turns_any_form_into_plain_experts_for_every_target(form, plan, 
     path = export_student(student, made, tmp_path / "model", form=form, densify=True)
     loaded = AutoModelForCausalLM.from_pretrained(path)
     torch.testing.assert_close(logits(loaded), logits(student.model), atol=1e-5, rtol=1e-5)
-    with safe_open(path / "model.safetensors", "pt") as held:
-        assert not [n for n in held.keys() if "codes" in n or "alpha" in n]  # noqa: SIM118
+    with safe_open(path / "model.safetensors", "pt") as saved:
+        assert not [n for n in saved.keys() if "codes" in n or "alpha" in n]  # noqa: SIM118
 
 
 def test_densify_keeps_counts_by_layer_in_a_package(tmp_path):

@@ -5,16 +5,16 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from families import tiny, tokens
-from rerail.export.native import as_written, export_native
 from rerail.export.reload import ReloadError, check_reload, judge, write_task
 from rerail.export.reload_script import compare
+from rerail.export.targets import as_written, export_student
 from rerail.plan.plan import Plan
 
 
 @pytest.fixture
 def exported(tmp_path):
     student = tiny("qwen3_moe", num_hidden_layers=1)
-    path = export_native(student, Plan(), tmp_path / "model", dtype=torch.bfloat16)
+    path = export_student(student, Plan(), tmp_path / "model", dtype=torch.bfloat16)
     return path, as_written(student, torch.bfloat16), student
 
 

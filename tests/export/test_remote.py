@@ -23,13 +23,13 @@ ALLOWED = {"torch", "transformers"}
 
 
 def imported(source):
-    found = set()
+    modules = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
-            found |= {alias.name.split(".")[0] for alias in node.names}
+            modules |= {alias.name.split(".")[0] for alias in node.names}
         if isinstance(node, ast.ImportFrom):
-            found.add(node.module.split(".")[0])
-    return found
+            modules.add(node.module.split(".")[0])
+    return modules
 
 
 def run_file(path):
@@ -60,9 +60,9 @@ def test_the_file_of_all_forms_needs_torch_and_transformers_only(family, tmp_pat
 
 def test_a_file_holds_the_forms_that_are_stored_and_no_others():
     source = modelling_file("qwen3_moe", ["narrow"])
-    assert "def _narrow_form" in source
-    assert "def _dense_form" in source, "untouched whole experts may stand beside it"
-    assert "def _packed_form" not in source
+    assert "class NarrowExperts" in source
+    assert "class DenseExperts" in source, "untouched whole experts may stand beside it"
+    assert "class QuantizedExperts" not in source
 
 
 def test_two_files_that_define_one_name_are_refused(monkeypatch):
@@ -137,10 +137,10 @@ def test_a_stranger_loads_generates_and_saves_with_the_auto_classes(tmp_path):
     own = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules")}
     done = subprocess.run(command, capture_output=True, text=True, env=own)
     assert done.returncode == 0, done.stderr
-    found = load_file(tmp_path / "out")
-    torch.testing.assert_close(found["logits"], logits(student.model), atol=1e-6, rtol=0)
-    assert torch.equal(found["again"], found["logits"])
-    torch.testing.assert_close(found["hidden"], student.hidden(tokens()), atol=1e-6, rtol=1e-6)
+    actual = load_file(tmp_path / "out")
+    torch.testing.assert_close(actual["logits"], logits(student.model), atol=1e-6, rtol=0)
+    assert torch.equal(actual["again"], actual["logits"])
+    torch.testing.assert_close(actual["hidden"], student.hidden(tokens()), atol=1e-6, rtol=1e-6)
     expected = student.model.generate(tokens()[:1, :4], max_new_tokens=3, do_sample=False)
-    assert torch.equal(found["written"], expected)
+    assert torch.equal(actual["written"], expected)
     assert (tmp_path / "model-again" / f"{module_name('qwen3_moe')}.py").exists()

@@ -24,7 +24,6 @@ from rerail.config.presets import config_root, preset
 from rerail.distill.repair import repair
 from rerail.distill.settings import RouterKD
 from rerail.evaluate.perplexity import score_blocks
-from rerail.export.native import export_native
 from rerail.export.reload import check_reload
 from rerail.export.targets import export_student
 from rerail.moe.source import ModelSource
@@ -386,7 +385,7 @@ def test_a_checkpoint_written_there_loads_on_the_cpu(form, dtype, tmp_path):
 def test_a_native_checkpoint_written_there_loads_in_a_fresh_process(tmp_path):
     teacher = placed("qwen3_moe")
     student = apply_plan(teacher, forms.sliced())
-    path = export_native(student, forms.sliced(), tmp_path / "model")
+    path = export_student(student, forms.sliced(), tmp_path / "model")
     assert check_reload(path, tokens(), student) == 0
     assert_near(logits(ModelSource(str(path), device="cpu").load()), logits(student))
 

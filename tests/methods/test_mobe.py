@@ -7,7 +7,7 @@ from torch.nn import functional as F
 from families import CONFIGS, tiny, tokens
 from rerail.compress.base import make_plan
 from rerail.errors import OutOfReach
-from rerail.experts.basis import Bank, mixed
+from rerail.experts.basis import BasisExperts, mixed
 from rerail.methods.mobe import MoBE, start
 from rerail.moe.fused_experts import expert_parameters
 from rerail.moe.model import MoELayer
@@ -87,7 +87,7 @@ def test_down_is_factorised_as_its_transpose() -> None:
 
 
 def stored(method: MoBE, layer: MoELayer, sizes: dict[str, int]) -> int:
-    return sum(Bank.predicted(method.spec(layer, sizes), layer.index, layer.dims).values())
+    return sum(BasisExperts.predicted(method.spec(layer, sizes), layer.index, layer.dims).values())
 
 
 @pytest.mark.parametrize("family", CONFIGS)

@@ -43,8 +43,8 @@ def low_rank(teacher):
 def test_students_score_as_those_of_a_model_in_one_place(make):
     scores = []
     for teacher in (tiny("qwen3_moe"), placed("qwen3_moe")):
-        said = score_blocks(teacher, batches())
-        scores.append(score_blocks(make(teacher), batches(), said.hidden))
+        scored = score_blocks(teacher, batches())
+        scores.append(score_blocks(make(teacher), batches(), scored.hidden))
     assert float(scores[0].kl.sum()) > 0
     assert torch.equal(scores[0].nll, scores[1].nll)
     assert torch.equal(scores[0].kl, scores[1].kl)

@@ -98,8 +98,8 @@ def test_canonical_matrices_reproduce_the_experts_module(family: str) -> None:
 @pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
 def test_packing_is_the_inverse_of_unpacking(family: str) -> None:
     layer = tiny(family).layers[0]
-    packed, held = layer.layout.pack(layer.stack()), expert_parameters(layer.experts)
-    assert all(torch.equal(packed[name], held[name]) for name in ("gate_up_proj", "down_proj"))
+    packed, own = layer.layout.pack(layer.stack()), expert_parameters(layer.experts)
+    assert all(torch.equal(packed[name], own[name]) for name in ("gate_up_proj", "down_proj"))
 
 
 @pytest.mark.parametrize("family", CONFIGS)

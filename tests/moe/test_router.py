@@ -10,18 +10,18 @@ KEPT = (0, 2, 3, 4, 5, 7)
 
 def routed(model: MoEModel, ids: torch.Tensor) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
     """Return what each layer's experts are handed: slots and gate weights, by ascending slot."""
-    found, hooks = {}, []
+    inputs, hooks = {}, []
     for layer in model.layers:
 
         def record(_: object, args: tuple[torch.Tensor, ...], i: int = layer.index) -> None:
             index, order = args[1].sort(dim=1)
-            found[i] = (index, args[2].gather(1, order))
+            inputs[i] = (index, args[2].gather(1, order))
 
         hooks.append(layer.experts.register_forward_pre_hook(record))
     model.hidden(ids)
     for hook in hooks:
         hook.remove()
-    return found
+    return inputs
 
 
 def lift_dropped(layer: MoELayer) -> None:
@@ -57,9 +57,9 @@ def test_a_masked_router_equals_a_sliced_one(family: str) -> None:
     assert sliced.layers[0].num_experts == 6
     assert layer.num_experts == 8
     with torch.no_grad():
-        expected, found = routed(sliced, tokens(4, 32))[0], routed(masked, tokens(4, 32))[0]
-    assert torch.equal(torch.tensor(KEPT)[expected[0]], found[0])
-    torch.testing.assert_close(found[1], expected[1], atol=1e-5, rtol=1e-5)
+        expected, actual = routed(sliced, tokens(4, 32))[0], routed(masked, tokens(4, 32))[0]
+    assert torch.equal(torch.tensor(KEPT)[expected[0]], actual[0])
+    torch.testing.assert_close(actual[1], expected[1], atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("family", CONFIGS)

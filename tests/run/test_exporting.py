@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 from families import tiny, tokens
 from rerail.errors import InputError
 from rerail.experts.base import BankSpec
-from rerail.export.manifest import read_manifest
-from rerail.export.native import export_native
+from rerail.export.checkpoint import read_manifest
+from rerail.export.targets import export_student
 from rerail.moe.source import ModelSource
 from rerail.plan.apply import apply_plan
 from rerail.plan.plan import LayerPlan, Plan
@@ -42,7 +42,7 @@ class FakeCell:
 @pytest.fixture
 def stage(tmp_path, monkeypatch):
     """A bfloat16 parent on disk, read in float32, with its student; reload checks are counted."""
-    parent = export_native(tiny("qwen3_moe"), Plan(), tmp_path / "parent", dtype=torch.bfloat16)
+    parent = export_student(tiny("qwen3_moe"), Plan(), tmp_path / "parent", dtype=torch.bfloat16)
     cell = FakeCell(ModelSource(str(parent)))
     plan = kept((0, 2, 3))
     student = apply_plan(cell.model.load(), plan)

@@ -32,16 +32,9 @@ def private_copy(student: MoEModel) -> MoEModel:
     return MoEModel(copy.deepcopy(model, memo))
 
 
-def decoder_layers(student: MoEModel) -> list[nn.Module]:
-    """Return all decoder layers, dense ones too."""
-    path = student.layers[0].name.split(".")
-    depth = next(i for i, part in enumerate(path) if part.isdigit())
-    return list(student.model.get_submodule(".".join(path[:depth])).children())
-
-
 def shard(student: MoEModel, masters: nn.ParameterDict, mesh: Any) -> None:
     """Spread a private copy of a student, and its masters, over a mesh of processes, in place."""
-    layers = decoder_layers(student)
+    layers = student.decoder_layers()
     readers = Counter(id(p) for layer in layers for p in layer.parameters())
     of_all = Counter(id(p) for _, p in student.model.named_parameters(remove_duplicate=False))
     within = Counter(id(p) for la in layers for _, p in la.named_parameters(remove_duplicate=False))

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from rerail.experts.base import bank_of
 from rerail.moe.model import MoELayer, MoEModel
 
 
@@ -43,18 +44,17 @@ class Active:
         return sum(map(self.of, self.experts)) / len(self.experts)
 
 
-def _counter(layer: MoELayer, found: Active) -> Any:
-    """Return a forward hook for a layer's experts (or bank)."""
-    found.experts[layer.index] = found.tokens[layer.index] = 0
+def _counter(layer: MoELayer, counts: Active) -> Any:
+    """Return a forward hook for a layer's experts."""
+    counts.experts[layer.index] = counts.tokens[layer.index] = 0
 
-    def count(bank: nn.Module, inputs: tuple[Tensor, ...], _: Tensor) -> None:
-        index = inputs[1]
-        active = getattr(bank, "active", None)
+    def count(experts: nn.Module, inputs: tuple[Tensor, ...], _: Tensor) -> None:
+        index, active = inputs[1], bank_of(experts).active
         active = index.new_full((len(index),), index.shape[1]) if active is None else active
-        if found.mask is not None:
-            active = active[found.mask.flatten().to(active.device)]
-        found.experts[layer.index] += int(active.sum())
-        found.tokens[layer.index] += len(active)
+        if counts.mask is not None:
+            active = active[counts.mask.flatten().to(active.device)]
+        counts.experts[layer.index] += int(active.sum())
+        counts.tokens[layer.index] += len(active)
 
     return count
 
@@ -62,11 +62,11 @@ def _counter(layer: MoELayer, found: Active) -> Any:
 @contextlib.contextmanager
 def counting(model: MoEModel) -> Iterator[Active]:
     """Count the experts of every forward inside the block."""
-    found = Active()
-    hooks = [la.experts.register_forward_hook(_counter(la, found)) for la in model.layers]
+    counts = Active()
+    hooks = [la.experts.register_forward_hook(_counter(la, counts)) for la in model.layers]
     try:
-        yield found
+        yield counts
     finally:
         for hook in hooks:
             hook.remove()
-        found.mask = None
+        counts.mask = None

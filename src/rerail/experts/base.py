@@ -1,4 +1,4 @@
-"""Banks: the modules that stand in for `experts` and hold their stored weights.
+"""Banks: the modules that stand in the place of `experts` and own the stored weights.
 
 A bank has the signature of a transformers experts module,
 `(hidden (T, H), index (T, K), weights (T, K)) -> (T, H)`, and lets the family's own module compute:
@@ -9,11 +9,10 @@ clamps, biases and the chosen experts implementation are always the model's own.
 import importlib
 import math
 import pkgutil
-import re
 from abc import abstractmethod
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, ClassVar, cast
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -67,29 +66,81 @@ class BankSpec:
         return {layer for group in self.members for layer, _, _ in group}
 
 
+class BankParts(NamedTuple):
+    """What a bank is built from.
+
+    Attributes:
+        spec: the stored form.
+        slots: the stored expert that answers each router row.
+        layer: index of the layer that it answers for.
+        stocks: experts modules by layer index: this layer's and those that members name.
+        tensors: solved tensors by name.
+    """
+
+    spec: BankSpec
+    slots: Sequence[int]
+    layer: int
+    stocks: Mapping[int, nn.Module]
+    tensors: Mapping[str, Tensor]
+
+    @property
+    def stock(self) -> nn.Module:
+        """The experts that the bank replaces."""
+        return self.stocks[self.layer]
+
+
+class StoredForm(NamedTuple):
+    """What a checkpoint holds of a bank.
+
+    Attributes:
+        spec: the plain data that builds it again.
+        slots: the stored expert that answers each router row.
+        experts: stock tensors that it reads, by name, with a leading axis of experts.
+        solved: its solved tensors by their names in the plan.
+    """
+
+    spec: BankSpec
+    slots: list[int]
+    experts: dict[str, Tensor]
+    solved: dict[str, Tensor]
+
+
 class ExpertBank(nn.Module):
     """Stored experts of one form, and the map from router slots to them.
+
+    What is not overridden holds for whole experts that `spec.members` names.
 
     Attributes:
         spec: the plain data it was made from.
         layer: index of the decoder layer that it answers for.
         dims: sizes of the dense experts that it stands for.
         slots: int64 (number of router rows,), the row of the shell that answers each slot.
+        shell: the family's module that computes in the end.
+        is_stock: whether it is a view of experts that nobody replaced.
         wraps: whether it is put around whatever answers the layer, and stores no expert itself.
+        whole: whether all that it stores are whole experts, each a row of fused tensors.
+        watches: whether it wants `received`: set by a hook on the layer's attention before every
+            forward, and used up by it.
+        active: int64 (T,), the experts that were computed for each token of the last forward; None
+            where they are always all that the router chose.
     """
 
+    is_stock: ClassVar[bool] = False
     wraps: ClassVar[bool] = False
+    whole: ClassVar[bool] = True
 
     slots: Tensor
     shell: nn.Module
+    watches: bool = False
+    received: tuple[Tensor, Tensor] | None = None
+    active: Tensor | None = None
 
-    def __init__(self, spec: BankSpec, slots: Sequence[int], layer: int, stock: nn.Module):
+    def __init__(self, parts: BankParts):
         super().__init__()
-        self.spec = spec
-        self.layer = layer
-        self.dims = dims_of(stock)._replace(experts=len(slots))
-        device = next(iter(expert_parameters(stock).values())).device
-        self.register_buffer("slots", torch.tensor(slots, dtype=torch.int64, device=device))
+        self.spec, self.layer = parts.spec, parts.layer
+        self.dims = dims_of(parts.stock)._replace(experts=len(parts.slots))
+        device = next(iter(expert_parameters(parts.stock).values())).device
+        self.register_buffer("slots", torch.tensor(parts.slots, dtype=torch.int64, device=device))
 
     @property
     def config(self) -> Any:
@@ -106,10 +157,28 @@ class ExpertBank(nn.Module):
         """The family's layout."""
         return Layout.of(self.shell)
 
-    @staticmethod
-    @abstractmethod
-    def predicted(spec: BankSpec, layer: int, dims: Dims) -> Stored:
+    @property
+    def is_fused(self) -> bool:
+        """Whether its experts can be read as fused tensors: the family is inside the seam."""
+        return True
+
+    @property
+    def uniform(self) -> int | None:
+        """The width that all experts were narrowed to, where they were and it is one."""
+        return None
+
+    def nested(self) -> "list[ExpertBank]":
+        """Return what answers the layer, innermost first, and the banks that wrap it."""
+        return [self]
+
+    def unwrapped(self) -> nn.Module:
+        """Return the module that this one wraps; itself where it wraps none."""
+        return self
+
+    @classmethod
+    def predicted(cls, spec: BankSpec, layer: int, dims: Dims) -> Stored:  # noqa: ARG003
         """Return what `stored` will be, from plain data alone."""
+        return dict.fromkeys(spec.members, dims.expert)
 
     @classmethod
     def predicted_bits(cls, spec: BankSpec, layer: int, dims: Dims, width: int) -> Stored:
@@ -126,13 +195,28 @@ class ExpertBank(nn.Module):
         """Return the shape of every solved tensor by name; none by default."""
         return {}
 
-    @abstractmethod
     def dense(self) -> dict[str, Tensor]:
         """Return fused tensors whose leading axis `slots` indexes, under stock names."""
+        return dict(expert_parameters(self.shell))
 
-    @abstractmethod
+    def by_slot(self) -> dict[str, Tensor]:
+        """Return fused tensors with one row for each router slot, under stock names."""
+        return {name: tensor[self.slots] for name, tensor in self.dense().items()}
+
+    def stack(self) -> ExpertWeights:
+        """Return all experts in slot order: gate, up (E, I, H) and down (E, H, I)."""
+        fused = self.by_slot()
+        return self.layout.unpack(fused["gate_up_proj"], fused["down_proj"])
+
+    def materialise(self, slot: int) -> ExpertWeights:
+        """Return the expert that answers a router slot as (out, in) matrices."""
+        dense, row = self.dense(), int(self.slots[slot])
+        return self.layout.unpack(dense["gate_up_proj"][row], dense["down_proj"][row])
+
     def stored(self) -> Stored:
         """Return numbers by stored thing, counted from tensors; equal keys are the same thing."""
+        each = sum(tensor[0].numel() for tensor in self.dense().values())
+        return dict.fromkeys(self.spec.members, each)
 
     def stored_bits(self, width: int) -> Stored:
         """Return the bits of each stored thing, where a dense number takes `width` of them."""
@@ -143,49 +227,119 @@ class ExpertBank(nn.Module):
         shared, each = self.used(self.spec, self.dims, self.stored())
         return shared + chosen * each
 
-    def as_stock(self) -> nn.Module:
-        """Return a plain experts module with one whole expert for each router slot."""
-        dense = {n: t.detach()[self.slots].clone() for n, t in self.dense().items()}
-        return shell_of(self.shell, dense, len(self.slots))
+    def check_plain(self) -> None:
+        """Check that plain experts can compute what this form computes; reads no weight.
 
-    def materialise(self, slot: int) -> ExpertWeights:
-        """Return the expert that answers a router slot as (out, in) matrices."""
-        dense, stored = self.dense(), int(self.slots[slot])
-        return self.layout.unpack(dense["gate_up_proj"][stored], dense["down_proj"][stored])
+        Raises:
+            InputError: they cannot.
+        """
+
+    def as_stock(self, width: int | None = None) -> nn.Module:
+        """Return a plain experts module with one whole expert for each router slot.
+
+        Args:
+            width: channels of each expert, `uniform` or more of them; None for all I.
+
+        Raises:
+            InputError: as `check_plain`.
+        """
+        rows = {name: tensor.detach() for name, tensor in self.by_slot().items()}
+        return shell_of(self.shell, rows, len(self.slots))
+
+    def solved_tensors(self) -> dict[str, Tensor]:
+        """Return the solved tensors, Parameters or buffers, by their names in the plan."""
+        names = self.shapes(self.spec, self.dims)
+        return {name: getattr(self, name.replace(".", "_")).detach() for name in names}
+
+    def stored_form(self) -> StoredForm:
+        """Return what a checkpoint holds of this bank alone, without what it wraps."""
+        experts = {name: p.detach() for name, p in expert_parameters(self.shell).items()}
+        return StoredForm(self.spec, self.slots.tolist(), experts, self.solved_tensors())
 
     def forward(self, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         """Answer router slots `index` (T, K) by the stored experts."""
         return cast(Tensor, self.shell(hidden, self.slots[index], weights))
 
 
-class SolvedBank(ExpertBank):
-    """Experts given by solved tensors (factors, bases, ...): a subclass says how they expand.
+class StockExperts(ExpertBank):
+    """The family's own experts seen as a bank, so that nothing need ask whether they were replaced.
+
+    It is a view, made when it is asked for: no model contains one, and making it reads nothing.
+    """
+
+    is_stock = True
+
+    def __init__(self, experts: nn.Module, layer: int):
+        nn.Module.__init__(self)  # sizes and slots are read off the experts when they are asked for
+        self.shell, self.layer = experts, layer
+
+    @property
+    def spec(self) -> BankSpec:  # type: ignore[override]
+        """The dense form, in which each expert is stored for itself."""
+        count = self.num_experts
+        return BankSpec("dense", count, tuple(((self.layer, e, 1.0),) for e in range(count)))
+
+    @property
+    def dims(self) -> Dims:  # type: ignore[override]
+        """Sizes of the experts."""
+        return dims_of(self.shell)
+
+    @property
+    def slots(self) -> Tensor:  # type: ignore[override]
+        """Every slot is answered by the expert of its own number."""
+        device = next(iter(expert_parameters(self.shell).values())).device
+        return torch.arange(self.num_experts, device=device)
+
+    @property
+    def num_experts(self) -> int:
+        """Number of router slots, one for each expert."""
+        return cast(int, self.shell.num_experts)
+
+    @property
+    def is_fused(self) -> bool:
+        """Whether there are fused tensors with a leading axis of experts."""
+        parts = [getattr(self.shell, name, None) for name in ("gate_up_proj", "down_proj")]
+        return all(isinstance(part, Tensor) and part.dim() == 3 for part in parts)
+
+    def unwrapped(self) -> nn.Module:
+        """Return the family's module."""
+        return self.shell
+
+    def by_slot(self) -> dict[str, Tensor]:
+        """Return the experts' own tensors: nothing is copied."""
+        return self.dense()
+
+    def as_stock(self, width: int | None = None) -> nn.Module:
+        """Return the family's module itself."""
+        return self.shell
+
+    def forward(self, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+        """Answer as the family's module does."""
+        return cast(Tensor, self.shell(hidden, index, weights))
+
+
+class EncodedExperts(ExpertBank):
+    """Experts stored as other tensors (factors, bases, codes): a subclass says how they expand.
 
     With `run: materialised` the expanded experts are kept in memory (they are frozen, and expanding
     is exact up to rounding); with `run: lazy` every forward expands them anew. Solved tensors are
-    held in the dtype of the experts that they replace.
+    stored in the dtype of the experts that they replace.
     """
 
-    def __init__(
-        self,
-        spec: BankSpec,
-        slots: Sequence[int],
-        layer: int,
-        stocks: Mapping[int, nn.Module],
-        tensors: Mapping[str, Tensor],
-    ):
-        stock = stocks[layer]
-        super().__init__(spec, slots, layer, stock)
-        held = expert_parameters(stock)
-        like = next(iter(held.values()))
-        self._names = {name: name.replace(".", "_") for name in tensors}
-        for name, tensor in tensors.items():
+    whole = False
+
+    def __init__(self, parts: BankParts):
+        super().__init__(parts)
+        spec, fused = parts.spec, expert_parameters(parts.stock)
+        like = next(iter(fused.values()))
+        self._names = {name: name.replace(".", "_") for name in parts.tensors}
+        for name, tensor in parts.tensors.items():
             solved = nn.Parameter(self.cast(tensor.detach(), like), requires_grad=False)
             self.register_parameter(self._names[name], solved)
-        self.shell = shell_of(stock, {}, spec.stored)
+        self.shell = shell_of(parts.stock, {}, spec.stored)
         for name in self.touched(spec):
             del self.shell._parameters[name]
-        self._untouched = tuple(n for n in held if n not in self.touched(spec))
+        self._untouched = tuple(n for n in fused if n not in self.touched(spec))
         if not self.lazy:
             self.shell = shell_of(self.shell, self.dense(), spec.stored)
 
@@ -200,13 +354,17 @@ class SolvedBank(ExpertBank):
         return self.spec.options.get("run", "materialised") == "lazy"
 
     @staticmethod
-    @abstractmethod
-    def touched(spec: BankSpec) -> frozenset[str]:
+    def touched(spec: BankSpec) -> frozenset[str]:  # noqa: ARG004
         """Return the stock parameter names that solved tensors replace; the others stay."""
+        return frozenset({"gate_up_proj", "down_proj"})
 
     @abstractmethod
     def expand(self) -> dict[str, Tensor]:
         """Return the touched stock tensors, with leading axis P, from the solved ones."""
+
+    def untouched(self) -> dict[str, Tensor]:
+        """Return the stock tensors that no solved ones replace."""
+        return {name: self.shell.get_parameter(name) for name in self._untouched}
 
     def solved(self, name: str) -> Tensor:
         """Return a solved tensor by its name in the plan."""
@@ -215,15 +373,14 @@ class SolvedBank(ExpertBank):
     def dense(self) -> dict[str, Tensor]:
         """Return the fused tensors with leading axis P."""
         with torch.no_grad():
-            expanded = self.expand()
-        return {**{n: self.shell.get_parameter(n) for n in self._untouched}, **expanded}
+            return {**self.untouched(), **self.expand()}
 
     @classmethod
     def predicted(cls, spec: BankSpec, layer: int, dims: Dims) -> Stored:
         """Return the size of each solved tensor and of what stays dense."""
         solved = {n: math.prod(shape) for n, shape in cls.shapes(spec, dims).items()}
-        kept = {n: c * dims.experts for n, c in dims.numbers.items() if n not in cls.touched(spec)}
-        return {(layer, n): count for n, count in {**solved, **kept}.items()}
+        dense = {n: c * dims.experts for n, c in dims.numbers.items() if n not in cls.touched(spec)}
+        return {(layer, n): count for n, count in {**solved, **dense}.items()}
 
     @staticmethod
     def common(spec: BankSpec, name: str) -> bool:  # noqa: ARG004
@@ -239,9 +396,15 @@ class SolvedBank(ExpertBank):
 
     def stored(self) -> Stored:
         """Count the solved tensors and what stays dense."""
-        tensors = {n: self.solved(n) for n in self._names}
-        tensors |= {n: self.shell.get_parameter(n) for n in self._untouched}
-        return {(self.layer, n): t.numel() for n, t in tensors.items()}
+        tensors = {**{name: self.solved(name) for name in self._names}, **self.untouched()}
+        return {(self.layer, name): tensor.numel() for name, tensor in tensors.items()}
+
+    def stored_form(self) -> StoredForm:
+        """Return the solved tensors, which a reader expands at every forward, and what is dense."""
+        form = super().stored_form()
+        spec = replace(form.spec, options={**form.spec.options, "run": "lazy"})
+        experts = {name: tensor.detach() for name, tensor in self.untouched().items()}
+        return form._replace(spec=spec, experts=experts)
 
     def forward(self, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         """Answer router slots `index` (T, K) by the stored experts."""
@@ -251,17 +414,30 @@ class SolvedBank(ExpertBank):
         return cast(Tensor, shell(hidden, self.slots[index], weights))
 
 
+def bank_of(experts: nn.Module, layer: int = 0) -> ExpertBank:
+    """Return what a block's `experts` are as a bank.
+
+    Args:
+        experts: a bank, or a family's own module.
+        layer: index of the decoder layer, for the names of what a family's own module stores.
+    """
+    return experts if isinstance(experts, ExpertBank) else StockExperts(experts, layer)
+
+
 def bank_class(kind: str) -> type[ExpertBank]:
-    """Return the class of a kind: `Bank` of a module below `rerail.experts`, nothing else.
+    """Return the class of a kind: the one bank that its module below `rerail.experts` defines.
 
     Raises:
         InputError: there is no such module.
     """
     modules = pkgutil.iter_modules(rerail.experts.__path__)
     known = sorted(m.name for m in modules if m.name != "base")
-    if not re.fullmatch(r"[a-z_]+", kind) or kind not in known:
+    if kind not in known:
         raise InputError(f"bank kind {kind!r} is not known; allowed: {known}")
-    return cast(type[ExpertBank], importlib.import_module(f"rerail.experts.{kind}").Bank)
+    module = importlib.import_module(f"rerail.experts.{kind}")
+    own = [c for c in vars(module).values() if getattr(c, "__module__", "") == module.__name__]
+    [bank] = [c for c in own if isinstance(c, type) and issubclass(c, ExpertBank)]
+    return bank
 
 
 def build_bank(
@@ -271,17 +447,9 @@ def build_bank(
     stocks: Mapping[int, nn.Module],
     tensors: Mapping[str, Tensor],
 ) -> ExpertBank:
-    """Build the bank that a spec names.
-
-    Args:
-        spec: the stored form.
-        slots: the stored expert that answers each router row.
-        layer: index of the layer that it answers for.
-        stocks: stock experts modules by layer index: this layer's and those that members name.
-        tensors: solved tensors by name.
+    """Build the bank that a spec names, from what `BankParts` describes.
 
     Raises:
         InputError: the kind is not known.
     """
-    bank: Any = bank_class(spec.kind)
-    return cast(ExpertBank, bank(spec, slots, layer, stocks, tensors))
+    return bank_class(spec.kind)(BankParts(spec, slots, layer, stocks, tensors))

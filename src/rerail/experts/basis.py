@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from rerail.experts.base import BankSpec, SolvedBank
+from rerail.experts.base import BankSpec, EncodedExperts
 from rerail.moe.fused_experts import Dims, ExpertWeights
 
 
@@ -30,8 +30,8 @@ def mixed(a: Tensor, alpha: Tensor, b: Tensor, activation: str) -> Tensor:
     return a @ ACTIVATIONS[activation](torch.einsum("em,mrd->erd", alpha, b))
 
 
-class Bank(SolvedBank):
-    """The basis bank; `spec.options["matrices"]` is `gate+up` or `gate+up+down`."""
+class BasisExperts(EncodedExperts):
+    """Option `matrices` is `gate+up` or `gate+up+down`; integers `bases` and `rank` are m and r."""
 
     @staticmethod
     def touched(spec: BankSpec) -> frozenset[str]:

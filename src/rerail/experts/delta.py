@@ -9,30 +9,25 @@ are zero in all experts.
 import torch
 from torch import Tensor
 
-from rerail.experts.base import BankSpec, SolvedBank
+from rerail.experts.base import BankSpec, EncodedExperts
 from rerail.moe.fused_experts import Dims, ExpertWeights
 
 
-class Bank(SolvedBank):
-    """The delta bank; integers `gate`, `up` and `down` are ranks, one each or one for all."""
-
-    @staticmethod
-    def touched(spec: BankSpec) -> frozenset[str]:  # noqa: ARG004
-        """All matrices; biases stay."""
-        return frozenset({"gate_up_proj", "down_proj"})
+class DeltaExperts(EncodedExperts):
+    """Integers `gate`, `up` and `down` are ranks, one each or one for all."""
 
     @staticmethod
     def shapes(spec: BankSpec, dims: Dims) -> dict[str, tuple[int, ...]]:
         """Return the shapes of the base, U and V of each matrix."""
         p, d = dims.intermediate, dims.hidden
         p = len(spec.each("channels")) if "channels" in spec.integers else p
-        found: dict[str, tuple[int, ...]] = {}
+        shapes: dict[str, tuple[int, ...]] = {}
         for name, (out, inner) in {"gate": (p, d), "up": (p, d), "down": (d, p)}.items():
             own = spec.options["rows"] == "own"
             rank = sum(spec.each(name)) if own else spec.integer(name)
             left = (out, rank) if own else (spec.stored, out, rank)
-            found |= {f"{name}.base": (out, inner), f"{name}.U": left, f"{name}.V": (rank, inner)}
-        return found
+            shapes |= {f"{name}.base": (out, inner), f"{name}.U": left, f"{name}.V": (rank, inner)}
+        return shapes
 
     @staticmethod
     def common(spec: BankSpec, name: str) -> bool:

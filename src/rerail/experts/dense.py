@@ -1,57 +1,37 @@
 """Dense form: whole experts, the model's own (slice, mask, alias) or sums of them (merge)."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from rerail.experts.base import BankSpec, ExpertBank, Member, Stored
-from rerail.moe.fused_experts import Dims, expert_parameters, shell_of
+from rerail.experts.base import BankParts, ExpertBank, Member
+from rerail.moe.fused_experts import expert_parameters, shell_of
 
 
-class Bank(ExpertBank):
+class DenseExperts(ExpertBank):
     """Whole experts: some of the model's own, or weighted sums of them.
 
     Where every stored expert is one of this layer's, the bank reads the layer's own Parameters
     through its slot map and no weight is copied; otherwise the stored experts are gathered.
     """
 
-    def __init__(
-        self,
-        spec: BankSpec,
-        slots: Sequence[int],
-        layer: int,
-        stocks: Mapping[int, nn.Module],
-        tensors: Mapping[str, Tensor],
-    ):
-        stock = stocks[layer]
-        own = all(len(g) == 1 and g[0][0] == layer and g[0][2] == 1.0 for g in spec.members)
-        rows = [spec.members[s][0][1] for s in slots] if own else list(slots)
-        super().__init__(spec, rows, layer, stock)
+    def __init__(self, parts: BankParts):
+        spec, stock = parts.spec, parts.stock
+        own = all(len(g) == 1 and g[0][0] == parts.layer and g[0][2] == 1.0 for g in spec.members)
         if own:
+            rows = [spec.members[slot][0][1] for slot in parts.slots]
+            super().__init__(parts._replace(slots=rows))
             self.shell = shell_of(stock, {}, cast(int, stock.num_experts))
             return
-        read = {i: expert_parameters(stocks[i]) for i in spec.reads()}
+        super().__init__(parts)
+        read = {i: expert_parameters(parts.stocks[i]) for i in spec.reads()}
         gathered = {
-            name: _gather(like, {i: held[name] for i, held in read.items()}, spec.members)
+            name: _gather(like, {i: fused[name] for i, fused in read.items()}, spec.members)
             for name, like in expert_parameters(stock).items()
         }
         self.shell = shell_of(stock, gathered, spec.stored)
-
-    @staticmethod
-    def predicted(spec: BankSpec, layer: int, dims: Dims) -> Stored:  # noqa: ARG004
-        """Return one dense expert for each distinct entry of `members`."""
-        return dict.fromkeys(spec.members, dims.expert)
-
-    def dense(self) -> dict[str, Tensor]:
-        """Return what the shell reads: E rows where they are the layer's own, else P."""
-        return dict(expert_parameters(self.shell))
-
-    def stored(self) -> Stored:
-        """Count each stored expert once, biases included."""
-        each = sum(p[0].numel() for p in self.dense().values())
-        return dict.fromkeys(self.spec.members, each)
 
 
 def _gather(

@@ -8,33 +8,28 @@ r_i columns and rows. Shared rows (`rows: shared`): V (r, in) once, U (P, out, r
 import torch
 from torch import Tensor
 
-from rerail.experts.base import BankSpec, SolvedBank
+from rerail.experts.base import BankSpec, EncodedExperts
 from rerail.moe.fused_experts import Dims, ExpertWeights
 
 
-class Bank(SolvedBank):
-    """The low-rank bank; integers `gate`, `up` and `down` are ranks, one each or one for all."""
-
-    @staticmethod
-    def touched(spec: BankSpec) -> frozenset[str]:  # noqa: ARG004
-        """All matrices; biases stay."""
-        return frozenset({"gate_up_proj", "down_proj"})
+class LowRankExperts(EncodedExperts):
+    """Integers `gate`, `up` and `down` are ranks, one each or one for all."""
 
     @staticmethod
     def shapes(spec: BankSpec, dims: Dims) -> dict[str, tuple[int, ...]]:
         """Return the shapes of U, V and mix of each matrix."""
         p, d = dims.intermediate, dims.hidden
-        found: dict[str, tuple[int, ...]] = {}
+        shapes: dict[str, tuple[int, ...]] = {}
         for name, (out, inner) in {"gate": (p, d), "up": (p, d), "down": (d, p)}.items():
             if spec.options["rows"] == "own":
                 rank = sum(spec.each(name))
-                found |= {f"{name}.U": (out, rank), f"{name}.V": (rank, inner)}
+                shapes |= {f"{name}.U": (out, rank), f"{name}.V": (rank, inner)}
                 continue
             rank, few = spec.integer(name), "distinct" in spec.integers
             stored = spec.integer("distinct") if few else spec.stored
-            found |= {f"{name}.U": (stored, out, rank), f"{name}.V": (rank, inner)}
-            found |= {f"{name}.mix": (spec.stored, stored)} if few else {}
-        return found
+            shapes |= {f"{name}.U": (stored, out, rank), f"{name}.V": (rank, inner)}
+            shapes |= {f"{name}.mix": (spec.stored, stored)} if few else {}
+        return shapes
 
     @staticmethod
     def common(spec: BankSpec, name: str) -> bool:

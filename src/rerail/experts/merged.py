@@ -1,55 +1,37 @@
-"""Solved form: P whole experts that a method computed, kept as the fused tensors they are.
+"""Merged form: P whole experts that a method solved for, stored as fused tensors.
 
 Solved tensors bear the family's own parameter names (biases included) and shapes, with P in the
 place of E; `spec.integers` names the shape of one expert's part of each.
 """
 
 import math
-from collections.abc import Mapping, Sequence
 
-from torch import Tensor, nn
-
-from rerail.experts.base import BankSpec, ExpertBank, Stored
+from rerail.experts.base import BankParts, BankSpec, ExpertBank, Stored
 from rerail.moe.fused_experts import Dims, expert_parameters, shell_of
 
 
-class Bank(ExpertBank):
+class MergedExperts(ExpertBank):
     """Whole experts from the plan's tensors, in the dtype of those that they replace."""
 
-    def __init__(
-        self,
-        spec: BankSpec,
-        slots: Sequence[int],
-        layer: int,
-        stocks: Mapping[int, nn.Module],
-        tensors: Mapping[str, Tensor],
-    ):
-        stock = stocks[layer]
-        super().__init__(spec, slots, layer, stock)
-        held = expert_parameters(stock)
-        solved = {
-            name: tensor.detach().to(held[name], copy=True) for name, tensor in tensors.items()
-        }
-        self.shell = shell_of(stock, solved, spec.stored)
+    def __init__(self, parts: BankParts):
+        super().__init__(parts)
+        own = expert_parameters(parts.stock)
+        solved = {name: t.detach().to(own[name], copy=True) for name, t in parts.tensors.items()}
+        self.shell = shell_of(parts.stock, solved, parts.spec.stored)
 
-    @staticmethod
-    def predicted(spec: BankSpec, layer: int, dims: Dims) -> Stored:  # noqa: ARG004
+    @classmethod
+    def predicted(cls, spec: BankSpec, layer: int, dims: Dims) -> Stored:  # noqa: ARG003
         """Return P times the numbers of one expert, by tensor."""
         return {(layer, n): spec.stored * math.prod(spec.each(n)) for n in spec.integers}
 
     @staticmethod
     def shapes(spec: BankSpec, dims: Dims) -> dict[str, tuple[int, ...]]:
         """Return the shape of every fused tensor; a flat one where the plan's has another size."""
-        given = {name: spec.each(name) for name in spec.integers}
-        fits = {n: math.prod(given[n]) == count for n, count in dims.numbers.items() if n in given}
-        return {
-            name: (spec.stored, *(given[name] if fits.get(name) else (count,)))
-            for name, count in dims.numbers.items()
-        }
-
-    def dense(self) -> dict[str, Tensor]:
-        """Return the fused tensors with leading axis P."""
-        return dict(expert_parameters(self.shell))
+        shapes = {}
+        for name, count in dims.numbers.items():
+            fits = name in spec.integers and math.prod(spec.each(name)) == count
+            shapes[name] = (spec.stored, *(spec.each(name) if fits else (count,)))
+        return shapes
 
     def stored(self) -> Stored:
         """Count each tensor."""

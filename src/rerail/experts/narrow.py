@@ -8,28 +8,20 @@ To run, experts are padded to one width with zeros. Zeros are exact: the down co
 act(0) * up is finite in every family (gpt_oss: (0 + 1) * 0).
 """
 
-from collections.abc import Mapping, Sequence
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from rerail.experts.base import BankSpec, SolvedBank
+from rerail.experts.base import BankParts, BankSpec, EncodedExperts
 from rerail.moe.fused_experts import Dims, ExpertWeights, shell_of
 
 
-class Bank(SolvedBank):
-    """The narrow bank: `spec.integers["widths"]`, one each; `spec.options["biases"]`, `gate+up`."""
+class NarrowExperts(EncodedExperts):
+    """Integers: `widths`, one for each expert; option `biases`: `gate+up` where there are some."""
 
-    def __init__(
-        self,
-        spec: BankSpec,
-        slots: Sequence[int],
-        layer: int,
-        stocks: Mapping[int, nn.Module],
-        tensors: Mapping[str, Tensor],
-    ):
-        super().__init__(spec, slots, layer, stocks, tensors)
+    def __init__(self, parts: BankParts):
+        super().__init__(parts)
         if not self.lazy:
             self.shell = self._narrow_shell()
 
@@ -49,7 +41,7 @@ class Bank(SolvedBank):
 
     @property
     def uniform(self) -> int | None:
-        """The width of every expert, where it is one: then `fused(uniform)` is a stock module's."""
+        """The width of every expert, where it is one."""
         widths = set(self.spec.each("widths"))
         return widths.pop() if len(widths) == 1 else None
 
@@ -60,19 +52,28 @@ class Bank(SolvedBank):
     def fused(self, width: int) -> dict[str, Tensor]:
         """Return the touched stock tensors, every expert padded with zeros to one width."""
         widths = torch.tensor(self.spec.each("widths"), device=self.slots.device)
-        held = torch.arange(width, device=widths.device) < widths.unsqueeze(1)
-        gate, up, down = (self._padded(name, held) for name in ("gate", "up", "down"))
+        filled = torch.arange(width, device=widths.device) < widths.unsqueeze(1)
+        gate, up, down = (self._padded(name, filled) for name in ("gate", "up", "down"))
         packed = self.layout.pack(ExpertWeights(gate, up, down.mT))
         if "gate_up_proj_bias" in self.touched(self.spec):
-            gate, up = (self._padded(name, held).unsqueeze(-1) for name in ("gate_bias", "up_bias"))
+            gate, up = (self._padded(n, filled).unsqueeze(-1) for n in ("gate_bias", "up_bias"))
             bias = self.layout.pack(ExpertWeights(gate, up, up.mT))["gate_up_proj"]
             packed["gate_up_proj_bias"] = bias.flatten(1)
         return packed
 
-    def _padded(self, name: str, held: Tensor) -> Tensor:
+    def as_stock(self, width: int | None = None) -> nn.Module:
+        """Return a plain experts module, as `ExpertBank.as_stock`, also of a smaller width."""
+        if width is None:
+            return super().as_stock()
+        with torch.no_grad():
+            fused = {**self.untouched(), **self.fused(width)}
+            rows = {name: tensor[self.slots] for name, tensor in fused.items()}
+        return shell_of(self.shell, rows, len(self.slots))
+
+    def _padded(self, name: str, filled: Tensor) -> Tensor:
         solved = self.solved(name)
-        out = solved.new_zeros(*held.shape, *solved.shape[1:])
-        out[held] = solved
+        out = solved.new_zeros(*filled.shape, *solved.shape[1:])
+        out[filled] = solved
         return out
 
     def _narrow_shell(self) -> nn.Module:

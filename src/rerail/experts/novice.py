@@ -3,45 +3,36 @@
 A token that chooses a novice gets g_e(x) N_e; router, choice and gate weights are as they were.
 """
 
-from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from rerail.errors import InputError
-from rerail.experts.base import BankSpec, ExpertBank, Stored
+from rerail.experts.base import BankParts, BankSpec, ExpertBank, Stored, StoredForm
 from rerail.moe.fused_experts import Dims, ExpertWeights, expert_parameters, live_sum, shell_of
 
 _BIAS = "down_proj_bias"
 
 
-class Bank(ExpertBank):
+class NoviceExperts(ExpertBank):
     """Reads kept experts from the layer's own Parameters; `slots` of novices begin at E.
 
     The first len(kept) of `spec.stored` are experts (`spec.integers["kept"]`, their numbers in the
     layer), the others novices. Solved tensor: `novices` (stored - len(kept), H).
-
-    Attributes:
-        active: int64 (T,), the experts that were computed for each token of the last forward.
     """
 
-    def __init__(
-        self,
-        spec: BankSpec,
-        slots: Sequence[int],
-        layer: int,
-        stocks: Mapping[int, nn.Module],
-        tensors: Mapping[str, Tensor],
-    ):
-        stock, kept = stocks[layer], spec.each("kept")
-        own = cast(int, stock.num_experts)
-        rows = [kept[s] if s < len(kept) else own + s - len(kept) for s in slots]
-        super().__init__(spec, rows, layer, stock)
-        self.shell = shell_of(stock, {}, own)
-        like = next(iter(expert_parameters(stock).values()))
-        self.novices = nn.Parameter(tensors["novices"].detach().to(like), requires_grad=False)
-        self.active: Tensor | None = None
+    whole = False
+
+    def __init__(self, parts: BankParts):
+        kept, own = parts.spec.each("kept"), cast(int, parts.stock.num_experts)
+        rows = [kept[s] if s < len(kept) else own + s - len(kept) for s in parts.slots]
+        super().__init__(parts._replace(slots=rows))
+        self.shell = shell_of(parts.stock, {}, own)
+        like = next(iter(expert_parameters(parts.stock).values()))
+        novices = parts.tensors["novices"].detach().to(like)
+        self.novices = nn.Parameter(novices, requires_grad=False)
 
     @staticmethod
     def shapes(spec: BankSpec, dims: Dims) -> dict[str, tuple[int, ...]]:
@@ -71,31 +62,48 @@ class Bank(ExpertBank):
         kept: Stored = {((self.layer, e, 1.0),): each for e in self.spec.each("kept")}
         return kept | {(self.layer, "novices"): self.novices.numel()}
 
-    def dense(self) -> dict[str, Tensor]:
-        """Return the layer's E experts, then novices: zero weights, and the constant as down bias.
+    def check_plain(self) -> None:
+        """Check that experts have biases, which can return a constant.
 
         Raises:
-            InputError: experts without biases cannot return a constant.
+            InputError: they have none.
         """
-        held = expert_parameters(self.shell)
-        if _BIAS not in held and len(self.novices):
+        if _BIAS not in self.dims.numbers and len(self.novices):
             raise InputError(
                 f"layer {self.layer} answers {len(self.novices)} slots by constants (novices), and "
                 "an expert of this family has no bias to hold one: the form has no plain experts; "
                 "use export.form=package or remote, without densify"
             )
-        found = {}
-        for name, tensor in held.items():
+
+    def dense(self) -> dict[str, Tensor]:
+        """Return the layer's E experts, then novices: zero weights, and the constant as down bias.
+
+        Raises:
+            InputError: as `check_plain`.
+        """
+        self.check_plain()
+        dense = {}
+        for name, tensor in expert_parameters(self.shell).items():
             zeros = tensor.new_zeros(len(self.novices), *tensor.shape[1:])
-            found[name] = torch.cat([tensor, self.novices if name == _BIAS else zeros])
-        return found
+            dense[name] = torch.cat([tensor, self.novices if name == _BIAS else zeros])
+        return dense
 
     def materialise(self, slot: int) -> ExpertWeights:
         """Return a kept expert's matrices; a novice has none, unless a bias holds its constant."""
-        row, held = int(self.slots[slot]), expert_parameters(self.shell)
-        if row >= len(held["down_proj"]):
+        row, own = int(self.slots[slot]), expert_parameters(self.shell)
+        if row >= len(own["down_proj"]):
             return super().materialise(slot)
-        return self.layout.unpack(held["gate_up_proj"][row], held["down_proj"][row])
+        return self.layout.unpack(own["gate_up_proj"][row], own["down_proj"][row])
+
+    def stored_form(self) -> StoredForm:
+        """Return the kept experts alone, which are then the first of the layer, and novices."""
+        form, kept = super().stored_form(), list(self.spec.each("kept"))
+        own = cast(int, self.shell.num_experts)
+        place = {row: i for i, row in enumerate(kept)}
+        slots = [place[row] if row < own else row - own + len(kept) for row in form.slots]
+        spec = replace(form.spec, integers={**form.spec.integers, "kept": tuple(range(len(kept)))})
+        experts = {name: tensor[kept] for name, tensor in form.experts.items()}
+        return form._replace(spec=spec, slots=slots, experts=experts)
 
     def forward(self, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         """Add kept experts and gated constants up; a novice costs no expert."""

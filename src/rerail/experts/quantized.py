@@ -1,4 +1,4 @@
-"""Packed form: every expert's matrices as integer codes of its own bit width, group by group.
+"""Quantised form: every expert's matrices as integer codes of its own bit width, group by group.
 
 A matrix W (out, in) with b bits and groups of G numbers along `in` (the last one may be shorter) is
 
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from rerail.experts.base import BankSpec, SolvedBank, Stored
+from rerail.experts.base import BankSpec, EncodedExperts, Stored
 from rerail.moe.fused_experts import Dims, ExpertWeights
 
 DENSE = 16
@@ -45,8 +45,8 @@ def pack(codes: Tensor, bits: int) -> Tensor:
 def unpack(packed: Tensor, bits: int, n: int) -> Tensor:
     """Return the n codes (uint8) that `pack` was given: its inverse."""
     per_word, size, word = _word(bits)
-    *lead, held = packed.shape
-    padded = F.pad(packed, (0, -held % size)).to(word)
+    *lead, length = packed.shape
+    padded = F.pad(packed, (0, -length % size)).to(word)
     parts = padded.reshape(*lead, padded.shape[-1] // size, size)
     words = (parts << _steps(size, 8, parts)).sum(dim=-1, keepdim=True, dtype=word)
     codes = (words >> _steps(per_word, bits, words)) & (2**bits - 1)
@@ -86,30 +86,25 @@ def matrix_shapes(dims: Dims) -> dict[str, tuple[int, int]]:
     return {"gate": (wide, hidden), "up": (wide, hidden), "down": (hidden, wide)}
 
 
-class Bank(SolvedBank):
-    """The packed bank; `spec.integers` holds `bits`, one for each expert, and `group`."""
-
-    @staticmethod
-    def touched(spec: BankSpec) -> frozenset[str]:  # noqa: ARG004
-        """All matrices are packed; biases are not."""
-        return frozenset({"gate_up_proj", "down_proj"})
+class QuantizedExperts(EncodedExperts):
+    """Integers: `bits`, one for each expert, and `group`, the numbers that share a scale."""
 
     @staticmethod
     def shapes(spec: BankSpec, dims: Dims) -> dict[str, tuple[int, ...]]:
         """Return the shapes of codes, scale and zero of each matrix and bit width."""
-        found: dict[str, tuple[int, ...]] = {}
+        shapes: dict[str, tuple[int, ...]] = {}
         for name, (out, inner) in matrix_shapes(dims).items():
             for bits, experts in buckets(spec).items():
                 n, key = len(experts), f"{name}.b{bits}"
                 if bits == DENSE:
-                    found[f"{key}.dense"] = (n, out, inner)
+                    shapes[f"{key}.dense"] = (n, out, inner)
                     continue
                 groups = -(-inner // spec.integer("group"))
-                found[f"{key}.codes"] = (n, -(-out * inner * bits // 8))
-                found[f"{key}.scale"] = (n, out, groups)
+                shapes[f"{key}.codes"] = (n, -(-out * inner * bits // 8))
+                shapes[f"{key}.scale"] = (n, out, groups)
                 if bits > 1:
-                    found[f"{key}.zero"] = (n, out, groups)
-        return found
+                    shapes[f"{key}.zero"] = (n, out, groups)
+        return shapes
 
     @classmethod
     def predicted_bits(cls, spec: BankSpec, layer: int, dims: Dims, width: int) -> Stored:

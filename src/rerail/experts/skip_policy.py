@@ -1,4 +1,4 @@
-"""Policy form: a bank (or the model's own experts) of which some chosen slots are skipped.
+"""Skipping form: a bank (or the model's own experts) of which some chosen slots are skipped.
 
 For a token with gate weights w_1 >= ... >= w_K, the tail of rank i is the share of the sum that it
 and all lower ranks hold: t_i = (w_i + ... + w_K) / (w_1 + ... + w_K). Slots of rank 2 and below are
@@ -9,22 +9,13 @@ sum that all K had, as the model's own normalisation would have left it.
 import functools
 import logging
 import math
-from collections.abc import Mapping, Sequence
-from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from rerail.errors import InputError
-from rerail.experts.base import BankSpec, ExpertBank, Stored
-from rerail.moe.fused_experts import (
-    Dims,
-    ExpertWeights,
-    Layout,
-    dims_of,
-    expert_parameters,
-    live_sum,
-)
+from rerail.experts.base import BankParts, BankSpec, ExpertBank, Stored, StoredForm, bank_of
+from rerail.moe.fused_experts import Dims, ExpertWeights, live_sum
 
 log = logging.getLogger(__name__)
 
@@ -35,9 +26,9 @@ def tails(weights: Tensor) -> Tensor:
     """Return t (T, K) of gate weights (T, K), slot by slot, float32; inf for the highest weight."""
     ranked, order = weights.detach().float().sort(dim=1, descending=True, stable=True)
     mass = ranked.flip(1).cumsum(dim=1).flip(1)
-    held = mass / mass[:, :1].clamp(min=torch.finfo(mass.dtype).tiny)
-    held[:, 0] = math.inf
-    return torch.empty_like(held).scatter(1, order, held)
+    tail = mass / mass[:, :1].clamp(min=torch.finfo(mass.dtype).tiny)
+    tail[:, 0] = math.inf
+    return torch.empty_like(tail).scatter(1, order, tail)
 
 
 def protected(hidden: Tensor, received: Tensor, valid: Tensor, share: float) -> Tensor:
@@ -56,58 +47,50 @@ def protected(hidden: Tensor, received: Tensor, valid: Tensor, share: float) -> 
     return ((rank < count) & valid).flatten()
 
 
-class Bank(ExpertBank):
+class SkipPolicy(ExpertBank):
     """Wraps whatever answers the layer. Solved tensor: `threshold`, int64 (1,), in 1 / BINS.
 
     Options: `router`, the hash of the router that the threshold was fitted on; `protect`, the share
     of tokens of a sequence that are never skipped for.
 
     Attributes:
-        inner: what it wraps.
-        watches: whether it wants `received`: set by a hook on the layer's attention before every
-            forward, and used up by it.
-        active: int64 (T,), the experts that were computed for each token of the last forward.
+        inner: the module that it wraps.
     """
 
-    wraps: ClassVar[bool] = True
+    wraps = True
+    whole = False
 
     threshold: Tensor
 
-    def __init__(
-        self,
-        spec: BankSpec,
-        slots: Sequence[int],
-        layer: int,
-        stocks: Mapping[int, nn.Module],
-        tensors: Mapping[str, Tensor],
-    ):
+    def __init__(self, parts: BankParts):
         nn.Module.__init__(self)  # what it wraps knows its own sizes and slots
-        self.spec, self.layer, self.inner = spec, layer, stocks[layer]
-        device = next(iter(self.inner.parameters())).device
-        rows = torch.tensor(slots, dtype=torch.int64, device=device)
-        self.dims = (
-            dims_of(self.inner) if not isinstance(self.inner, ExpertBank) else self.inner.dims
-        )
-        rows = rows if not isinstance(self.inner, ExpertBank) else self.inner.slots
-        self.register_buffer("slots", rows, persistent=False)
-        self.register_buffer("threshold", tensors["threshold"].to(device))
-        self.protect = float(spec.options.get("protect", "0"))
+        self.spec, self.layer, self.inner = parts.spec, parts.layer, parts.stock
+        self.dims, slots_of_inner = self.wrapped.dims, self.wrapped.slots
+        self.register_buffer("slots", slots_of_inner, persistent=False)
+        self.register_buffer("threshold", parts.tensors["threshold"].to(slots_of_inner.device))
+        self.protect = float(parts.spec.options.get("protect", "0"))
         self.watches = self.protect > 0
-        self.received: tuple[Tensor, Tensor] | None = None
-        self.active: Tensor | None = None
+
+    @property
+    def wrapped(self) -> ExpertBank:
+        """What it wraps, as a bank."""
+        return bank_of(self.inner, self.layer)
 
     @property
     def shell(self) -> nn.Module:  # type: ignore[override]
-        """What finally computes."""
-        return self.inner.shell if isinstance(self.inner, ExpertBank) else self.inner
+        """The family's module that computes in the end."""
+        return self.wrapped.shell
 
-    @property
-    def layout(self) -> Layout:
-        """The family's layout."""
-        return Layout.of(self.shell)
+    def nested(self) -> list[ExpertBank]:
+        """Return what it wraps, then itself."""
+        return [*self.wrapped.nested(), self]
 
-    @staticmethod
-    def predicted(spec: BankSpec, layer: int, dims: Dims) -> Stored:  # noqa: ARG004
+    def unwrapped(self) -> nn.Module:
+        """Return the module that it wraps."""
+        return self.inner
+
+    @classmethod
+    def predicted(cls, spec: BankSpec, layer: int, dims: Dims) -> Stored:  # noqa: ARG003
         """Return nothing: a policy stores no expert."""
         return {}
 
@@ -118,29 +101,29 @@ class Bank(ExpertBank):
 
     def dense(self) -> dict[str, Tensor]:
         """Return the fused tensors of what it wraps."""
-        if isinstance(self.inner, ExpertBank):
-            return self.inner.dense()
-        return dict(expert_parameters(self.inner))
+        return self.wrapped.dense()
+
+    def by_slot(self) -> dict[str, Tensor]:
+        """Return the fused tensors of what it wraps, by slot."""
+        return self.wrapped.by_slot()
+
+    def materialise(self, slot: int) -> ExpertWeights:
+        """Return the expert that answers a slot where it is not skipped."""
+        return self.wrapped.materialise(slot)
 
     def stored(self) -> Stored:
         """Count what it wraps."""
-        if isinstance(self.inner, ExpertBank):
-            return self.inner.stored()
-        return {((self.layer, e, 1.0),): self.dims.expert for e in range(self.num_experts)}
+        return self.wrapped.stored()
 
     def stored_bits(self, width: int) -> Stored:
         """Count the bits of what it wraps."""
-        if isinstance(self.inner, ExpertBank):
-            return self.inner.stored_bits(width)
-        return super().stored_bits(width)
+        return self.wrapped.stored_bits(width)
 
     def numbers_used(self, chosen: float) -> float:
         """Count what it wraps."""
-        if isinstance(self.inner, ExpertBank):
-            return self.inner.numbers_used(chosen)
-        return chosen * self.dims.expert
+        return self.wrapped.numbers_used(chosen)
 
-    def as_stock(self) -> nn.Module:
+    def check_plain(self) -> None:
         """Refuse: plain experts compute every slot.
 
         Raises:
@@ -151,22 +134,25 @@ class Bank(ExpertBank):
             "use export.form=package or remote, or export the model without its policy"
         )
 
-    def materialise(self, slot: int) -> ExpertWeights:
-        """Return the expert that answers a slot where it is not skipped."""
-        if isinstance(self.inner, ExpertBank):
-            return self.inner.materialise(slot)
-        return super().materialise(slot)
+    def as_stock(self, width: int | None = None) -> nn.Module:
+        """Refuse, as `check_plain` does."""
+        self.check_plain()
+        return self.wrapped.as_stock(width)
+
+    def stored_form(self) -> StoredForm:
+        """Return the threshold."""
+        return StoredForm(self.spec, self.slots.tolist(), {}, self.solved_tensors())
 
     def skipped(self, hidden: Tensor, weights: Tensor) -> Tensor:
         """Return bool (T, K): the slots that this forward leaves out."""
-        found = tails(weights) < self.threshold / BINS
+        low = tails(weights) < self.threshold / BINS
         if not self.watches:
-            return found
+            return low
         seen, self.received = self.received, None
         if seen is None or seen[1].numel() != len(hidden):
-            _say_unprotected()
-            return found
-        return found & ~protected(hidden, *seen, self.protect).unsqueeze(1)
+            _warn_unprotected()
+            return low
+        return low & ~protected(hidden, *seen, self.protect).unsqueeze(1)
 
     def forward(self, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         """Answer the slots that are kept; the others are not computed."""
@@ -175,7 +161,7 @@ class Bank(ExpertBank):
             weights = rescaled(weights, skip)
         out = live_sum(self.inner, hidden, index, weights, ~skip)
         self.active = (~skip).sum(dim=1)
-        if (below := getattr(self.inner, "active", None)) is not None:
+        if (below := self.wrapped.active) is not None:
             rows = (~skip).nonzero()[:, 0] if len(below) != len(hidden) else None
             zeros = torch.zeros_like(self.active)
             self.active = below if rows is None else zeros.index_add(0, rows, below)
@@ -191,7 +177,7 @@ def rescaled(weights: Tensor, skip: Tensor) -> Tensor:
 
 
 @functools.cache
-def _say_unprotected() -> None:
+def _warn_unprotected() -> None:
     log.warning(
         "the attention that tokens receive is not known here (only eager attention has it), so the "
         "skipping policy protects no token"

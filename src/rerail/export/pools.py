@@ -1,14 +1,13 @@
 """Whole experts of one layer, or of layers that share some, each of them stored once."""
 
+import functools
 import hashlib
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Hashable, Mapping
 
 import torch
 from torch import Tensor
 
-from rerail.experts.base import ExpertBank
-from rerail.moe.fused_experts import expert_parameters
-from rerail.moe.model import MoELayer
+from rerail.experts.base import BankSpec, ExpertBank, StoredForm
 
 
 class Pool:
@@ -17,60 +16,52 @@ class Pool:
     Attributes:
         owner: index of the first of the layers.
         shared: whether there are several.
-        experts: tensors by stock name, with leading axis `size`.
-        size: how many experts there are.
+        slots: for each layer, the stored expert that answers each router row.
     """
 
-    def __init__(self, layers: list[MoELayer]):
-        self.owner, self.shared = layers[0].index, len(layers) > 1
-        self._place: dict[tuple[int, int], int] = {}
-        found: dict[Hashable, int] = {}
-        picked: list[dict[str, Tensor]] = []
-        for layer in layers:
-            slots, dense = answers(layer)
+    def __init__(self, banks: Mapping[int, ExpertBank]):
+        self.owner, self.shared = min(banks), len(banks) > 1
+        self.slots: dict[int, list[int]] = {}
+        places: dict[Hashable, int] = {}
+        self._picked: list[dict[str, Tensor]] = []
+        for index, bank in sorted(banks.items()):
+            dense, slots = bank.dense(), bank.slots.tolist()
+            place: dict[int, int] = {}
             for row in sorted(set(slots)):
-                expert = {name: tensor[row] for name, tensor in dense.items()}
+                expert = {name: tensor.detach()[row] for name, tensor in dense.items()}
                 key: Hashable = _content(expert) if self.shared else row
-                if found.setdefault(key, len(picked)) == len(picked):
-                    picked.append(expert)
-                self._place[layer.index, row] = found[key]
-        self.size = len(picked)
-        self.experts = {name: torch.stack([e[name] for e in picked]) for name in picked[0]}
+                place[row] = places.setdefault(key, len(self._picked))
+                if place[row] == len(self._picked):
+                    self._picked.append(expert)
+            self.slots[index] = [place[row] for row in slots]
 
-    def slots(self, layer: MoELayer) -> list[int]:
-        """Return the stored expert that answers each router row of a layer."""
-        return [self._place[layer.index, row] for row in answers(layer)[0]]
+    @functools.cached_property
+    def experts(self) -> dict[str, Tensor]:
+        """Tensors by stock name, with one row for each stored expert."""
+        names = self._picked[0]
+        return {name: torch.stack([expert[name] for expert in self._picked]) for name in names}
 
-
-def answers(layer: MoELayer) -> tuple[list[int], Mapping[str, Tensor]]:
-    """Return the row that answers each router row, and the tensors that have these rows."""
-    bank = layer.experts
-    if isinstance(bank, ExpertBank):
-        return bank.slots.tolist(), {n: t.detach() for n, t in bank.dense().items()}
-    held = expert_parameters(bank)
-    return list(range(layer.num_experts)), {n: p.detach() for n, p in held.items()}
+    def stored_form(self, index: int) -> StoredForm:
+        """Return what a checkpoint holds of a layer: the experts of the whole pool."""
+        spec = BankSpec("dense", len(self._picked))
+        return StoredForm(spec, self.slots[index], self.experts, {})
 
 
-def pools_of(layers: Iterable[MoELayer]) -> dict[int, Pool]:
-    """Return the pool of each of these layers, which all store whole experts."""
-    groups: list[tuple[set[Hashable], list[MoELayer]]] = []
-    for layer in layers:
-        names, members = set(layer.stored()), [layer]
-        sharing = [group for group in groups if group[0] & names]
-        for held, group in sharing:
-            names, members = names | held, [*group, *members]
-        groups = [group for group in groups if group not in sharing]
-        groups.append((names, sorted(members, key=lambda part: part.index)))
-    found: dict[int, Pool] = {}
-    for _, members in groups:
-        pool = Pool(members)
-        found |= {layer.index: pool for layer in members}
-    return found
+def pools_of(banks: Mapping[int, ExpertBank]) -> dict[int, Pool]:
+    """Return the pool of each layer, by its index; all of the banks store whole experts."""
+    groups: list[tuple[set[Hashable], dict[int, ExpertBank]]] = []
+    for index, bank in banks.items():
+        names, members = set(bank.stored()), {index: bank}
+        for group in [group for group in groups if group[0] & names]:
+            groups.remove(group)
+            names, members = names | group[0], group[1] | members
+        groups.append((names, members))
+    return {index: pool for _, group in groups for pool in [Pool(group)] for index in group}
 
 
 def _content(expert: Mapping[str, Tensor]) -> str:
     """Return a hash of an expert's bytes: equal experts of several layers are stored once."""
-    found = hashlib.sha256()
+    total = hashlib.sha256()
     for name in sorted(expert):
-        found.update(expert[name].cpu().contiguous().view(torch.uint8).numpy().data)
-    return found.hexdigest()
+        total.update(expert[name].cpu().contiguous().view(torch.uint8).numpy().data)
+    return total.hexdigest()

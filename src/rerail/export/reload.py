@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from rerail.moe.families import implementations
 from rerail.moe.model import MoEModel
 
 _SCRIPT = Path(__file__).with_name("reload_script.py")
@@ -75,19 +76,19 @@ def check_reload(path: Path, ids: Tensor, model: MoEModel, form: str = "native")
 
 def write_task(exchange: Path, ids: Tensor, model: MoEModel, form: str = "native") -> None:
     """Write for the fresh process what it compares with and how it loads."""
-    names = ("experts_implementation", "attn_implementation")
-    options = {n: getattr(model.config, f"_{n}", None) for n in names}
-    options["trust_remote_code"] = True if form == "remote" else None
+    options: dict[str, Any] = {n: o for n, o in implementations(model.config).items() if o}
+    if form == "remote":
+        options["trust_remote_code"] = True
     task = {
         "imports": ["rerail.auto"] if form == "package" else [],
         "dtype": str(model.model.dtype).removeprefix("torch."),
         "device": str(next(model.model.parameters()).device),
         "threads": torch.get_num_threads(),
-        "options": {n: o for n, o in options.items() if o is not None},
+        "options": options,
     }
     (exchange / "task.json").write_text(json.dumps(task), encoding="utf-8")
-    given = {"ids": ids.cpu().contiguous(), "logits": logits_of(model, ids).contiguous()}
-    save_file(given, exchange / "given.safetensors")
+    tensors = {"ids": ids.cpu().contiguous(), "logits": logits_of(model, ids).contiguous()}
+    save_file(tensors, exchange / "expected.safetensors")
 
 
 def judge(path: Path, report: Mapping[str, Any], dtype: torch.dtype) -> float:

@@ -1,4 +1,4 @@
-"""Load a checkpoint as any user of transformers would, and compare its logits with given ones.
+"""Load a checkpoint as any user of transformers would, and compare its logits.
 
 Run as a script in a process of its own: `python -P reload_script.py <checkpoint> <exchange>`.
 It imports torch and transformers; rerail cannot be imported, but for a checkpoint of the package
@@ -22,10 +22,11 @@ def compare(checkpoint: str, exchange: Path) -> dict[str, Any]:
     Args:
         checkpoint: the folder.
         exchange: a folder with `task.json` (dtype, device, threads, loading options, and the
-            modules to import first) and `given.safetensors` (ids (B, S) int64, logits (B, S, V)).
+            modules to import first) and `expected.safetensors` (ids (B, S) int64, logits
+            (B, S, V)).
     """
     task = json.loads((exchange / "task.json").read_text(encoding="utf-8"))
-    given = load_file(exchange / "given.safetensors")
+    expected = load_file(exchange / "expected.safetensors")
     torch.set_num_threads(task["threads"])
     for module in task["imports"]:
         importlib.import_module(module)
@@ -36,11 +37,11 @@ def compare(checkpoint: str, exchange: Path) -> dict[str, Any]:
     model, loading = loaded
     model.to(task["device"]).eval()
     with torch.no_grad():
-        logits = model(input_ids=given["ids"].to(task["device"]), use_cache=False).logits.cpu()
+        logits = model(input_ids=expected["ids"].to(task["device"]), use_cache=False).logits.cpu()
     keys = ("missing_keys", "unexpected_keys", "mismatched_keys")
     return {
-        "difference": float((logits.double() - given["logits"].double()).abs().max()),
-        "largest": float(given["logits"].abs().max()),
+        "difference": float((logits.double() - expected["logits"].double()).abs().max()),
+        "largest": float(expected["logits"].abs().max()),
         "misfits": {k: sorted(map(str, loading[k])) for k in keys if loading[k]},
     }
 

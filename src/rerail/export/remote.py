@@ -1,27 +1,22 @@
 """One self-contained modelling file, assembled from the very files that rerail itself runs.
 
 A folder with this file and the `auto_map` of its config loads wherever torch and transformers are,
-with `trust_remote_code=True`. Internal imports are taken out and the files follow one another in
-the order in which they need each other; each bank file becomes a function, since all of them name
-their class `Bank`.
+with `trust_remote_code=True`. Internal imports are taken out, and the files follow one another in
+the order in which they need each other, so no two of them may define the same name.
 """
 
 import ast
 import importlib.util
-import textwrap
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from rerail.export.families import PREFIX, Classes, our_name, stock_classes
+from rerail.experts.base import bank_class
+from rerail.export.classes import PREFIX, Classes, our_name, stock_classes
 
 _ROOT = "rerail.export.structure"
-_BANKS = "rerail.experts"
-_BASE = "rerail.experts.base"
 # finds a bank by its file, which a self-contained module has not
 _REPLACED = {"bank_class"}
-# imported for annotations only, and it would bring the rest of rerail
-_FOR_TYPES = {"rerail.moe.model"}
 
 
 def module_name(family: str) -> str:
@@ -38,12 +33,12 @@ def auto_map(family: str) -> dict[str, str]:
 
 def modelling_file(family: str, kinds: Iterable[str]) -> str:
     """Return the source of the modelling file of a family, for the bank kinds that it stores."""
-    banks = [f"{_BANKS}.{kind}" for kind in sorted(set(kinds) | {"dense"})]
+    banks = {kind: bank_class(kind) for kind in sorted(set(kinds) | {"dense"})}
     order: list[str] = []
-    for module in [*banks, _ROOT]:
+    for module in [*(bank.__module__ for bank in banks.values()), _ROOT]:
         _follow(module, order)
-    found = [m.rpartition(".")[2] for m in order if _is_form(m)]
-    parts = [*map(_section, order), _table(found), _classes(family)]
+    table = _table({kind: bank.__name__ for kind, bank in banks.items()})
+    parts = [*map(_section, order), table, _classes(family)]
     _check_names(parts)
     return "\n\n\n".join([_HEAD.format(family=family), *parts])
 
@@ -51,14 +46,7 @@ def modelling_file(family: str, kinds: Iterable[str]) -> str:
 _HEAD = '''"""Compressed `{family}` models: the stock model, and the stored form of its experts.
 
 Written by rerail, and put together from its files; it needs torch and transformers only.
-"""
-
-from types import SimpleNamespace
-from typing import Any'''
-
-
-def _is_form(module: str) -> bool:
-    return module.startswith(f"{_BANKS}.") and module != _BASE
+"""'''
 
 
 def _path(module: str) -> Path:
@@ -68,8 +56,8 @@ def _path(module: str) -> Path:
     return Path(spec.origin)
 
 
-def _internal(tree: ast.AST) -> Iterator[ast.Import | ast.ImportFrom]:
-    for node in ast.walk(tree):
+def _internal_imports(tree: ast.Module) -> Iterator[ast.Import | ast.ImportFrom]:
+    for node in tree.body:
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("rerail."):
             yield node
         if isinstance(node, ast.Import) and node.names[0].name.startswith("rerail."):
@@ -78,57 +66,26 @@ def _internal(tree: ast.AST) -> Iterator[ast.Import | ast.ImportFrom]:
 
 def _follow(module: str, order: list[str]) -> None:
     """Append a module after everything that it imports from rerail."""
-    path = _path(module)
-    if module in order or module in _FOR_TYPES or path.name == "__init__.py":
+    if module in order:
         return
-    for node in _internal(ast.parse(path.read_text(encoding="utf-8"))):
-        for name in [node.module] if isinstance(node, ast.ImportFrom) else []:
-            _follow(str(name), order)
+    for node in _internal_imports(ast.parse(_path(module).read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom):
+            assert not any(alias.asname for alias in node.names), "a name must stay what it is"
+            _follow(str(node.module), order)
     order.append(module)
 
 
 def _section(module: str) -> str:
-    """Return a file without its internal imports; a bank file as a function of its names."""
+    """Return a file without its internal imports: what they name stands above it."""
     text = _path(module).read_text(encoding="utf-8")
     tree = ast.parse(text)
-    cuts: dict[tuple[int, int], str] = {}
-    for node in _internal(tree):
-        cuts[node.lineno, node.end_lineno or node.lineno] = _instead(node)
-    for part in tree.body:
-        if isinstance(part, ast.FunctionDef) and part.name in _REPLACED:
-            cuts[part.lineno, part.end_lineno or part.lineno] = ""
+    functions = [node for node in tree.body if isinstance(node, ast.FunctionDef)]
+    cut = [*_internal_imports(tree), *(node for node in functions if node.name in _REPLACED)]
     lines = text.splitlines()
-    for (first, last), new in sorted(cuts.items(), reverse=True):
-        lines[first - 1 : last] = [new] if new else []
+    for node in sorted(cut, key=lambda node: node.lineno, reverse=True):
+        del lines[node.lineno - 1 : node.end_lineno]
     source = "\n".join(lines).strip()
-    title = f"# {'-' * 8} {module}"
-    if not _is_form(module):
-        return f"{title}\n\n{source}"
-    name = _maker(module.rpartition(".")[2])
-    body = textwrap.indent(source, "    ")
-    return f"{title}\n\n\ndef {name}():\n{body}\n\n    return SimpleNamespace(**locals())"
-
-
-def _instead(node: ast.Import | ast.ImportFrom) -> str:
-    """Return what stands where names were imported from a file that is now the same one."""
-    indent = " " * node.col_offset
-    lines = []
-    if isinstance(node, ast.ImportFrom):
-        module = str(node.module)
-        bank = _is_form(module)
-        prefix = f"{_maker(module.rpartition('.')[2])}()." if bank else ""
-        for alias in node.names:
-            here = alias.asname or alias.name
-            there = "Any" if module in _FOR_TYPES else f"{prefix}{alias.name}"
-            if here != there:
-                lines.append(f"{indent}{here} = {there}")
-    if not lines and indent:
-        lines = [f"{indent}pass"]
-    return "\n".join(lines)
-
-
-def _maker(kind: str) -> str:
-    return f"_{kind}_form"
+    return f"# {'-' * 8} {module}\n\n{source}"
 
 
 def _check_names(parts: list[str]) -> None:
@@ -148,8 +105,8 @@ def _defined(tree: ast.Module) -> Iterator[str]:
         yield from (t.id for t in targets if isinstance(t, ast.Name))
 
 
-def _table(kinds: list[str]) -> str:
-    rows = "\n".join(f'    "{kind}": {_maker(kind)}().Bank,' for kind in kinds)
+def _table(banks: dict[str, str]) -> str:
+    rows = "\n".join(f'    "{kind}": {name},' for kind, name in banks.items())
     return (
         f"# {'-' * 8} the stored forms\n\nBANKS = {{\n{rows}\n}}\n\n\n"
         'def bank_class(kind):\n    """Return the class of a stored form."""\n'

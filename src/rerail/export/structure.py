@@ -5,19 +5,19 @@ builds the stock model (on the meta device under `from_pretrained`), then every 
 config's `rerail` entry names gets its router rows, its mask and its bank. What `from_pretrained`
 then reads are the stored tensors themselves.
 
-This file is part of every remote export, so it needs torch and `rerail.moe` only.
+This file is part of every remote export, so it needs torch, `rerail.experts` and `rerail.moe` only.
 """
 
 import re
 from collections.abc import Mapping, Sequence
-from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from rerail.experts.base import BankSpec, ExpertBank, build_bank
+from rerail.experts.base import BankSpec, ExpertBank, StoredForm, build_bank
 from rerail.moe.attention import watch_attention
+from rerail.moe.families import body_of, experts_of, float32_patterns, set_experts
 from rerail.moe.fused_experts import expert_parameters, shell_of
 from rerail.moe.router import MaskedRouter, slice_rows
 
@@ -29,8 +29,8 @@ class Compressed:
 
     def __init__(self, config: Any, *args: Any, **named: Any):
         super().__init__(config, *args, **named)  # type: ignore[call-arg]
-        held = getattr(config, "rerail", None) or {"layers": []}
-        restructure(self, held["layers"])
+        stored = getattr(config, "rerail", None) or {"layers": []}
+        restructure(self, stored["layers"])
 
     @classmethod
     def stock_class(cls) -> Any:
@@ -62,20 +62,52 @@ def restructure(model: Any, entries: Sequence[Entry]) -> None:
             `tensors` (dtype, or None for the model's, and shape of each solved tensor).
     """
     shells: dict[int, nn.Module] = {}
+    body = body_of(model)
     for entry in entries:
-        block = model.base_model.get_submodule(entry["path"])
+        block = body.get_submodule(entry["path"])
         if entry["rows"] != entry["built"]:
             rows = range(entry["rows"])
             slice_rows(getattr(block, entry["router"]), rows, entry["built"], recurse=True)
             slice_rows(block, rows, entry["built"], recurse=False)
         if entry["kept"] is not None:
             _mask(model, block, entry)
-        held, count = expert_parameters(block.experts), entry["experts"]
-        experts = {name: p.new_zeros((count, *p.shape[1:])) for name, p in held.items()}
+        stock, count = experts_of(block), entry["experts"]
+        fused = expert_parameters(stock).items()
+        experts = {name: p.new_zeros((count, *p.shape[1:])) for name, p in fused}
         solved = [_empty(bank, next(iter(experts.values()))) for bank in entry["banks"]]
-        block.experts = stored_bank(entry, block.experts, experts, solved, shells)
-        layer = SimpleNamespace(name=entry["path"], block=block, experts=block.experts)
-        watch_attention(model.base_model, cast(Any, [layer]))
+        set_experts(block, stored_bank(entry, stock, experts, solved, shells))
+        watch_attention(body, {entry["path"]: block})
+
+
+def bank_entry(form: StoredForm, dtype: torch.dtype) -> dict[str, Any]:
+    """Return a bank as plain data: its spec, and dtype and shape of its solved tensors.
+
+    Args:
+        form: the bank.
+        dtype: the model's, which is written as None.
+    """
+    spec = form.spec
+    tensors = {
+        name: [None if t.dtype == dtype else str(t.dtype).removeprefix("torch."), list(t.shape)]
+        for name, t in form.solved.items()
+    }
+    integers = {n: list(v) if isinstance(v, tuple) else v for n, v in spec.integers.items()}
+    options = dict(spec.options)
+    return {
+        "kind": spec.kind,
+        "stored": spec.stored,
+        "integers": integers,
+        "options": options,
+        "tensors": tensors,
+    }
+
+
+def _spec(bank: Entry, layer: int, whole: bool) -> BankSpec:
+    """Return the spec of a bank that `bank_entry` wrote down."""
+    stored = range(bank["stored"]) if whole else ()
+    members = tuple(((layer, expert, 1.0),) for expert in stored)
+    integers = {n: tuple(v) if isinstance(v, list) else v for n, v in bank["integers"].items()}
+    return BankSpec(bank["kind"], bank["stored"], members, integers, dict(bank["options"]))
 
 
 def _empty(bank: Entry, like: Tensor) -> dict[str, Tensor]:
@@ -134,13 +166,6 @@ def _sized(
     return shell_of(stock, {**absent, **experts}, count)
 
 
-def _spec(bank: Entry, layer: int, whole: bool) -> BankSpec:
-    stored = range(bank["stored"]) if whole else ()
-    members = tuple(((layer, expert, 1.0),) for expert in stored)
-    integers = {n: tuple(v) if isinstance(v, list) else v for n, v in bank["integers"].items()}
-    return BankSpec(bank["kind"], bank["stored"], members, integers, dict(bank["options"]))
-
-
 def _share(pool: int, bank: ExpertBank, shells: dict[int, nn.Module]) -> None:
     """Let layers that share stored experts read one module."""
     owner = shells.setdefault(pool, bank.shell)
@@ -165,7 +190,7 @@ def _mask(model: Any, block: nn.Module, entry: Entry) -> None:
     masked.register_buffer("dropped", masked.get_buffer("dropped"))
     setattr(block, name, masked)
     # what the family keeps in float32 now has a longer name
-    for kept in (model._keep_in_fp32_modules, model._keep_in_fp32_modules_strict):
+    for patterns in float32_patterns(model):
         names = [f"{entry['path']}.{name}.{n}" for n, _ in router.named_parameters()]
-        wide = [n for n in names if any(re.search(pattern, n) for pattern in kept)]
-        kept.update(n.replace(f".{name}.", f".{name}.inner.") for n in wide)
+        wide = [n for n in names if any(re.search(pattern, n) for pattern in patterns)]
+        patterns.update(n.replace(f".{name}.", f".{name}.inner.") for n in wide)

@@ -8,19 +8,21 @@ The last two have a model type of their own, so the Auto classes refuse them wit
 tensors that do not fit under the stock experts' names, so the family's own class refuses them too.
 """
 
+import copy
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
+from torch import Tensor, nn
 
 from rerail.errors import InputError
-from rerail.export.families import family_of
-from rerail.export.manifest import sizes_of
+from rerail.export.checkpoint import check_target, sizes_of, write_checkpoint
+from rerail.export.classes import family_of
+from rerail.export.native import check_native, stock_model
 from rerail.export.package import check_packaged, packaged_model
 from rerail.export.remote import auto_map, modelling_file, module_name
-from rerail.export.stock import check_native, recast, stock_model
-from rerail.export.writing import check_target, write_checkpoint
+from rerail.moe.families import always_float32
 from rerail.moe.model import MoEModel
 from rerail.plan.plan import Plan
 
@@ -59,10 +61,10 @@ def built(student: MoEModel, form: str = "native", densify: bool = False) -> MoE
     check_form(form)
     if form == "native":
         return stock_model(student, densify)
-    made = packaged_model(student, densify)
+    packaged = packaged_model(student, densify)
     if form == "remote":
-        made.config.auto_map = auto_map(family_of(made.config))
-    return made
+        packaged.config.auto_map = auto_map(family_of(packaged.config))
+    return packaged
 
 
 def as_written(
@@ -86,6 +88,31 @@ def as_written(
     """
     runs: torch.dtype = student.model.dtype
     return recast(recast(built(student, form, densify), dtype or runs), runs)
+
+
+def recast(model: MoEModel, dtype: torch.dtype) -> MoEModel:
+    """Return a copy whose parameters are in `dtype`; those that are in it stay the same objects.
+
+    Never `.to(dtype)`, which would change shared Parameters in place. Parameters that the family
+    keeps in float32 whatever the dtype (correction biases, say) are float32; buffers stay as they
+    are, and so do solved tensors that have a dtype of their own.
+    """
+    inner = cast(Any, model.model)
+    always = always_float32(inner, dtype)
+    memo: dict[int, Any] = {id(b): b for b in inner.buffers()}
+    banks = [bank for layer in model.layers for bank in layer.bank.nested()]
+    solved = [p for bank in banks for p in bank.parameters(recurse=False)]
+    memo |= {id(p): p for p in solved if p.dtype != inner.dtype}
+    for name, parameter in inner.named_parameters():
+        wide = any(part in name for part in always)
+        memo.setdefault(id(parameter), _cast(parameter, torch.float32 if wide else dtype))
+    return MoEModel(copy.deepcopy(inner, memo))
+
+
+def _cast(parameter: Tensor, dtype: torch.dtype) -> Tensor:
+    if parameter.dtype == dtype or not parameter.is_floating_point():
+        return parameter
+    return nn.Parameter(parameter.detach().to(dtype), requires_grad=False)
 
 
 def export_student(  # noqa: PLR0913

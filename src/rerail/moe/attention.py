@@ -1,15 +1,16 @@
 """How much attention each token receives, for banks that decide token by token."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from rerail.moe.model import MoELayer
+from rerail.experts.base import bank_of
+from rerail.moe.families import attention_of, decoder_layer, experts_of
 
 
-class Received:
+class AttentionHook:
     """A hook on an attention module: hands the bank beside it what each token receives.
 
     It looks the bank up at every forward, so that a copy of the model hands to its own bank and a
@@ -21,13 +22,13 @@ class Received:
 
     def __call__(self, module: nn.Module, args: Any, named: Mapping[str, Any], output: Any) -> None:
         """Take the attention map out of the module's output, where there is one."""
-        bank: Any = self.block.experts
+        bank = bank_of(experts_of(self.block))
         maps = output[1] if isinstance(output, tuple) and len(output) > 1 else None
-        if getattr(bank, "watches", False) and isinstance(maps, Tensor):
-            bank.received = received(maps.detach(), named.get("attention_mask"))
+        if bank.watches and isinstance(maps, Tensor):
+            bank.received = attention_received(maps.detach(), named.get("attention_mask"))
 
 
-def received(maps: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+def attention_received(maps: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
     """Return the mean attention that each key gets from its own and later queries, and who counts.
 
     Args:
@@ -52,18 +53,19 @@ def received(maps: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
     return gets / later.clamp(min=1), valid
 
 
-def watch_attention(model: nn.Module, layers: Iterable[MoELayer]) -> None:
+def watch_attention(model: Any, blocks: Mapping[str, nn.Module]) -> None:
     """Let banks that watch see the attention of their decoder layer, and make it be computed.
 
     Only eager attention has its weights in memory, so the model is switched to it.
+
+    Args:
+        model: a transformers model.
+        blocks: MoE blocks by their path in it.
     """
-    for layer in layers:
-        if not getattr(layer.experts, "watches", False):
+    for path, block in blocks.items():
+        attention = attention_of(decoder_layer(model, path))
+        if attention is None or not bank_of(experts_of(block)).watches:
             continue
-        attention = getattr(model.get_submodule(layer.name.rpartition(".")[0]), "self_attn", None)
-        if attention is None or any(
-            isinstance(hook, Received) for hook in attention._forward_hooks.values()
-        ):
-            continue
-        attention.register_forward_hook(Received(layer.block), with_kwargs=True)
-        model.set_attn_implementation("eager")  # type: ignore[operator]
+        if not any(isinstance(hook, AttentionHook) for hook in attention._forward_hooks.values()):
+            attention.register_forward_hook(AttentionHook(block), with_kwargs=True)
+            model.set_attn_implementation("eager")

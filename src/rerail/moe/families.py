@@ -1,26 +1,19 @@
-"""What a transformers class does not say about itself: one row per odd family.
+"""Every name that transformers and its families give to a part of a model; no other file has one.
 
-Layout (transposed, interleaved, biased) is read from flags of the experts module, so a family
-inside the seam needs no row. Families outside the seam are listed with the reason.
+Inside the seam (`experts(hidden, index, weights)` beside a router) families differ in names, and
+a family that is odd gets a row here. Two sorts of words are not here, because they are ours too:
+the fused tensors `gate_up_proj` and `down_proj`, which plans name, and the calls that every
+`PreTrainedModel` answers, such as `save_pretrained`.
 """
 
+import contextlib
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any, cast
 
 from torch import nn
 
-
-@dataclass(frozen=True)
-class Traits:
-    """Where a family keeps its router: the block's attribute, and the path to the rows (E, H)."""
-
-    router: str
-    rows: str = "weight"
-
-
-_ODD: dict[str, Traits] = {
-    "AfmoeSparseMoeBlock": Traits("router", "gate.weight"),
-    "HunYuanMoEV1Moe": Traits("gate", "wg.weight"),
-}
+from rerail.errors import InputError
 
 OUTSIDE_THE_SEAM = {
     "llama4": "its experts are called with routing already applied",
@@ -35,12 +28,212 @@ OUTSIDE_THE_SEAM = {
 }
 
 
-def traits_of(block: nn.Module) -> Traits | None:
-    """Return where the block keeps its router, or None when it has none."""
+def check_family(model_type: str) -> None:
+    """Check that a family is inside the seam.
+
+    Raises:
+        InputError: it is not; the sentence has the reason.
+    """
+    if model_type in OUTSIDE_THE_SEAM:
+        reason = OUTSIDE_THE_SEAM[model_type]
+        raise InputError(f"model family {model_type!r} is not supported: {reason}")
+
+
+# ---- the MoE block: router and experts
+
+
+@dataclass(frozen=True)
+class Traits:
+    """Where a family keeps its router: the block's attribute, and the path to the rows (E, H)."""
+
+    router: str
+    rows: str = "weight"
+
+
+_ODD: dict[str, Traits] = {
+    "AfmoeSparseMoeBlock": Traits("router", "gate.weight"),
+    "HunYuanMoEV1Moe": Traits("gate", "wg.weight"),
+}
+_ROUTERS = ("gate", "router")
+# an integer on a module that is the number of router rows
+_ROW_COUNTS = ("num_experts", "n_routed_experts", "num_local_experts")
+_CORRECTIONS = ("correction_bias", "expert_bias", "balancing_biases")
+
+
+def _find_traits(block: nn.Module) -> Traits | None:
     if odd := _ODD.get(type(block).__name__):
         return odd
-    for name in ("gate", "router"):
+    for name in _ROUTERS:
         rows = getattr(getattr(block, name, None), "weight", None)
         if rows is not None and rows.dim() == 2:
             return Traits(name)
     return None
+
+
+def is_moe_block(module: nn.Module) -> bool:
+    """Return whether a module owns both a router and experts."""
+    return hasattr(module, "experts") and _find_traits(module) is not None
+
+
+def traits_of(block: nn.Module) -> Traits:
+    """Return where an MoE block keeps its router."""
+    traits = _find_traits(block)
+    assert traits is not None
+    return traits
+
+
+def experts_of(block: nn.Module) -> nn.Module:
+    """Return the experts of an MoE block: the family's module, or what stands in its place."""
+    return cast(nn.Module, block.experts)
+
+
+def set_experts(block: nn.Module, experts: nn.Module) -> None:
+    """Put a module in the place of a block's experts."""
+    block.experts = experts
+
+
+def top_k_of(block: nn.Module, router: nn.Module) -> int:
+    """Return K: from the router, the block, or the config of the experts."""
+    for owner in (router, block):
+        if isinstance(k := getattr(owner, "top_k", None), int):
+            return k
+    return int(cast(Any, experts_of(block)).config.num_experts_per_tok)
+
+
+def groups_of(router: nn.Module) -> int:
+    """Return the groups of a group-limited router; 1 where routing is not grouped."""
+    method = getattr(router, "topk_method", "group_limited_greedy")
+    groups = getattr(router, "num_group", None) or getattr(router, "n_group", None)
+    return int(groups) if groups and method != "greedy" else 1
+
+
+def top_groups_of(router: nn.Module) -> int:
+    """Return the groups chosen for a token; 1 where routing is not grouped."""
+    return int(getattr(router, "topk_group", None) or 1)
+
+
+def set_row_count(module: nn.Module, before: int, after: int) -> None:
+    """Change a module's own counts of router rows, where it has some."""
+    for name in _ROW_COUNTS:
+        if getattr(module, name, None) == before:
+            setattr(module, name, after)
+
+
+def is_correction_bias(name: str) -> bool:
+    """Return whether a tensor of a router moves the choice of experts, but not their weights."""
+    return name.endswith(_CORRECTIONS)
+
+
+def is_transposed(experts: nn.Module) -> bool:
+    """Return whether fused tensors are (in, out); transformers flags it on every module."""
+    return bool(getattr(experts, "is_transposed", False))
+
+
+def is_concatenated(experts: nn.Module) -> bool:
+    """Return whether gate and up lie one below the other, not row by row in turn."""
+    return bool(getattr(experts, "is_concatenated", True))
+
+
+def has_norm_after(experts: nn.Module) -> bool:
+    """Return whether experts norm their outputs before the gate weights."""
+    return bool(getattr(experts, "has_post_expert_norm", False))
+
+
+# ---- around the block: decoder layers, attention, body and head
+
+
+def decoder_layer(model: nn.Module, block_path: str) -> nn.Module:
+    """Return the decoder layer around an MoE block."""
+    return model.get_submodule(block_path.rpartition(".")[0])
+
+
+def decoder_layers(model: nn.Module, block_path: str) -> list[nn.Module]:
+    """Return all decoder layers, dense ones too; `block_path` names the block of one of them."""
+    path = block_path.split(".")
+    depth = next(i for i, part in enumerate(path) if part.isdigit())
+    return list(model.get_submodule(".".join(path[:depth])).children())
+
+
+def layer_number(block_path: str) -> int | None:
+    """Return the position of a block's decoder layer, None where its path has no number."""
+    return next((int(part) for part in block_path.split(".") if part.isdigit()), None)
+
+
+def attention_of(decoder: nn.Module) -> nn.Module | None:
+    """Return the attention module of a decoder layer, None where it has none."""
+    return cast(nn.Module | None, getattr(decoder, "self_attn", None))
+
+
+def body_of(model: nn.Module) -> Any:
+    """Return the model without its head."""
+    return model.base_model
+
+
+def path_in_body(model: nn.Module, path: str) -> str:
+    """Return the path of a module below the body."""
+    return path.removeprefix(f"{model.base_model_prefix}.")
+
+
+@contextlib.contextmanager
+def router_logits_off(config: Any) -> Iterator[None]:
+    """Compute no auxiliary loss for a while."""
+    before = config.__dict__.get("output_router_logits")
+    if before:
+        config.output_router_logits = False
+    try:
+        yield
+    finally:
+        if before:
+            config.output_router_logits = before
+
+
+# ---- the config
+
+_EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+# the width of an expert, the name that is the experts' alone first
+WIDTH_NAMES = ("moe_intermediate_size", "intermediate_size")
+_IMPLEMENTATIONS = ("experts_implementation", "attn_implementation")
+
+
+def set_expert_count(config: Any, count: int) -> None:
+    """Write the number of experts under each name that a config has for it."""
+    for name in _EXPERT_COUNTS:
+        if isinstance(getattr(config, name, None), int):
+            setattr(config, name, count)
+
+
+def expert_count_aliases(config: Any, written: Mapping[str, Any]) -> dict[str, int]:
+    """Return the expert count of a written config under the other names that the family reads.
+
+    transformers 5.23 writes `num_local_experts` for Qwen3-MoE, and readers before 5.16 look for
+    `num_experts`; other families have the like. Which names mean the same says `attribute_map`.
+    """
+    names = type(config).attribute_map.items()
+    counts = {alias: written[n] for alias, n in names if n in _EXPERT_COUNTS and n in written}
+    return {alias: count for alias, count in counts.items() if alias in _EXPERT_COUNTS}
+
+
+def implementations(config: Any) -> dict[str, str | None]:
+    """Return the chosen implementations by the names under which `from_pretrained` takes them."""
+    return {name: getattr(config, f"_{name}", None) for name in _IMPLEMENTATIONS}
+
+
+def set_implementations(config: Any, chosen: Mapping[str, str | None]) -> None:
+    """Choose implementations, as `implementations` returned them."""
+    for name, value in chosen.items():
+        setattr(config, f"_{name}", value)
+
+
+def experts_implementation(config: Any) -> str | None:
+    """Return how experts compute (`eager`, `grouped_mm`, ...); None where nobody chose."""
+    return implementations(config)["experts_implementation"]
+
+
+def float32_patterns(model: Any) -> list[set[str]]:
+    """Return the sets of name patterns that a family keeps in float32; they may be added to."""
+    return [model._keep_in_fp32_modules, model._keep_in_fp32_modules_strict]
+
+
+def always_float32(model: Any, dtype: Any) -> list[str]:
+    """Return parts of the names of parameters that stay float32 when the model is in `dtype`."""
+    return list(model._get_dtype_plan(dtype))

@@ -12,6 +12,8 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
+from rerail.moe.families import is_concatenated, is_transposed
+
 # what accelerate puts on a module of a model with a device map: a forward of the original's own
 _DISPATCHED = ("forward", "_old_forward", "_hf_hook")
 
@@ -34,8 +36,7 @@ class Layout:
     @classmethod
     def of(cls, experts: nn.Module) -> "Layout":
         """Read the layout from the flags that transformers puts on every experts module."""
-        transposed = bool(getattr(experts, "is_transposed", False))
-        return cls(transposed, bool(getattr(experts, "is_concatenated", True)))
+        return cls(is_transposed(experts), is_concatenated(experts))
 
     def unpack(self, gate_up: Tensor, down: Tensor) -> ExpertWeights:
         """Split fused tensors (..., 2I, H) and (..., H, I) into gate, up (..., I, H) and down."""
@@ -88,12 +89,12 @@ def expert_parameters(experts: nn.Module) -> dict[str, nn.Parameter]:
 
 def dims_of(experts: nn.Module) -> Dims:
     """Return the sizes of a stock experts module."""
-    held = expert_parameters(experts)
-    out, inner = held["down_proj"].shape[1:]
-    if Layout.of(experts).transposed:
+    fused = expert_parameters(experts)
+    out, inner = fused["down_proj"].shape[1:]
+    if is_transposed(experts):
         out, inner = inner, out
-    numbers = {name: p.shape[1:].numel() for name, p in held.items()}
-    return Dims(len(held["down_proj"]), inner, out, numbers)
+    numbers = {name: p.shape[1:].numel() for name, p in fused.items()}
+    return Dims(len(fused["down_proj"]), inner, out, numbers)
 
 
 def shell_of(experts: nn.Module, parameters: Mapping[str, Tensor], count: int) -> nn.Module:
@@ -109,10 +110,9 @@ def shell_of(experts: nn.Module, parameters: Mapping[str, Tensor], count: int) -
     for table in ("_parameters", "_buffers", "_modules"):
         setattr(shell, table, dict(getattr(experts, table)))
     for name, tensor in parameters.items():
-        held = isinstance(tensor, nn.Parameter)
-        shell._parameters[name] = (
-            cast(nn.Parameter, tensor) if held else nn.Parameter(tensor, requires_grad=False)
-        )
+        if not isinstance(tensor, nn.Parameter):
+            tensor = nn.Parameter(tensor, requires_grad=False)
+        shell._parameters[name] = tensor
     shell.num_experts = count  # type: ignore[assignment]
     return shell
 

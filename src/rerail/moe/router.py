@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-_COUNTS = ("num_experts", "n_routed_experts", "num_local_experts")
-_CORRECTIONS = ("correction_bias", "expert_bias", "balancing_biases")
+from rerail.moe.families import is_correction_bias, set_row_count
+
 _Table = dict[str, Any]
 
 
@@ -44,12 +44,10 @@ def slice_rows(module: nn.Module, kept: Sequence[int], experts: int, *, recurse:
     for table, name, tensor, axis in rows_of(module, experts, recurse=recurse):
         index = torch.tensor(kept, dtype=torch.int64, device=tensor.device)
         new = tensor.detach().index_select(axis, index)
-        held = isinstance(tensor, nn.Parameter)
-        table[name] = nn.Parameter(new, tensor.requires_grad) if held else new
+        trained = isinstance(tensor, nn.Parameter)
+        table[name] = nn.Parameter(new, tensor.requires_grad) if trained else new
     for part in module.modules() if recurse else [module]:
-        for name in _COUNTS:
-            if getattr(part, name, None) == experts:
-                setattr(part, name, len(kept))
+        set_row_count(part, experts, len(kept))
 
 
 def gates_are_constant(router: nn.Module, hidden_size: int) -> bool:
@@ -83,10 +81,10 @@ class MaskedRouter(nn.Module):
         dropped[list(kept)] = False
         self.register_buffer("dropped", dropped, persistent=False)
         for table, name, tensor, _ in rows_of(self.inner, experts, recurse=True):
-            if name.endswith(_CORRECTIONS):
+            if is_correction_bias(name):
                 new = tensor.detach().masked_fill(dropped, -torch.inf)
-                held = isinstance(tensor, nn.Parameter)
-                table[name] = nn.Parameter(new, requires_grad=False) if held else new
+                trained = isinstance(tensor, nn.Parameter)
+                table[name] = nn.Parameter(new, requires_grad=False) if trained else new
 
     def __getattr__(self, name: str) -> Any:
         try:

@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from rerail.errors import InputError
 from rerail.files import digest, file_digest
-from rerail.moe.families import OUTSIDE_THE_SEAM
+from rerail.moe.families import check_family
 from rerail.moe.model import MoEModel
 
 _HASHED_WHOLE = 2**31
@@ -71,9 +71,7 @@ class ModelSource:
         if self.refuse:
             raise InputError(f"model {self.path_or_id!r} is not supported: {self.refuse}")
         config = self._from(AutoConfig)
-        if config.model_type in OUTSIDE_THE_SEAM:
-            reason = OUTSIDE_THE_SEAM[config.model_type]
-            raise InputError(f"model family {config.model_type!r} is not supported: {reason}")
+        check_family(config.model_type)
         return config
 
     def meta(self) -> MoEModel:
@@ -139,10 +137,15 @@ class ModelSource:
         _check_finite(model, self.path_or_id)
         return MoEModel(model)
 
+    def stored_dtype(self) -> torch.dtype | None:
+        """Return the dtype of the checkpoint, not the one to load in; None where it names none."""
+        dtype = getattr(self.config(), "dtype", None)
+        return dtype if isinstance(dtype, torch.dtype) else None
+
     def itemsize(self) -> int:
         """Return the bytes of a number in the checkpoint's dtype; 2 where no dtype is stated."""
-        dtype = getattr(self.config(), "dtype", None)
-        return dtype.itemsize if isinstance(dtype, torch.dtype) else 2
+        dtype = self.stored_dtype()
+        return 2 if dtype is None else dtype.itemsize
 
     def fingerprint(self) -> str:
         """Return a hash of the files of a folder, or of hub id and commit.
@@ -175,8 +178,10 @@ class ModelSource:
         zoo = self.path_or_id.startswith("zoo:")
         looks_local = zoo or self.location.startswith((".", "/"))
         if looks_local and not (folder / "config.json").exists():
-            held = [p.parent.name for p in sorted(_zoo().glob("*/config.json"))]
-            allowed = f"the zoo has {', '.join(held)}" if zoo else "give a folder with a checkpoint"
+            names = [p.parent.name for p in sorted(_zoo().glob("*/config.json"))]
+            allowed = (
+                f"the zoo has {', '.join(names)}" if zoo else "give a folder with a checkpoint"
+            )
             raise InputError(
                 f"model {self.path_or_id!r} does not exist: no {folder / 'config.json'}; {allowed}"
             )

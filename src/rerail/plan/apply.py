@@ -6,10 +6,9 @@ from torch import Tensor, nn
 
 from rerail.experts.base import bank_class, build_bank
 from rerail.moe.attention import watch_attention
+from rerail.moe.families import set_expert_count
 from rerail.moe.model import MoELayer, MoEModel
 from rerail.plan.plan import ROWS, LayerPlan, Plan
-
-COUNT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 
 
 def apply_plan(teacher: MoEModel, plan: Plan) -> MoEModel:
@@ -30,7 +29,7 @@ def _apply_stage(teacher: MoEModel, plan: Plan) -> MoEModel:
     student = teacher.with_shared_parameters()
     apply_to_layers(student.layers, plan)
     write_expert_count(student)
-    watch_attention(student.model, student.layers)
+    watch_attention(student.model, {layer.name: layer.block for layer in student.layers})
     return student
 
 
@@ -62,8 +61,5 @@ def _apply_layer(
 def write_expert_count(student: MoEModel) -> None:
     """Write a uniform new expert count into a model's own config, where it has one."""
     rows = {layer.num_experts for layer in student.layers}
-    if len(rows) != 1:
-        return
-    for name in COUNT_KEYS:
-        if isinstance(getattr(student.config, name, None), int):
-            setattr(student.config, name, next(iter(rows)))
+    if len(rows) == 1:
+        set_expert_count(student.config, rows.pop())

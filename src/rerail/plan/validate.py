@@ -8,7 +8,6 @@ from torch import Tensor
 
 from rerail.errors import InputError
 from rerail.experts.base import bank_class
-from rerail.moe.fitted import check_router
 from rerail.moe.model import MoELayer
 
 if TYPE_CHECKING:
@@ -39,7 +38,7 @@ def validate_layer(part: "LayerPlan", known: Layers, tensors: Mapping[str, Tenso
     _validate_slots(part, layer)
     _validate_members(part, known)
     _validate_tensors(part, layer, tensors)
-    check_router(layer, part.bank.options.get("router", ""))
+    layer.check_router(part.bank.options.get("router", ""))
     if layer.num_groups > 1 and part.router != "untouched":
         _validate_groups(part, layer)
 

@@ -17,6 +17,7 @@ from rerail.errors import InputError
 from rerail.evaluate.perplexity import score_blocks
 from rerail.export.targets import FORMS
 from rerail.files import digest
+from rerail.moe.families import experts_implementation
 from rerail.moe.model import MoEModel
 from rerail.moe.source import ModelSource
 from rerail.parallel import world
@@ -126,7 +127,7 @@ class Cell:
         Dtype, kind of device and experts implementation all decide what comes out.
         """
         weight = next(model.model.parameters())
-        experts = getattr(model.config, "_experts_implementation", "eager")
+        experts = experts_implementation(model.config)
         runs = [experts, str(weight.dtype), weight.device.type]
         return digest([self.model.fingerprint(), runs, *what])
 

@@ -5,8 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rerail.export.manifest import is_whole
-from rerail.export.native import stored_dtype
+from rerail.export.checkpoint import is_whole
 from rerail.export.reload import check_reload, logits_of
 from rerail.export.targets import as_written, check_student, export_student
 from rerail.files import digest
@@ -54,7 +53,7 @@ def export(  # noqa: PLR0913
     proved = read(proof)
     if proved is not None and proved.data["key"] == key and is_whole(path):
         return path
-    dtype, form, densify = stored_dtype(cell.model), cell.export.form, cell.export.densify
+    dtype, form, densify = cell.model.stored_dtype(), cell.export.form, cell.export.densify
     manifest = {
         "choices": dict(cell.choices),
         "parent": {"model": cell.model.path_or_id, "fingerprint": cell.model.fingerprint()},

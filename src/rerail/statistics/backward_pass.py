@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rerail.experts.base import ExpertBank
+from rerail.experts.base import bank_of
 from rerail.moe.model import MoELayer, MoEModel
 from rerail.statistics.loss import summed_loss
 from rerail.statistics.pairs import Products, unseen, weight_of
@@ -29,7 +29,7 @@ class _Leaves(Products):
         super().__init__({name: weight_of(experts, name) for name in WEIGHTS})
         self.filled = {s: t for s, t in filled.items() if isinstance(s, BackwardStatistic)}
         stored = range(len(self.watched[WEIGHTS[0]]))
-        slots = experts.slots.tolist() if isinstance(experts, ExpertBank) else list(stored)
+        slots = bank_of(experts).slots.tolist()
         self.slots = {p: [e for e, s in enumerate(slots) if s == p] for p in stored}
 
     def product(self, func: Any, args: Any, named: dict[str, Any], name: str) -> Any:

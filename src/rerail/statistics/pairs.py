@@ -9,12 +9,13 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from rerail.errors import OutOfReach
-from rerail.experts.base import ExpertBank
+from rerail.experts.base import bank_of
+from rerail.moe.families import experts_implementation, has_norm_after
 
 
 def is_eager(experts: nn.Module) -> bool:
     """Return whether the experts run as a loop over experts."""
-    return getattr(experts.config, "_experts_implementation", None) in (None, "eager")
+    return experts_implementation(experts.config) in (None, "eager")
 
 
 @dataclass(frozen=True)
@@ -76,10 +77,8 @@ def _norms(pairs: Tensor) -> Tensor:
 
 
 def _grouped(experts: nn.Module) -> bool:
-    plain = not isinstance(experts, ExpertBank) and not getattr(
-        experts, "has_post_expert_norm", False
-    )
-    return plain and getattr(experts.config, "_experts_implementation", None) == "grouped_mm"
+    plain = bank_of(experts).is_stock and not has_norm_after(experts)
+    return plain and experts_implementation(experts.config) == "grouped_mm"
 
 
 def _unsorted(rows: Tensor, order: Tensor, index: Tensor) -> Tensor:
@@ -113,7 +112,9 @@ def pairs_and_middle(experts: nn.Module, hidden: Tensor, index: Tensor) -> tuple
             a bank that expands its experts at every forward).
     """
     presented: list[Tensor] = []
-    hook = _shell(experts).register_forward_pre_hook(lambda _, args: presented.append(args[1]))
+    hook = bank_of(experts).shell.register_forward_pre_hook(
+        lambda _, args: presented.append(args[1])
+    )
     try:
         with Products({"down_proj": weight_of(experts, "down_proj")}) as products:
             pairs = pair_outputs(experts, hidden, index)
@@ -136,7 +137,7 @@ def combined(experts: nn.Module, pairs: Tensor, index: Tensor, weights: Tensor) 
     gated = pairs * weights.unsqueeze(-1)
     if not is_eager(experts):
         return gated.sum(dim=1).to(pairs.dtype)
-    slots = experts.slots[index] if isinstance(experts, ExpertBank) else index
+    slots = bank_of(experts).slots[index]
     order, (tokens, k) = slots.argsort(dim=1, stable=True), index.shape
     by_choice = gated.transpose(0, 1).reshape(k * tokens, -1)
     rows = order * tokens + torch.arange(tokens, device=index.device).unsqueeze(1)
@@ -199,21 +200,17 @@ def weight_of(experts: nn.Module, name: str) -> Tensor:
     Raises:
         OutOfReach: the bank holds none.
     """
-    weight = getattr(_shell(experts), name, None)
+    weight = getattr(bank_of(experts).shell, name, None)
     if not isinstance(weight, Tensor):
         raise unseen(experts, name)
     return weight
 
 
-def _shell(experts: nn.Module) -> nn.Module:
-    return experts.shell if isinstance(experts, ExpertBank) else experts
-
-
 def unseen(experts: nn.Module, what: str) -> OutOfReach:
     """Return the error for products that cannot be watched."""
-    kind = type(experts).__module__ if isinstance(experts, ExpertBank) else type(experts).__name__
-    implementation = getattr(experts.config, "_experts_implementation", None) or "eager"
+    implementation = experts_implementation(experts.config) or "eager"
     return OutOfReach(
-        f"the {what} of {kind} under the experts implementation {implementation!r} cannot be "
-        "measured: use `eager` or `grouped_mm`, and experts stored whole"
+        f"the {what} of {type(experts).__name__} under the experts implementation "
+        f"{implementation!r} cannot be measured: use `eager` or `grouped_mm`, and experts stored "
+        "whole"
     )

@@ -5,6 +5,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from rerail.errors import OutOfReach
+from rerail.moe.families import decoder_layer
 from rerail.moe.model import MoELayer, MoEModel
 from rerail.statistics.statistic import Need
 
@@ -21,7 +22,7 @@ class Surroundings:
         if "logits" in needs:
             self._hooks.append(layer.router.register_forward_hook(self._routed))
         if "residual" in needs:
-            self._watch_children(model.model.get_submodule(layer.name.rpartition(".")[0]))
+            self._watch_children(decoder_layer(model.model, layer.name))
 
     def _watch_children(self, decoder: nn.Module) -> None:
         for child in decoder.children():
@@ -37,13 +38,13 @@ class Surroundings:
         self._logits = next((p for p in parts if p is not None and p.shape[-1] == experts), None)
 
     def _passed_child(self, _module: nn.Module, args: Any, named: Any, output: Any) -> None:
-        if (given := _first(args, named)) is not None:
-            self._passed.append((output, given))
+        if (entering := _first(args, named)) is not None:
+            self._passed.append((output, entering))
 
     def _entered(self, _module: nn.Module, args: Any, named: Any) -> None:
         entering = _first(args, named)
-        found = [given for output, given in self._passed if output is entering]
-        self._residual = found[-1] if found else None
+        before = [tensor for output, tensor in self._passed if output is entering]
+        self._residual = before[-1] if before else None
         self._passed.clear()
 
     def logits(self) -> Tensor:
@@ -57,8 +58,8 @@ class Surroundings:
                 f"router logits of {self.layer.name} cannot be measured: its router returns no "
                 f"tensor with one column for each of {self.layer.num_experts} experts"
             )
-        held, self._logits = self._logits, None
-        return held.reshape(-1, held.shape[-1])
+        logits, self._logits = self._logits, None
+        return logits.reshape(-1, logits.shape[-1])
 
     def residual(self) -> Tensor:
         """Return this forward's residual stream (T, H) before the norm of the MoE sub-layer.
@@ -71,8 +72,8 @@ class Surroundings:
                 f"the residual stream before {self.layer.name} cannot be found: its input is not "
                 "the output of a norm beside it in the decoder layer; allowed are other statistics"
             )
-        held, self._residual = self._residual, None
-        return held.reshape(-1, held.shape[-1])
+        residual, self._residual = self._residual, None
+        return residual.reshape(-1, residual.shape[-1])
 
     def remove(self) -> None:
         """Take the hooks off."""

@@ -10,7 +10,7 @@ from torch import Tensor
 from rerail.compress.base import Compressor, Counts, Decision, Layers, Statistics, Views, untouched
 from rerail.errors import OutOfReach
 from rerail.experts.base import BankSpec
-from rerail.experts.narrow import Bank
+from rerail.experts.narrow import NarrowExperts
 from rerail.moe.fused_experts import expert_parameters
 from rerail.moe.model import MoELayer
 from rerail.plan.allocation import Allocation, removed_shares
@@ -57,7 +57,7 @@ class Narrower(Compressor):
 
 def micro_size(layer: MoELayer) -> int:
     """Return the numbers of one micro-expert: 3 H, and its two biases where there are some."""
-    touched = Bank.touched(_spec(layer, ()))
+    touched = NarrowExperts.touched(_spec(layer, ()))
     return sum(layer.dims.numbers[name] for name in touched) // layer.intermediate_size
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from rerail.compress.base import Compressor, Counts, Decision, Layers, Statistics, Views, untouched
 from rerail.errors import InputError, OutOfReach
 from rerail.experts.base import BankSpec
-from rerail.experts.quantized import DENSE, Bank, Coded, buckets, pack
+from rerail.experts.quantized import DENSE, Coded, QuantizedExperts, buckets, pack
 from rerail.moe.model import MoELayer
 from rerail.plan.allocation import Allocation, removed_shares
 from rerail.plan.budget import Bits, Budget, numbers_kept
@@ -134,7 +134,7 @@ def _encoded(
 
 def effective_bits(spec: BankSpec, layer: MoELayer) -> float:
     """Return bits for each number of a matrix, scales and zeros (16 bits each) included."""
-    counted = Bank.predicted_bits(spec, layer.index, layer.dims, 16)
-    solved = Bank.shapes(spec, layer.dims)
+    counted = QuantizedExperts.predicted_bits(spec, layer.index, layer.dims, 16)
+    solved = QuantizedExperts.shapes(spec, layer.dims)
     weights = 3 * layer.num_experts * layer.hidden_size * layer.intermediate_size
     return sum(counted[layer.index, name] for name in solved) / weights

@@ -20,8 +20,7 @@ from rerail.compress.base import (
 )
 from rerail.errors import InputError, OutOfReach
 from rerail.experts.base import BankSpec
-from rerail.experts.skip_policy import BINS, Bank, tails
-from rerail.moe.fitted import check_router, router_hash
+from rerail.experts.skip_policy import BINS, SkipPolicy, tails
 from rerail.moe.model import MoELayer, MoEModel
 from rerail.plan.allocation import Allocation, Uniform
 from rerail.plan.budget import Budget, Skip
@@ -122,7 +121,7 @@ class Skipper(Compressor):
         """Put a policy around the experts that each layer has."""
         decisions = []
         for layer, view, num_skipped in zip(layers, statistics, counts, strict=True):
-            router = {} if self.allow_stale else {"router": router_hash(layer)}
+            router = {} if self.allow_stale else {"router": layer.router_hash()}
             options = {**router, **self.policy_options()}
             spec = BankSpec("skip_policy", layer.num_experts, (), {}, options)
             threshold = nearest(view[GateTails()], num_skipped)
@@ -165,8 +164,7 @@ def without_policies(student: MoEModel) -> MoEModel:
     """Return the student as it computes without skipping; every Parameter is shared."""
     plain = student.with_shared_parameters()
     for layer in plain.layers:
-        if isinstance(layer.experts, Bank):
-            layer.swap(layer.experts.inner)
+        layer.swap(layer.bank.unwrapped())
     return plain
 
 
@@ -177,5 +175,5 @@ def check_fitted(student: MoEModel) -> None:
         InputError: a router changed since.
     """
     for layer in student.layers:
-        if isinstance(layer.experts, Bank):
-            check_router(layer, layer.experts.spec.options.get("router", ""))
+        if isinstance(layer.experts, SkipPolicy):
+            layer.check_router(layer.experts.spec.options.get("router", ""))

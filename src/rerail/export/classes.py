@@ -59,11 +59,11 @@ def our_classes(family: str) -> Classes:
     bodies = [
         _named(base, (Compressed, base), {**own, "config_class": config}) for base in stock[1:]
     ]
-    made = Classes(config, *bodies)
-    AutoConfig.register(PREFIX + family, made.config, exist_ok=True)
-    AutoModel.register(made.config, made.model, exist_ok=True)
-    AutoModelForCausalLM.register(made.config, made.causal, exist_ok=True)
-    return made
+    ours = Classes(config, *bodies)
+    AutoConfig.register(PREFIX + family, ours.config, exist_ok=True)
+    AutoModel.register(ours.config, ours.model, exist_ok=True)
+    AutoModelForCausalLM.register(ours.config, ours.causal, exist_ok=True)
+    return ours
 
 
 def _named(stock: Any, bases: tuple[Any, ...], fields: dict[str, Any]) -> Any:
@@ -79,16 +79,16 @@ def register_families() -> None:
     """Make AutoConfig know every model type of ours; a family is imported on its first use."""
     for family in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         if family not in OUTSIDE_THE_SEAM and PREFIX + family not in CONFIG_MAPPING:
-            door: Any = type(f"Rerail{family}", (_Door,), {"family": family})
-            AutoConfig.register(PREFIX + family, door)
+            lazy: Any = type(f"Rerail{family}", (_LazyConfig,), {"family": family})
+            AutoConfig.register(PREFIX + family, lazy)
 
 
-class _Door:
+class _LazyConfig:
     """Stands for a config class that is not made yet."""
 
     family: str
 
     @classmethod
-    def from_dict(cls, held: dict[str, Any], **named: Any) -> Any:
+    def from_dict(cls, fields: dict[str, Any], **options: Any) -> Any:
         """Make the family's classes, then read as their config class does."""
-        return our_classes(cls.family).config.from_dict(held, **named)
+        return our_classes(cls.family).config.from_dict(fields, **options)
