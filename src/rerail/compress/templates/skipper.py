@@ -20,7 +20,7 @@ from rerail.compress.base import (
 )
 from rerail.errors import InputError, OutOfReach
 from rerail.experts.base import BankSpec
-from rerail.experts.skip_policy import BINS, SkipPolicy, tails
+from rerail.experts.skip_policy import BINS, tails
 from rerail.moe.model import MoELayer, MoEModel
 from rerail.plan.allocation import Allocation, Uniform
 from rerail.plan.budget import Budget, Skip
@@ -175,5 +175,4 @@ def check_fitted(student: MoEModel) -> None:
         InputError: a router changed since.
     """
     for layer in student.layers:
-        if isinstance(layer.experts, SkipPolicy):
-            layer.check_router(layer.experts.spec.options.get("router", ""))
+        layer.check_router(layer.bank.spec.options.get("router", ""))
