@@ -17,9 +17,9 @@ import torch
 from families import CONFIGS, tiny, tokens
 from rerail.compress.base import Compressor, make_plan
 from rerail.compress.templates.narrowing import micro_size
-from rerail.distill.masters import masters
 from rerail.distill.router_distillation import RouterDistillation
 from rerail.distill.settings import RouterKD
+from rerail.distill.trainable import masters
 from rerail.errors import OutOfReach
 from rerail.experts.base import BankSpec, SolvedBank, bank_class
 from rerail.export.package import packaged_model

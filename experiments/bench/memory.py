@@ -21,9 +21,9 @@ from models import Batch, Size, random_model, reap_student, text
 from speed import gradient_of, kl_case, step
 from timing import Row, row
 
-from rerail.distill.masters import masters
 from rerail.distill.router_distillation import RouterDistillation
 from rerail.distill.settings import RouterKD
+from rerail.distill.trainable import masters
 from rerail.moe.model import MoEModel
 from rerail.teacher.teacher import LiveTeacher
 

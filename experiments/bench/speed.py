@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from rerail.config.presets import preset
-from rerail.distill.masters import masters
 from rerail.distill.router_distillation import RouterDistillation
 from rerail.distill.settings import RouterKD
+from rerail.distill.trainable import masters
 from rerail.methods.reap import MomentScore
 from rerail.moe.model import MoEModel
 from rerail.statistics.ablation import LossIncrease

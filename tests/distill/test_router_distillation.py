@@ -5,9 +5,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from families import CONFIGS, tiny
-from rerail.distill.masters import masters
 from rerail.distill.router_distillation import RouterDistillation
 from rerail.distill.settings import RouterKD
+from rerail.distill.trainable import masters
 from rerail.plan.apply import apply_plan
 from rerail.plan.plan import Plan
 from rerail.teacher.kl import chunked_kl

@@ -5,23 +5,19 @@ import dataclasses
 import logging
 import pickle
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import lightning
 import torch
 from torch import Tensor
 
-from rerail.distill.batches import Rounds
-from rerail.distill.masters import masters, selected
-from rerail.distill.preemption import Checkpoints
-from rerail.distill.router_distillation import RouterDistillation
 from rerail.distill.schedule import Schedule
 from rerail.distill.settings import RouterKD
 from rerail.distill.sharding import private_copy
-from rerail.distill.strategies import check_strategy, strategy_of
+from rerail.distill.trainable import masters, select_parameters
+from rerail.distill.trainer import check_strategy, strategy_arguments
 from rerail.errors import InputError
 from rerail.files import digest
 from rerail.moe.model import MoEModel
@@ -29,18 +25,23 @@ from rerail.parallel import barrier, first, is_first, join, joined
 from rerail.teacher.teacher import Teacher
 from rerail.text.calibration import TokenBlocks
 
+if TYPE_CHECKING:  # Lightning takes seconds to import: functions that train import it
+    from rerail.distill.batches import Rounds
+    from rerail.distill.router_distillation import RouterDistillation
+
 log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
 class Repair:
-    """What a repair did.
+    """What a repair did. A KL is in nats a token, on the validation blocks.
 
     Attributes:
-        kl_first, kl_best, kl_last: validation KL a token before, at the best and at the last step.
+        kl_first, kl_best, kl_last: validation KL before, at the best and at the last step.
         best_step, steps: in optimiser steps.
         curve: {step, train_kl, val_kl} points.
-        before, after: router rows (and biases) by name, float32; `after` is the best step's.
+        before, after: router rows (E, H) (and biases (E,)) by name, float32; `after` is the best
+            step's.
     """
 
     kl_first: float
@@ -61,6 +62,7 @@ def repair(  # noqa: PLR0913
     trainer: dict[str, Any],
     seed: int,
     folder: Path | None = None,
+    report: Callable[[Mapping[str, float]], None] | None = None,
 ) -> Repair:
     """Train the student's routers in place on calibration blocks, by Lightning.
 
@@ -73,19 +75,26 @@ def repair(  # noqa: PLR0913
         seed: of the order of the blocks.
         folder: of this student, where a killed fit leaves what the next call goes on from, with the
             same result as a fit that was never killed; None keeps nothing.
+        report: called with each point of the fit as it comes, as in `curve.CurveReporter`.
 
     Raises:
         InputError: too few blocks, constant gate weights, an argument of the trainer that the
             settings decide, a precision that casts the masters, or a KL that is not finite.
     """
+    from rerail.distill.batches import Rounds
+    from rerail.distill.router_distillation import RouterDistillation
+
     check_strategy(trainer, settings)
     join()
     rank, ranks = joined()
     schedule = Schedule.of(len(blocks), settings, ranks)
     student.model.train(False)
     sharded = trainer.get("strategy") == "fsdp2"
+    # FSDP2 moves and cuts parameters in place, and the teacher shares them
     trainee = private_copy(student) if sharded else student
-    # DDP takes the mean over processes, sharded masters the sum; both that over a step's forwards
+    # DDP averages gradients over processes and sharded masters add them up; Lightning divides both
+    # by the forwards of a step. The scale undoes this: a step is the mean over its own batches,
+    # however many processes share them.
     scale = schedule.forwards / settings.accumulate * (1 if sharded else ranks)
     with masters(trainee, settings.trains) as trained:
         before = {n: p.detach().clone() for n, p in trained.items()}
@@ -93,14 +102,24 @@ def repair(  # noqa: PLR0913
         choices = [dataclasses.asdict(settings), seed, blocks.fingerprint, ranks]
         held = None if folder is None else folder / _name(choices, before)
         data = Rounds(blocks, schedule, seed, settings.average, rank)
-        _fit(module, data, trainer, held)
-        after = dict(zip(trained, module.rows().values(), strict=True))
+        _fit(module, data, _with_report(trainer, report), held)
+        after = dict(zip(trained, module.copies().values(), strict=True))
     if sharded:
         put_rows(student, after)
     curve = module.curve
     first_kl, last_kl = curve[0]["val_kl"], curve[-1]["val_kl"]
-    made = int(curve[-1]["step"])
-    return Repair(first_kl, module.best[0], last_kl, module.best[1], made, curve, before, after)
+    steps = int(curve[-1]["step"])
+    return Repair(first_kl, module.best[0], last_kl, module.best[1], steps, curve, before, after)
+
+
+def _with_report(
+    trainer: dict[str, Any], report: Callable[[Mapping[str, float]], None] | None
+) -> dict[str, Any]:
+    if report is None:
+        return trainer
+    from rerail.distill.curve import CurveReporter
+
+    return {**trainer, "callbacks": [*trainer.get("callbacks", []), CurveReporter(report)]}
 
 
 def _name(choices: list[Any], before: Mapping[str, Tensor]) -> str:
@@ -112,17 +131,22 @@ def _name(choices: list[Any], before: Mapping[str, Tensor]) -> str:
 def put_rows(student: MoEModel, rows: Mapping[str, Tensor]) -> None:
     """Put repaired rows (and biases), named as in `Repair.after`, into a student."""
     for layer in student.layers:
-        for owner, part in selected(layer, "router_rows+bias"):
-            new = rows.get(f"layers.{layer.index}.router.{part}")
+        for owner, name in select_parameters(layer, "router_rows+bias"):
+            new = rows.get(f"layers.{layer.index}.router.{name}")
             if new is not None:
-                old = getattr(owner, part)
-                owner._parameters[part] = torch.nn.Parameter(new.to(old), requires_grad=False)
+                # a new Parameter: the old one may be the teacher's, too
+                old = getattr(owner, name)
+                owner._parameters[name] = torch.nn.Parameter(new.to(old), requires_grad=False)
 
 
 def _fit(
-    module: RouterDistillation, data: Rounds, given: dict[str, Any], held: Path | None
+    module: "RouterDistillation", data: "Rounds", trainer: dict[str, Any], held: Path | None
 ) -> None:
     """Fit in rounds (Lightning's epochs), from `held` where it is sound; remove it at the end."""
+    import lightning
+
+    from rerail.distill.preemption import Checkpoints
+
     settings, schedule = module.settings, data.schedule
     start = held if held is not None and first(lambda: _sound(held)) else None
     fixed: dict[str, Any] = {
@@ -135,17 +159,17 @@ def _fit(
         "enable_checkpointing": False,
         "enable_model_summary": False,
     }
-    if clash := sorted(fixed.keys() & given.keys()):
+    if clash := sorted(fixed.keys() & trainer.keys()):
         raise InputError(f"trainer.{clash[0]} is decided by the settings of distill; leave it out")
-    keeper = [Checkpoints(held)] if held is not None else []
-    free = {"logger": False, "log_every_n_steps": 1, **given, **strategy_of(given)}
-    free["callbacks"] = [*given.get("callbacks", []), *keeper]
+    checkpoints = [Checkpoints(held)] if held is not None else []
+    free = {"logger": False, "log_every_n_steps": 1, **trainer, **strategy_arguments(trainer)}
+    free["callbacks"] = [*trainer.get("callbacks", []), *checkpoints]
     try:
         with _quiet(), torch.enable_grad():
             lightning.Trainer(**fixed, **free).fit(module, datamodule=data, ckpt_path=start)
     finally:
-        for one in keeper:
-            one.close()
+        for callback in checkpoints:
+            callback.close()
     barrier()
     if held is not None and is_first():
         held.unlink(missing_ok=True)
@@ -153,10 +177,11 @@ def _fit(
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep Lightning's advice (more workers, other loggers) to itself."""
-    voice = logging.getLogger("lightning.pytorch")
-    level = voice.level
-    voice.setLevel(logging.WARNING)
+    """Silence Lightning's advice (more workers, other loggers)."""
+    loggers = [logging.getLogger(f"lightning.{part}") for part in ("pytorch", "fabric")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:  # Lightning sets its own levels when it is imported, so this comes after
+        logger.setLevel(logging.WARNING)
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", ".*does not have many workers.*")
@@ -164,7 +189,8 @@ def _quiet() -> Iterator[None]:
             warnings.filterwarnings("ignore", ".*srun. command is available.*")
             yield
     finally:
-        voice.setLevel(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 def _sound(path: Path) -> bool:

@@ -12,7 +12,7 @@ from rerail.errors import InputError
 
 @dataclass(frozen=True)
 class Schedule:
-    """Who trains when. The batches of all passes form one row, which is cut into rounds.
+    """Which blocks train at which step: the batches of all passes in one row, cut into rounds.
 
     A round ends with a validation and, where asked for, a checkpoint.
 
@@ -48,18 +48,18 @@ class Schedule:
                 f"{blocks} calibration blocks leave {max(train, 0)} to train on, fewer than "
                 f"distill.batch_size={settings.batch_size}; ask for more samples or a smaller batch"
             )
-        a_step = settings.batch_size * settings.accumulate
-        if ranks > a_step:
+        step_blocks = settings.batch_size * settings.accumulate
+        if ranks > step_blocks:
             raise InputError(
                 f"{ranks} processes cannot share the distill.batch_size={settings.batch_size} x "
                 f"distill.accumulate={settings.accumulate} blocks of an optimiser step; start at "
-                f"most {a_step}"
+                f"most {step_blocks}"
             )
         batches = train // settings.batch_size * settings.epochs
         steps = math.ceil(batches / settings.accumulate)
-        a_round = math.ceil(steps / settings.evaluations)
+        round_steps = math.ceil(steps / settings.evaluations)
         sizes = (settings.batch_size, settings.accumulate)
-        return cls(train, *sizes, batches, steps, a_round, settings.epochs, ranks)
+        return cls(train, *sizes, batches, steps, round_steps, settings.epochs, ranks)
 
     @property
     def rounds(self) -> int:
@@ -71,6 +71,7 @@ class Schedule:
 
         Full batches only, so that every step sees as much text.
         """
+        # one generator for all passes: pass n has the same order however many follow
         generator = torch.Generator().manual_seed(seed)
         full = self.train_blocks - self.train_blocks % self.batch_size
         passes = [
@@ -99,11 +100,11 @@ class Schedule:
 
     def blocks_of(self, step: int, seed: int) -> Tensor:
         """Return int64 (n,): the blocks of an optimiser step, batch by batch."""
-        a_step = self.accumulate * self.batch_size
-        return self.order(seed)[step * a_step : (step + 1) * a_step]
+        size = self.accumulate * self.batch_size
+        return self.order(seed)[step * size : (step + 1) * size]
 
     def forwards_of(self, step: int) -> int:
         """Return the forwards of one process in a step; the last step may have fewer."""
-        a_step = self.accumulate * self.batch_size
-        blocks = min(a_step, self.batches * self.batch_size - step * a_step)
+        size = self.accumulate * self.batch_size
+        blocks = min(size, self.batches * self.batch_size - step * size)
         return math.ceil(self._share(blocks) / self.forward_size)

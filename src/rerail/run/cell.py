@@ -8,10 +8,10 @@ from typing import Any
 
 import rerail.auto  # noqa: F401  (package checkpoints load like any other)
 from rerail.compress.base import Compressor, check
-from rerail.distill.masters import check_gates
 from rerail.distill.schedule import Schedule
 from rerail.distill.settings import RouterKD
-from rerail.distill.strategies import check_strategy
+from rerail.distill.trainable import check_gates
+from rerail.distill.trainer import check_strategy
 from rerail.errors import InputError
 from rerail.export.targets import FORMS
 from rerail.files import digest

@@ -13,18 +13,19 @@ from torch import Tensor
 from rerail.compress.base import check, make_plan
 from rerail.compress.sequential import sequential
 from rerail.compress.templates.skipping import Skipper, check_fitted, without_policies
-from rerail.distill.points import Points
 from rerail.distill.repair import put_rows, repair
+from rerail.distill.schedule import Schedule
 from rerail.evaluate.perplexity import BlockScores, score_blocks
 from rerail.evaluate.routing import Routing, changed, load_by_expert
 from rerail.files import cache_dir, read_sealed, write_sealed
 from rerail.moe.model import MoEModel
-from rerail.parallel import alone, first, is_first, kept
+from rerail.parallel import alone, first, is_first, joined, kept
 from rerail.plan.apply import apply_plan
 from rerail.plan.plan import Plan
+from rerail.run import progress
 from rerail.run.artefacts import Stage, peak_memory, saved, start_peak
 from rerail.run.cell import Cell
-from rerail.run.progress import Steps, bar
+from rerail.run.progress import bar
 from rerail.statistics.collect import collect
 from rerail.statistics.statistic import Statistic, StatisticSet
 from rerail.statistics.store import StatisticStore, merge_sets
@@ -202,9 +203,16 @@ def repair_student(
 
     def make() -> Stage:
         teacher = teacher_states(cell, model, blocks)
-        callbacks = [*cell.trainer.get("callbacks", []), Points(tell), Steps()]
-        trainer = {**cell.trainer, "callbacks": callbacks}
-        done = repair(student, teacher, blocks, cell.distill, trainer, cell.seed, folder)
+        steps = Schedule.of(len(blocks), cell.distill, joined()[1]).steps
+
+        def report(point: Mapping[str, float]) -> None:
+            tell(point)
+            if "batch_kl" in point:
+                progress.tell("step", int(point["step"]), steps)
+
+        done = repair(
+            student, teacher, blocks, cell.distill, cell.trainer, cell.seed, folder, report
+        )
         data = {
             n: getattr(done, n)
             for n in ("kl_first", "kl_best", "kl_last", "best_step", "steps", "curve")

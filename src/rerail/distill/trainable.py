@@ -1,4 +1,4 @@
-"""What a repair trains: router rows, found by structure and held as float32 masters."""
+"""What a repair trains: router rows, selected by structure, as float32 master copies."""
 
 import contextlib
 from collections.abc import Iterator
@@ -11,50 +11,57 @@ from rerail.errors import InputError
 from rerail.moe.model import MoELayer, MoEModel
 
 
-class _Cast(nn.Module):
-    """Lets a master act as a parameter of another dtype or device; the gradient flows through."""
+class _CastMaster(nn.Module):
+    """Shows a float32 master in the dtype and on the device of the parameter that it replaces."""
 
-    def __init__(self, like: Tensor):
+    def __init__(self, replaced: Tensor):
         super().__init__()
-        self.dtype, self.place = like.dtype, like.device
+        self.dtype, self.device = replaced.dtype, replaced.device
 
     def forward(self, master: Tensor) -> Tensor:
-        if isinstance(master, DTensor):  # every process adds the gradient of its own blocks
+        if isinstance(master, DTensor):
+            # `Partial`: each process adds the gradient of its own blocks, none holds the whole
             master = master.full_tensor(grad_placements=[Partial()])
-        return master.to(self.place, self.dtype)
+        return master.to(self.device, self.dtype)
 
 
 class _Master:
-    """A float32 copy that stands in for one parameter of one module."""
+    """A float32 copy in the place of one parameter of one module.
+
+    A parametrisation casts the copy wherever the module reads the parameter, so the family's own
+    forward computes in the model's dtype while AdamW steps in float32.
+    """
 
     def __init__(self, owner: nn.Module, name: str):
         self.owner, self.name = owner, name
-        self.old: nn.Parameter = getattr(owner, name)
-        self.parameter = nn.Parameter(self.old.detach().float().clone())
+        self.original: nn.Parameter = getattr(owner, name)
+        self.parameter = nn.Parameter(self.original.detach().float().clone())
         owner._parameters[name] = self.parameter
-        parametrize.register_parametrization(owner, name, _Cast(self.old), unsafe=True)
+        # unsafe: the cast changes the dtype, which parametrize refuses to do otherwise
+        parametrize.register_parametrization(owner, name, _CastMaster(self.original), unsafe=True)
 
-    def leave(self, keep: bool) -> None:
-        """Put a plain parameter back: the master in the model's dtype, or the old one."""
+    def remove(self, keep: bool) -> None:
+        """Put a plain parameter back: the master in the model's dtype, or the original."""
         parametrize.remove_parametrizations(self.owner, self.name, leave_parametrized=False)
-        new = nn.Parameter(self.parameter.detach().to(self.old), requires_grad=False)
-        self.owner._parameters[self.name] = new if keep else self.old
+        trained = nn.Parameter(self.parameter.detach().to(self.original), requires_grad=False)
+        self.owner._parameters[self.name] = trained if keep else self.original
 
 
-def selected(layer: MoELayer, trains: str) -> list[tuple[nn.Module, str]]:
+def select_parameters(layer: MoELayer, trains: str) -> list[tuple[nn.Module, str]]:
     """Return module and parameter name of what `trains` selects in a layer.
 
-    Selected by identity: a name that only sounds like a gate (`gate_up_proj`) never is.
+    The selection follows the layer's structure: a name that only sounds like a gate
+    (`gate_up_proj`) never matches.
 
     Args:
         layer: an MoE layer.
         trains: `router_rows`, or `router_rows+bias` where the routers have a trained bias.
     """
     owner, rows = layer.rows_owner()
-    found = [(owner, rows)]
+    selection = [(owner, rows)]
     if trains == "router_rows+bias" and isinstance(getattr(owner, "bias", None), nn.Parameter):
-        found.append((owner, "bias"))
-    return found
+        selection.append((owner, "bias"))
+    return selection
 
 
 def check_gates(model: MoEModel) -> None:
@@ -81,20 +88,27 @@ def masters(student: MoEModel, trains: str) -> Iterator[dict[str, nn.Parameter]]
     steps of 5e-5 are below half an ulp of most bf16 router weights. Where the block raises, the
     student keeps its old parameters.
 
+    Args:
+        student: the compressed model.
+        trains: as in `select_parameters`.
+
+    Yields:
+        Parameters (rows (E, H), biases (E,)) named `layers.<index>.router.<parameter>`.
+
     Raises:
         InputError: as `check_gates`.
     """
     check_gates(student)
     student.model.requires_grad_(False)
-    held = {
+    copies = {
         f"layers.{layer.index}.router.{name}": _Master(owner, name)
         for layer in student.layers
-        for owner, name in selected(layer, trains)
+        for owner, name in select_parameters(layer, trains)
     }
     keep = False
     try:
-        yield {name: master.parameter for name, master in held.items()}
+        yield {name: master.parameter for name, master in copies.items()}
         keep = True
     finally:
-        for master in held.values():
-            master.leave(keep)
+        for master in copies.values():
+            master.remove(keep)

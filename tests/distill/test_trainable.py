@@ -3,7 +3,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from families import CONFIGS, tiny, tokens
-from rerail.distill.masters import masters
+from rerail.distill.trainable import masters
 from rerail.errors import InputError
 from rerail.moe.model import MoEModel
 from rerail.plan.budget import Sizes

@@ -1,6 +1,9 @@
 """Repairs by several processes: DDP and FSDP2 against one process."""
 
+import inspect
 import signal
+import subprocess
+import sys
 from dataclasses import replace
 
 import lightning
@@ -8,9 +11,9 @@ import pytest
 import torch
 
 from rank_programs import FORMS, SETTINGS, UNEVEN, fitted, form
-from rerail.distill.batches import shared
+from rerail.distill.batches import share_of_rank
 from rerail.distill.settings import RouterKD
-from rerail.distill.strategies import check_strategy, strategy_of
+from rerail.distill.trainer import check_strategy, strategy_arguments, trainer_argument_names
 from rerail.errors import InputError
 from together import together
 
@@ -72,11 +75,27 @@ def test_an_interrupted_fit_of_two_processes_ends_like_one_that_was_not(found, s
 @pytest.mark.parametrize("ranks", [1, 2, 3, 5])
 def test_shares_are_equally_long_and_what_fills_them_weighs_nothing(ranks):
     index, weights = torch.arange(10, 17), torch.rand(7, 4) + 0.1
-    parts = [shared(index, weights, rank, ranks) for rank in range(ranks)]
+    parts = [share_of_rank(index, weights, rank, ranks) for rank in range(ranks)]
     assert len({len(mine) for mine, _ in parts}) == 1
     counted = [int(i) for mine, w in parts for i, row in zip(mine, w, strict=True) if row.any()]
     assert sorted(counted) == index.tolist()
     assert torch.stack([w.sum() for _, w in parts]).sum() == pytest.approx(float(weights.sum()))
+
+
+def test_the_arguments_of_the_trainer_are_known_without_importing_it():
+    assert trainer_argument_names() == tuple(inspect.signature(lightning.Trainer).parameters)
+    words = "from rerail.distill.trainer import trainer_argument_names as f; f()"
+    heavy = "{'lightning', 'torch'} & sys.modules.keys()"
+    code = f"import sys; {words}; sys.exit(str({heavy}) if {heavy} else 0)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("module", ["rerail.api", "rerail.run.pipeline", "rerail.run.compose"])
+def test_lightning_is_imported_only_where_something_is_trained(module):
+    code = f"import sys, {module}; sys.exit('lightning' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_strategy_that_is_not_known_is_refused():
@@ -94,7 +113,7 @@ def test_in_a_slurm_job_only_submitit_requeues(monkeypatch):
     for name, word in (("NTASKS", 1), ("PROCID", 0), ("LOCALID", 0), ("NODEID", 0)):
         monkeypatch.setenv(f"SLURM_{name}", str(word))
     monkeypatch.setenv("SLURM_JOB_ID", "1234")
-    [environment] = strategy_of({})["plugins"]
+    [environment] = strategy_arguments({})["plugins"]
     assert environment.auto_requeue is False
     before = signal.getsignal(signal.SIGUSR1)
     heard = []
