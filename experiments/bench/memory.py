@@ -23,7 +23,7 @@ from timing import Row, row
 
 from rerail.distill.router_distillation import RouterDistillation
 from rerail.distill.settings import RouterKD
-from rerail.distill.trainable import masters
+from rerail.distill.trainable import master_copies
 from rerail.moe.model import MoEModel
 from rerail.teacher.teacher import LiveTeacher
 
@@ -52,7 +52,7 @@ def resident(student: bool, trained: bool, size: Size) -> Callable[[], None]:
 
 
 def one_step(teacher: MoEModel, student: MoEModel, batch: Batch) -> None:
-    with masters(student, "router_rows") as rows:
+    with master_copies(student, "router_rows") as rows:
         module = RouterDistillation(student, LiveTeacher(teacher), RouterKD(), rows, 1)
         step(module, torch.optim.AdamW(rows.values()), batch)
 

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from rerail.config.presets import preset
 from rerail.distill.router_distillation import RouterDistillation
 from rerail.distill.settings import RouterKD
-from rerail.distill.trainable import masters
+from rerail.distill.trainable import master_copies
 from rerail.methods.reap import MomentScore
 from rerail.moe.model import MoEModel
 from rerail.statistics.ablation import LossIncrease
@@ -171,7 +171,7 @@ def router_kd_rows(
     student = reap_student(teacher, batch)
     sources = {"live": LiveTeacher(teacher), "cached": CachedTeacher(speak(teacher, [batch]))}
     plain = torch.no_grad()(lambda model: model.model(input_ids=batch[0], use_cache=False))
-    with masters(student, "router_rows") as trained:
+    with master_copies(student, "router_rows") as trained:
         work: dict[str, Any] = {
             "teacher": lambda: plain(teacher),
             "student": lambda: plain(student),

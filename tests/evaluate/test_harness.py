@@ -13,7 +13,7 @@ import rerail.zoo
 from families import tiny
 from rerail.errors import InputError
 from rerail.evaluate import harness
-from rerail.evaluate.harness import Harness, evenly, number, rows_of
+from rerail.evaluate.harness import Harness, evenly_spaced, finite_or_none, task_scores
 from rerail.evaluate.local_tasks import local_names
 
 LOCAL = [
@@ -153,7 +153,7 @@ def test_changed_weights_change_the_scores(data, model, tokenizer):
     [(10, 5, [0, 2, 4, 6, 8]), (5, 5, [0, 1, 2, 3, 4]), (3, 9, [0, 1, 2]), (67, 2, [0, 33])],
 )
 def test_a_limit_takes_documents_from_all_over_the_file(total, limit, expected):
-    assert evenly(total, limit) == expected
+    assert evenly_spaced(total, limit) == expected
 
 
 def test_no_task_costs_and_gives_nothing(model, tokenizer, monkeypatch):
@@ -275,7 +275,7 @@ def test_rows_hold_every_metric_with_its_error_and_its_own_count():
         },
         "group": {"sample_len": 9, "sample_count": {"acc,none": 4}, "acc,none": 0.25},
     }
-    assert rows_of(found) == [
+    assert task_scores(found) == [
         {"task": "one", "metric": "acc", "value": 0.5, "se": 0.1, "n": 7},
         {"task": "one", "metric": "exact,strict", "value": 1.0, "se": None, "n": 7},
         {"task": "group", "metric": "acc", "value": 0.25, "se": None, "n": 4},
@@ -286,7 +286,7 @@ def test_rows_hold_every_metric_with_its_error_and_its_own_count():
     ("given", "expected"), [("N/A", None), (None, None), (float("nan"), None), (0, 0.0), (0.5, 0.5)]
 )
 def test_what_is_no_standard_error_is_none(given, expected):
-    assert number(given) == expected
+    assert finite_or_none(given) == expected
 
 
 @pytest.mark.slow

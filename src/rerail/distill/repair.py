@@ -16,12 +16,12 @@ from torch import Tensor
 from rerail.distill.schedule import Schedule
 from rerail.distill.settings import RouterKD
 from rerail.distill.sharding import private_copy
-from rerail.distill.trainable import masters, select_parameters
+from rerail.distill.trainable import master_copies, select_parameters
 from rerail.distill.trainer import check_strategy, strategy_arguments
 from rerail.errors import InputError
 from rerail.files import digest
 from rerail.moe.model import MoEModel
-from rerail.parallel import barrier, first, is_first, join, joined
+from rerail.parallel import barrier, broadcast_from_first, group_rank_and_size, is_first, join
 from rerail.teacher.teacher import Teacher
 from rerail.text.calibration import TokenBlocks
 
@@ -86,7 +86,7 @@ def repair(  # noqa: PLR0913
 
     check_strategy(trainer, settings)
     join()
-    rank, ranks = joined()
+    rank, ranks = group_rank_and_size()
     schedule = Schedule.of(len(blocks), settings, ranks)
     student.model.train(False)
     sharded = trainer.get("strategy") == "fsdp2"
@@ -96,7 +96,7 @@ def repair(  # noqa: PLR0913
     # by the forwards of a step. The scale undoes this: a step is the mean over its own batches,
     # however many processes share them.
     scale = schedule.forwards / settings.accumulate * (1 if sharded else ranks)
-    with masters(trainee, settings.trains) as trained:
+    with master_copies(trainee, settings.trains) as trained:
         before = {n: p.detach().clone() for n, p in trained.items()}
         module = RouterDistillation(trainee, teacher, settings, trained, schedule.steps, scale)
         choices = [dataclasses.asdict(settings), seed, blocks.fingerprint, ranks]
@@ -105,7 +105,7 @@ def repair(  # noqa: PLR0913
         _fit(module, data, _with_report(trainer, report), held)
         after = dict(zip(trained, module.copies().values(), strict=True))
     if sharded:
-        put_rows(student, after)
+        set_router_rows(student, after)
     curve = module.curve
     first_kl, last_kl = curve[0]["val_kl"], curve[-1]["val_kl"]
     steps = int(curve[-1]["step"])
@@ -128,7 +128,7 @@ def _name(choices: list[Any], before: Mapping[str, Tensor]) -> str:
     return f"repair-{digest([choices, rows])}.ckpt"
 
 
-def put_rows(student: MoEModel, rows: Mapping[str, Tensor]) -> None:
+def set_router_rows(student: MoEModel, rows: Mapping[str, Tensor]) -> None:
     """Put repaired rows (and biases), named as in `Repair.after`, into a student."""
     for layer in student.layers:
         for owner, name in select_parameters(layer, "router_rows+bias"):
@@ -148,7 +148,7 @@ def _fit(
     from rerail.distill.preemption import Checkpoints
 
     settings, schedule = module.settings, data.schedule
-    start = held if held is not None and first(lambda: _sound(held)) else None
+    start = held if held is not None and broadcast_from_first(lambda: _sound(held)) else None
     fixed: dict[str, Any] = {
         "max_epochs": schedule.rounds,
         "reload_dataloaders_every_n_epochs": 1,

@@ -20,7 +20,7 @@ from rerail.distill.settings import RouterKD
 from rerail.distill.sharding import copy_into, full_copy, shard_student
 from rerail.errors import InputError
 from rerail.moe.model import MoEModel
-from rerail.parallel import gathered, joined
+from rerail.parallel import gather, group_rank_and_size
 from rerail.teacher.kl import chunked_kl, target_weights, token_kl
 from rerail.teacher.teacher import Teacher
 
@@ -134,10 +134,10 @@ class RouterDistillation(lightning.LightningModule):
         Raises:
             InputError: the KL is not finite before the first step.
         """
-        total, targets = map(sum, zip(*gathered(self._validation), strict=True))
+        total, targets = map(sum, zip(*gather(self._validation), strict=True))
         kl = total / max(targets, 1)
         # a loss divides by the size of its whole batch, of which a process may have only a share
-        losses, blocks = map(sum, zip(*gathered(self._train), strict=True))
+        losses, blocks = map(sum, zip(*gather(self._train), strict=True))
         train = losses / (blocks / self.settings.batch_size) if blocks else kl
         self._validation = self._train = (0.0, 0)
         if not math.isfinite(kl):
@@ -182,9 +182,9 @@ class RouterDistillation(lightning.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add what the fit has seen so far."""
         checkpoint["curve"], checkpoint["best"] = self.curve, self.best
-        checkpoint["train"] = gathered(self._train)
+        checkpoint["train"] = gather(self._train)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Go on from it."""
         self.curve, self.best = checkpoint["curve"], checkpoint["best"]
-        self._train = tuple(checkpoint["train"][joined()[0]])
+        self._train = tuple(checkpoint["train"][group_rank_and_size()[0]])

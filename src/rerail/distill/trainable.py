@@ -64,7 +64,7 @@ def select_parameters(layer: MoELayer, trains: str) -> list[tuple[nn.Module, str
     return selection
 
 
-def check_gates(model: MoEModel) -> None:
+def check_router_gradients(model: MoEModel) -> None:
     """Check that the KL has a gradient at every router.
 
     Raises:
@@ -80,7 +80,7 @@ def check_gates(model: MoEModel) -> None:
 
 
 @contextlib.contextmanager
-def masters(student: MoEModel, trains: str) -> Iterator[dict[str, nn.Parameter]]:
+def master_copies(student: MoEModel, trains: str) -> Iterator[dict[str, nn.Parameter]]:
     """Yield the trainable parameters by name, and leave plain ones of the model's dtype behind.
 
     Each selected tensor is copied first, so that what the teacher shares is never trained; every
@@ -98,7 +98,7 @@ def masters(student: MoEModel, trains: str) -> Iterator[dict[str, nn.Parameter]]
     Raises:
         InputError: as `check_gates`.
     """
-    check_gates(student)
+    check_router_gradients(student)
     student.model.requires_grad_(False)
     copies = {
         f"layers.{layer.index}.router.{name}": _Master(owner, name)

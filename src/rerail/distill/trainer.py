@@ -12,7 +12,7 @@ from typing import Any
 
 from rerail.distill.settings import RouterKD
 from rerail.errors import InputError
-from rerail.parallel import in_slurm, joined, on_node
+from rerail.parallel import group_rank_and_size, in_slurm, node_rank_and_size
 
 STRATEGIES = ("auto", "ddp", "fsdp2")
 
@@ -62,7 +62,7 @@ def strategy_arguments(trainer: Mapping[str, Any]) -> dict[str, Any]:
     from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
     from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 
-    size = joined()[1]
+    size = group_rank_and_size()[1]
     if size == 1:
         return {"plugins": [SLURMEnvironment(auto_requeue=False)]} if in_slurm() else {}
     strategy: Any = DDPStrategy()
@@ -70,7 +70,7 @@ def strategy_arguments(trainer: Mapping[str, Any]) -> dict[str, Any]:
         strategy = ModelParallelStrategy(
             data_parallel_size=size, tensor_parallel_size=1, save_distributed_checkpoint=False
         )
-    local_size = on_node()[1]
+    local_size = node_rank_and_size()[1]
     slurm: Any = SLURMEnvironment(auto_requeue=False) if in_slurm() else None
     return {
         "strategy": strategy,

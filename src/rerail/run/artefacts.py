@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from rerail.files import file_digest, read_sealed, whole_file, write_json, write_sealed
-from rerail.parallel import is_first, kept
+from rerail.parallel import is_first, read_or_make
 from rerail.processes import slurm_job, this_process
 
 log = logging.getLogger(__name__)
@@ -40,7 +40,7 @@ def saved(path: Path, make: Callable[[], Stage | None]) -> Stage:
         made = make()
         return made, {"seconds": time.perf_counter() - start, "peak_memory": peak_memory()}
 
-    return kept(lambda: _read(path), measured, lambda found: _written(path, *found))
+    return read_or_make(lambda: _read(path), measured, lambda found: _written(path, *found))
 
 
 def _written(path: Path, made: Stage | None, cost: dict[str, Any]) -> Stage:

@@ -13,13 +13,19 @@ from torch import Tensor
 from rerail.compress.base import check, make_plan
 from rerail.compress.sequential import sequential
 from rerail.compress.templates.skipping import Skipper, check_fitted, without_policies
-from rerail.distill.repair import put_rows, repair
+from rerail.distill.repair import repair, set_router_rows
 from rerail.distill.schedule import Schedule
 from rerail.evaluate.perplexity import BlockScores, score_blocks
-from rerail.evaluate.routing import Routing, changed, load_by_expert
+from rerail.evaluate.routing import Routing, load_by_expert, routing_changed
 from rerail.files import cache_dir, read_sealed, write_sealed
 from rerail.moe.model import MoEModel
-from rerail.parallel import alone, first, is_first, joined, kept
+from rerail.parallel import (
+    broadcast_from_first,
+    group_rank_and_size,
+    is_first,
+    read_or_make,
+    run_on_first,
+)
 from rerail.plan.apply import apply_plan
 from rerail.plan.plan import Plan
 from rerail.run import progress
@@ -47,7 +53,7 @@ def statistics(
     key = cell.key_of(model, blocks.fingerprint)
     store = StatisticStore(cache_dir() / "statistics", key)
     held, missing = store.load(wanted) if is_first() else (StatisticSet(), [])
-    missing = first(lambda: missing)
+    missing = broadcast_from_first(lambda: missing)
     if not missing:
         return held
     batches = list(blocks.batches(cell.evaluation.batch_size))
@@ -85,7 +91,7 @@ def plan(
         write_sealed(beside, cost)
         return made, cost
 
-    return kept(read, make, write)
+    return read_or_make(read, make, write)
 
 
 def _made_plan(cell: Cell, model: MoEModel, blocks: TokenBlocks) -> Plan | None:
@@ -100,7 +106,7 @@ def _made_plan(cell: Cell, model: MoEModel, blocks: TokenBlocks) -> Plan | None:
         remeasure = sequential(model, batches, cell.compressor.requires, bar)
         return decide(StatisticSet(), *choices, remeasure)
     filled = statistics(cell, model, blocks, cell.compressor.requires)
-    return alone(lambda: decide(filled, *choices, None))
+    return run_on_first(lambda: decide(filled, *choices, None))
 
 
 def teacher_states(cell: Cell, model: MoEModel, blocks: TokenBlocks) -> Teacher:
@@ -125,11 +131,14 @@ def score_teacher(cell: Cell, model: MoEModel, texts: dict[str, TokenBlocks]) ->
             scores = _score(cell, model, text, None, f"teacher on {name}")
             assert scores.hidden is not None
             layers = [
-                _load(scores.routing, i, {}, scores.routing.rows[i]) for i in scores.routing.rows
+                _load(scores.routing, i, {}, scores.routing.num_slots[i])
+                for i in scores.routing.num_slots
             ]
             data[name] = {**_sums(scores), "layers": layers}
             tensors[f"{name}.hidden"] = scores.hidden
-            tensors |= {f"{name}.chosen.{i}": scores.routing.of(i) for i in scores.routing.chosen}
+            tensors |= {
+                f"{name}.chosen.{i}": scores.routing.slots(i) for i in scores.routing.chosen
+            }
         return data, tensors
 
     return saved(cache_dir() / "scores" / f"{key}.json", make)
@@ -154,9 +163,9 @@ def score_student(
             scores = _score(cell, student, text, teacher[1][f"{name}.hidden"], label)
             before = Routing(
                 {i: [teacher[1][f"{name}.chosen.{i}"]] for i in scores.routing.chosen},
-                dict(scores.routing.rows),
+                dict(scores.routing.num_slots),
             )
-            moved = changed(before, scores.routing, kept)
+            moved = routing_changed(before, scores.routing, kept)
             experts = {one["layer"]: len(one["load"]) for one in teacher[0][name]["layers"]}
             layers = [
                 {"routing_changed": moved[i], **_load(scores.routing, i, kept, experts[i])}
@@ -203,7 +212,7 @@ def repair_student(
 
     def make() -> Stage:
         teacher = teacher_states(cell, model, blocks)
-        steps = Schedule.of(len(blocks), cell.distill, joined()[1]).steps
+        steps = Schedule.of(len(blocks), cell.distill, group_rank_and_size()[1]).steps
 
         def report(point: Mapping[str, float]) -> None:
             tell(point)
@@ -222,7 +231,7 @@ def repair_student(
 
     data, tensors = saved(folder / "repair.json", make)
     after = {n.removeprefix("after."): t for n, t in tensors.items() if n.startswith("after.")}
-    put_rows(student, after)
+    set_router_rows(student, after)
     return data, tensors
 
 
@@ -241,7 +250,7 @@ def refit(cell: Cell, student: MoEModel, blocks: TokenBlocks, folder: Path) -> M
         plan.save(path)
         return plan
 
-    plan = kept(
+    plan = read_or_make(
         lambda: Plan.load(path), lambda: compressor.refit(student, measure, cell.skip), write
     )
     fitted = apply_plan(without_policies(student), plan)
@@ -264,7 +273,7 @@ def seen(cell: Cell, stage: str, model: MoEModel, tokenizer: Any, folder: Path) 
         scored = None if tasks is None else tasks.evaluate(model.model, tokenizer)
         return {"text": continuation(cell, model, tokenizer), "tasks": scored}, {}
 
-    return saved(path, lambda: alone(make))[0]
+    return saved(path, lambda: run_on_first(make))[0]
 
 
 @torch.no_grad()

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from rerail.errors import InputError
 from rerail.moe.model import MoELayer, MoEModel
-from rerail.parallel import folded, part
+from rerail.parallel import my_share, reduce_in_rank_order
 from rerail.statistics.ablation import ablation_pass
 from rerail.statistics.gradients import backward_pass
 from rerail.statistics.pairs import combined, pair_outputs, pairs_and_middle
@@ -187,7 +187,7 @@ def collect(
     Raises:
         InputError: a statistic came out infinite or NaN, or cannot be measured on this model.
     """
-    begin, mine = part(batches)
+    begin, mine = my_share(batches)
     first += sum(ids.numel() for ids, _ in batches[:begin])
     wanted = tuple(dict.fromkeys(statistics))
     chosen = [la for la in model.layers if layers is None or la.index in layers]
@@ -204,7 +204,7 @@ def collect(
         ablation_pass(model, chosen, progress(mine), held)
     for index, tensors in held.items():
         for statistic, tensor in tensors.items():
-            tensors[statistic] = folded(tensor, statistic.merged)
+            tensors[statistic] = reduce_in_rank_order(tensor, statistic.merged)
             _check(statistic, tensors[statistic], index)
     return StatisticSet({i: {s.name: t for s, t in h.items()} for i, h in held.items()})
 

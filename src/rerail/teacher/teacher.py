@@ -12,7 +12,7 @@ from torch import Tensor
 
 from rerail.files import file_digest, read_sealed, whole_file, write_sealed
 from rerail.moe.model import MoEModel
-from rerail.parallel import gathered_first, kept, part
+from rerail.parallel import gather_on_first, my_share, read_or_make
 
 log = logging.getLogger(__name__)
 
@@ -62,15 +62,15 @@ def speak(model: MoEModel, batches: Sequence[Batch], progress: Progress = lambda
     one gets all states; the others get their own.
     """
     device = next(model.model.parameters()).device
-    _, mine = part(batches)
+    _, mine = my_share(batches)
     own = [model.hidden(x.to(device), m.to(device)).cpu() for x, m in progress(mine)]
-    said = [t for states in gathered_first(own) for t in states] or own
+    said = [t for states in gather_on_first(own) for t in states] or own
     return torch.cat(said) if said else torch.empty(0)
 
 
 def cached_states(path: Path, make: Callable[[], Tensor]) -> Tensor:
     """Return the states at `path`, made and written first where they are absent or damaged."""
-    return kept(lambda: _read(path), make, lambda states: _written(path, states))
+    return read_or_make(lambda: _read(path), make, lambda states: _written(path, states))
 
 
 def _read(path: Path) -> Tensor | None:
