@@ -169,9 +169,9 @@ def test_the_local_tasks_are_the_promised_ones():
 @pytest.mark.parametrize(
     ("settings", "sentence"),
     [
-        ({"limit": 0}, "limit=0 is too small for the harness; give 1 or more"),
+        ({"limit": 0}, "limit=0 is too small for the harness; use 1 or more"),
         ({"batch_size": 0}, "batch_size=0 is too small"),
-        ({"num_fewshot": -1}, "num_fewshot=-1 is too small .* give 0 or more"),
+        ({"num_fewshot": -1}, "num_fewshot=-1 is too small .* use 0 or more"),
         ({"max_length": 1}, "max_length=1 is too small"),
         ({"tasks": ("local_blmp",)}, "local_blmp is unknown; the nearest are local_blimp"),
     ],
