@@ -73,13 +73,12 @@ def repair(  # noqa: PLR0913
         settings: hyper-parameters.
         trainer: further arguments of lightning.Trainer.
         seed: of the order of the blocks.
-        folder: of this student, where a killed fit leaves what the next call goes on from, with the
-            same result as a fit that was never killed; None keeps nothing.
+        folder: of checkpoints, from which a killed fit goes on to the same result; None for none.
         report: called with each point of the fit as it comes, as in `curve.CurveReporter`.
 
     Raises:
-        InputError: too few blocks, constant gate weights, an argument of the trainer that the
-            settings decide, a precision that casts the masters, or a KL that is not finite.
+        InputError: too few blocks, constant gate weights, a trainer argument or precision that the
+            settings rule out, or a KL that is not finite.
     """
     from rerail.distill.batches import Rounds
     from rerail.distill.router_distillation import RouterDistillation
@@ -92,10 +91,7 @@ def repair(  # noqa: PLR0913
     sharded = trainer.get("strategy") == "fsdp2"
     # FSDP2 moves and cuts parameters in place, and the teacher shares them
     trainee = private_copy(student) if sharded else student
-    # DDP averages gradients over processes and sharded masters add them up; Lightning divides both
-    # by the forwards of a step. The scale undoes this: a step is the mean over its own batches,
-    # however many processes share them.
-    scale = schedule.forwards / settings.accumulate * (1 if sharded else ranks)
+    scale = _loss_scale(schedule, settings, sharded)
     with master_copies(trainee, settings.trains) as trained:
         before = {n: p.detach().clone() for n, p in trained.items()}
         module = RouterDistillation(trainee, teacher, settings, trained, schedule.steps, scale)
@@ -103,13 +99,27 @@ def repair(  # noqa: PLR0913
         held = None if folder is None else folder / _name(choices, before)
         data = Rounds(blocks, schedule, seed, settings.average, rank)
         _fit(module, data, _with_report(trainer, report), held)
-        after = dict(zip(trained, module.copies().values(), strict=True))
+        done = _describe(module, before)
     if sharded:
-        set_router_rows(student, after)
-    curve = module.curve
-    first_kl, last_kl = curve[0]["val_kl"], curve[-1]["val_kl"]
-    steps = int(curve[-1]["step"])
-    return Repair(first_kl, module.best[0], last_kl, module.best[1], steps, curve, before, after)
+        set_router_rows(student, done.after)
+    return done
+
+
+def _describe(module: "RouterDistillation", before: dict[str, Tensor]) -> Repair:
+    first, last = module.curve[0], module.curve[-1]
+    numbers = first["val_kl"], module.best[0], last["val_kl"], module.best[1], int(last["step"])
+    after = dict(zip(before, module.copies().values(), strict=True))
+    return Repair(*numbers, module.curve, before, after)
+
+
+def _loss_scale(schedule: Schedule, settings: RouterKD, sharded: bool) -> float:
+    """Return the factor of the loss that makes an optimiser step the mean over its own batches.
+
+    Lightning divides gradients by the forwards of one process. DDP averages them over processes,
+    sharded masters add them up. The factor undoes both, so that a step is the same however many
+    processes share its batches.
+    """
+    return schedule.forwards / settings.accumulate * (1 if sharded else schedule.ranks)
 
 
 def _with_report(
