@@ -53,7 +53,7 @@ def node_rank_and_size() -> tuple[int, int]:
 
 def _group() -> Any | None:
     """Return torch.distributed where there is a group; torch is not imported to find out."""
-    module = sys.modules.get("torch.distributed")
+    module = sys.modules.get("torch.distributed")  # the command line must answer without torch
     initialized = module is not None and module.is_available() and module.is_initialized()
     return module if initialized else None
 
@@ -115,11 +115,12 @@ def join() -> None:
         _ = slurm.main_address, slurm.main_port
     backend = "gloo"
     if torch.cuda.is_available():
+        # before the group exists: NCCL binds to the current device
         torch.cuda.set_device(node_rank_and_size()[0] % torch.cuda.device_count())
         backend = "cpu:gloo,cuda:nccl"
     distributed.init_process_group(backend, rank=rank, world_size=size, timeout=_TIMEOUT)
     atexit.register(_leave)
-    if rank:
+    if rank:  # a line of the log appears once, not once a process
         logging.getLogger("rerail").setLevel(logging.WARNING)
 
 
@@ -168,6 +169,7 @@ def run_on_first(make: Callable[[], T]) -> T | None:
         try:
             value = make()
         except Exception as error:
+            # the others wait in the broadcast below: it carries the error to them
             group.broadcast_object_list([_picklable(error)], src=0)
             raise
     group.broadcast_object_list(errors, src=0)

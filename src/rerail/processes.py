@@ -11,7 +11,7 @@ import psutil
 _CLOCK_SHIFT = 5.0  # seconds that a start time may seem to move when the clock is set
 
 
-@functools.cache
+@functools.cache  # asked with every status file that is written
 def _start_time(pid: int) -> float:
     return float(psutil.Process(pid).create_time())
 
@@ -34,6 +34,7 @@ def running_process(record: Mapping[str, Any]) -> psutil.Process | None:
         return None
     try:
         process = psutil.Process(int(record["pid"]))
+        # a zombie has ended; only its parent has not asked how
         alive = process.is_running() and process.status() != psutil.STATUS_ZOMBIE
         same = abs(process.create_time() - float(record["started"])) < _CLOCK_SHIFT
     except (psutil.Error, KeyError, TypeError, ValueError):

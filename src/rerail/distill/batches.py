@@ -93,6 +93,7 @@ class Rounds(lightning.LightningDataModule):
     def train_dataloader(self) -> Any:
         """Return what is left of the round at the trainer's optimiser step."""
         assert self.trainer is not None
+        # Lightning asks anew every round (`reload_dataloaders_every_n_epochs`), and after a resume
         return Round(self, self.trainer.global_step)
 
     def val_dataloader(self) -> DataLoader[Batch]:
@@ -102,4 +103,4 @@ class Rounds(lightning.LightningDataModule):
         mine = share_of_rank(index, weights, self.rank, self.schedule.ranks)
         pieces = zip(*(torch.split(t, self.schedule.batch_size) for t in mine), strict=True)
         batches: Any = [make_batch(self.blocks, i, w) for i, w in pieces]
-        return DataLoader(batches, batch_size=None)
+        return DataLoader(batches, batch_size=None)  # they are batches already

@@ -34,6 +34,7 @@ class CurveReporter(lightning.Callback):
         self._batch_kls.append(float(trainer.callback_metrics.get("train_kl", math.nan)))
         if trainer.global_step == self._step:  # gradients still add up over micro-batches
             return
+        # the logged KL is of this process's share; the curve's is of all
         self._step, kls = trainer.global_step, self._batch_kls
         self._batch_kls = []
         if trainer.is_global_zero:

@@ -106,13 +106,15 @@ class RouterDistillation(lightning.LightningModule):
         ids, mask = batch["input_ids"].to(device), batch["mask"].to(device)
         teacher = self._teacher[0].hidden(batch["index"], ids, mask)
         student = self._student[0].hidden(ids, mask)
-        valid = mask[:, 1:].to(student.device)
+        valid = mask[:, 1:].to(
+            student.device
+        )  # position t predicts t + 1: the last predicts nothing
         return student[:, :-1][valid], teacher[:, :-1].to(student)[valid], valid
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """One forward of the student, and the KL to the teacher."""
         loss = self.loss(batch)
-        blocks = int(batch["weights"].any(dim=1).sum())
+        blocks = int(batch["weights"].any(dim=1).sum())  # without those that only fill a share
         self._train = (self._train[0] + float(loss.detach()), self._train[1] + blocks)
         self.log("train_kl", loss.detach(), prog_bar=True)
         return loss * self.scale
@@ -121,6 +123,7 @@ class RouterDistillation(lightning.LightningModule):
         """Add up the KL of held-out calibration blocks."""
         student, teacher, valid = self._states(batch)
         head, s = self._student[0].head, self.settings
+        # float64 sums, so that batches and processes may be cut in any way
         kl = token_kl(student, teacher, head, s.temperature, s.chunk).double()
         counts = batch["weights"].to(valid.device)[valid]
         self._validation = (
@@ -149,7 +152,7 @@ class RouterDistillation(lightning.LightningModule):
             self.trainer.should_stop = True  # it has diverged; the best step is kept
         self.curve.append({"step": self.global_step, "train_kl": train, "val_kl": kl})
         self.log("val_kl", kl, prog_bar=True, sync_dist=True)
-        if kl < self.best[0]:
+        if kl < self.best[0]:  # false for nan, too: a fit that diverges keeps its best step
             self.best = (kl, self.global_step, self.copies())
 
     def copies(self) -> dict[str, Tensor]:
@@ -177,12 +180,13 @@ class RouterDistillation(lightning.LightningModule):
         warmup = min(1.0, (step + 1) / s.warmup) if s.warmup else 1.0
         if s.schedule == "constant":
             return warmup
+        # a cosine from 1 at the first step to 0.1 at the last
         return warmup * (0.1 + 0.45 * (1 + math.cos(math.pi * min(1.0, step / max(1, self.steps)))))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add what the fit has seen so far."""
         checkpoint["curve"], checkpoint["best"] = self.curve, self.best
-        checkpoint["train"] = gather(self._train)
+        checkpoint["train"] = gather(self._train)  # one a process; each takes its own back
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Go on from it."""

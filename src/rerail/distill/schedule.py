@@ -55,7 +55,7 @@ class Schedule:
                 f"distill.accumulate={settings.accumulate} blocks of an optimiser step; start at "
                 f"most {step_blocks}"
             )
-        batches = train // settings.batch_size * settings.epochs
+        batches = train // settings.batch_size * settings.epochs  # full ones: see `order`
         steps = math.ceil(batches / settings.accumulate)
         round_steps = math.ceil(steps / settings.evaluations)
         sizes = (settings.batch_size, settings.accumulate)
@@ -88,6 +88,7 @@ class Schedule:
     @property
     def forward_size(self) -> int:
         """Blocks in a forward of one process, `batch_size` at most."""
+        # the share cut evenly: 5 blocks in 2 forwards are 3 and 2, not 4 and 1
         return math.ceil(self._share(self.batch_size * self.accumulate) / self.forwards)
 
     def _share(self, blocks: int) -> int:
@@ -95,6 +96,7 @@ class Schedule:
 
     def round_of(self, step: int) -> tuple[int, int]:
         """Return the steps at which the round of a step begins and ends; past all, the last's."""
+        # a fit that is resumed after its last step asks, too
         begin = min(step, self.steps - 1) // self.round_steps * self.round_steps
         return begin, min(begin + self.round_steps, self.steps)
 

@@ -24,6 +24,7 @@ def private_copy(student: MoEModel) -> MoEModel:
     Moving or sharding the copy leaves student and teacher as and where they are.
     """
     model = student.model
+    # deepcopy takes what the memo has for a copy: new Parameters, which see the same storage
     memo: dict[int, Any] = {
         id(p): nn.Parameter(p.detach().contiguous(), requires_grad=False)
         for p in model.parameters()
@@ -34,6 +35,7 @@ def private_copy(student: MoEModel) -> MoEModel:
 
 def decoder_layers(student: MoEModel) -> list[nn.Module]:
     """Return all decoder layers, dense ones too."""
+    # the list of layers is what lies before the first number in `model.layers.3.mlp`
     path = student.layers[0].name.split(".")
     depth = next(i for i, part in enumerate(path) if part.isdigit())
     return list(student.model.get_submodule(".".join(path[:depth])).children())
@@ -53,7 +55,7 @@ def shard_student(student: MoEModel, masters: nn.ParameterDict, mesh: Any) -> No
             p
             for p in layer.parameters()
             if isinstance(p, DTensor)
-            or p.dim() == 0
+            or p.dim() == 0  # FSDP2 cuts the first axis, which a scalar lacks
             or readers[id(p)] > 1
             or names[id(p)] > inside[id(p)]
         }

@@ -59,6 +59,7 @@ def select_parameters(layer: MoELayer, trains: str) -> list[tuple[nn.Module, str
     """
     owner, rows = layer.rows_owner()
     selection = [(owner, rows)]
+    # a correction bias (DeepSeek-V3) is a buffer: it has no gradient and is not selected
     if trains == "router_rows+bias" and isinstance(getattr(owner, "bias", None), nn.Parameter):
         selection.append((owner, "bias"))
     return selection
@@ -99,6 +100,7 @@ def master_copies(student: MoEModel, trains: str) -> Iterator[dict[str, nn.Param
         InputError: as `check_gates`.
     """
     check_router_gradients(student)
+    # frozen experts cost no weight gradient; only the path from the first router is differentiated
     student.model.requires_grad_(False)
     copies = {
         f"layers.{layer.index}.router.{name}": _Master(owner, name)
@@ -108,7 +110,7 @@ def master_copies(student: MoEModel, trains: str) -> Iterator[dict[str, nn.Param
     keep = False
     try:
         yield {name: master.parameter for name, master in copies.items()}
-        keep = True
+        keep = True  # not reached where the block raises
     finally:
         for master in copies.values():
             master.remove(keep)

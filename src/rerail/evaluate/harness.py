@@ -153,6 +153,7 @@ class Harness:
                 for name in set(names) - set(stock):
                     text = json.dumps(local_config(name))  # JSON is YAML
                     Path(folder, f"{name}.yaml").write_text(text, encoding="utf-8")
+                # a second manager: one with lm-eval's own tasks would index thousands of files
                 own = TaskManager(include_path=folder, include_defaults=False)
                 local = own.load([name for name in names if name not in stock])
             return (manager or own).load([*local["tasks"].values(), *stock])
@@ -171,7 +172,7 @@ class Harness:
             task.set_config(key="num_fewshot", value=self.num_fewshot)
         elif task.get_config("num_fewshot") is None:
             task.set_config(key="num_fewshot", value=0)
-        task.set_fewshot_seed(seed=1234)
+        task.set_fewshot_seed(seed=1234)  # lm-eval's own default, so that scores compare
 
     def _positions(self, tasks: Mapping[str, Any]) -> dict[str, list[int]] | None:
         """Return which documents of each task are scored; None for all."""

@@ -57,6 +57,7 @@ def check_local(name: str) -> None:
                 f"task {name} needs {path}, which does not exist; add it to RERAIL_DATA"
             )
         try:
+            # one line is enough: a file of another kind fails at its first bytes
             with lzma.open(path, "rt", encoding="utf-8") as handle:
                 json.loads(handle.readline())
         except (OSError, ValueError, EOFError, lzma.LZMAError) as error:

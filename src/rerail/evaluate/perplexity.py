@@ -89,7 +89,7 @@ def _batch_sums(
     model: MoEModel, ids: Tensor, mask: Tensor, hidden: Tensor, teacher: Tensor, chunk: int
 ) -> Tensor:
     """Return float64 (B, 4): NLL, KL, agreement and count of targets, summed over each block."""
-    valid = mask[:, 1:]
+    valid = mask[:, 1:]  # position t predicts t + 1
     block = torch.arange(len(ids), device=ids.device)[:, None].expand_as(valid)[valid]
     targets = ids[:, 1:][valid]
     sums = torch.zeros(len(ids), 4, dtype=torch.float64, device=ids.device)

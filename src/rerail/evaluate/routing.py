@@ -39,7 +39,7 @@ class Routing:
 
         1 is an even load, 0 is one slot for all tokens.
         """
-        entropy = torch.special.entr(self.load(layer)).sum()
+        entropy = torch.special.entr(self.load(layer)).sum()  # entr(0) is 0, log would be -inf
         return float(entropy / torch.tensor(float(max(self.num_slots[layer], 2))).log())
 
 
