@@ -51,12 +51,12 @@ def test_router_rows_and_nothing_else_are_trainable(family):
     student.model.requires_grad_(True)
     with master_copies(student, "router_rows") as trained:
         routers = [layer.rows_owner()[0] for layer in student.layers]
-        found = [p for p in student.model.parameters() if p.requires_grad]
-        assert sorted(map(id, found)) == sorted(map(id, trained.values()))
+        trainable = [p for p in student.model.parameters() if p.requires_grad]
+        assert sorted(map(id, trainable)) == sorted(map(id, trained.values()))
         own = [p for router in routers for p in router.parameters() if p.requires_grad]
-        assert sorted(map(id, own)) == sorted(map(id, found))
-        assert len(found) == len(student.layers) > 0
-        assert {tuple(p.shape) for p in found} == {(student.layers[0].num_experts, 16)}
+        assert sorted(map(id, own)) == sorted(map(id, trainable))
+        assert len(trainable) == len(student.layers) > 0
+        assert {tuple(p.shape) for p in trainable} == {(student.layers[0].num_experts, 16)}
         assert not any(
             p.requires_grad for n, p in student.model.named_parameters() if "gate_up" in n
         )
@@ -76,7 +76,7 @@ def test_a_student_computes_with_its_masters_and_keeps_what_they_became(make, dt
     teacher.model.to(dtype)
     student = make(teacher)
     ids = tokens(2, 6)
-    before, said = student.hidden(ids), teacher.hidden(ids)
+    before, expected = student.hidden(ids), teacher.hidden(ids)
     with master_copies(student, "router_rows") as trained:
         assert {p.dtype for p in trained.values()} == {torch.float32}
         assert torch.equal(student.hidden(ids), before)
@@ -86,7 +86,7 @@ def test_a_student_computes_with_its_masters_and_keeps_what_they_became(make, dt
         moved = student.hidden(ids)
     assert not torch.equal(moved, before)
     assert torch.equal(student.hidden(ids), moved)
-    assert torch.equal(teacher.hidden(ids), said)
+    assert torch.equal(teacher.hidden(ids), expected)
     for layer, master in zip(student.layers, trained.values(), strict=True):
         assert isinstance(layer.router_rows, torch.nn.Parameter)
         assert not layer.router_rows.requires_grad

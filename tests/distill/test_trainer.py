@@ -1,4 +1,4 @@
-"""Repairs by several processes: DDP and FSDP2 against one process."""
+"""Arguments of the trainer; repairs by several processes against one process."""
 
 import inspect
 import signal
@@ -23,20 +23,20 @@ CLOSE, LOOSE = (1e-6, 1e-6), (1e-5, 1e-4)
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory):
+def results(tmp_path_factory):
     return together("fits", tmp_path_factory.mktemp("fits"))
 
 
-def agree(two, one, losses, rows_by):
+def assert_agree(two, single, losses, rows_by):
     for process in two:
-        assert process["best_step"] == one["best_step"]
-        assert [p["step"] for p in process["curve"]] == [p["step"] for p in one["curve"]]
-        for a, b in zip(process["curve"], one["curve"], strict=True):
+        assert process["best_step"] == single["best_step"]
+        assert [p["step"] for p in process["curve"]] == [p["step"] for p in single["curve"]]
+        for a, b in zip(process["curve"], single["curve"], strict=True):
             assert a == pytest.approx(b, rel=losses)
-        for name, rows in one["after"].items():
+        for name, rows in single["after"].items():
             torch.testing.assert_close(process["after"][name], rows, rtol=0, atol=rows_by)
     assert two[0]["curve"] == two[1]["curve"]
-    assert all(torch.equal(two[0]["after"][n], two[1]["after"][n]) for n in one["after"])
+    assert all(torch.equal(two[0]["after"][n], two[1]["after"][n]) for n in single["after"])
 
 
 @pytest.mark.slow
@@ -49,23 +49,23 @@ def agree(two, one, losses, rows_by):
         ("uneven", UNEVEN, LOOSE),
     ],
 )
-def test_two_processes_repair_as_one_does(found, strategy, name, settings, limits):
-    one = fitted("auto", settings=settings)
-    assert one["best_step"] > 0
-    agree([process[f"{strategy} {name}"] for process in found], one, *limits)
+def test_two_processes_repair_as_one_does(results, strategy, name, settings, limits):
+    single = fitted("auto", settings=settings)
+    assert single["best_step"] > 0
+    assert_agree([process[f"{strategy} {name}"] for process in results], single, *limits)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", FORMS)
-def test_every_stored_form_can_be_spread_over_processes(found, name):
-    one = fitted("auto", form(name))
-    agree([process[f"fsdp2 {name}"] for process in found], one, *LOOSE)
+def test_every_stored_form_can_be_spread_over_processes(results, name):
+    single = fitted("auto", form(name))
+    assert_agree([process[f"fsdp2 {name}"] for process in results], single, *LOOSE)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
-def test_an_interrupted_fit_of_two_processes_ends_like_one_that_was_not(found, strategy):
-    for process in found:
+def test_an_interrupted_fit_of_two_processes_ends_like_one_that_was_not(results, strategy):
+    for process in results:
         whole, again = process[f"{strategy} whole"], process[f"{strategy} interrupted"]
         assert again["curve"] == whole["curve"]
         assert again["best_step"] == whole["best_step"]
@@ -116,11 +116,11 @@ def test_in_a_slurm_job_only_submitit_requeues(monkeypatch):
     [environment] = strategy_arguments({})["plugins"]
     assert environment.auto_requeue is False
     before = signal.getsignal(signal.SIGUSR1)
-    heard = []
+    handlers = []
 
-    class Listening(lightning.Callback):
+    class Recording(lightning.Callback):
         def on_train_start(self, trainer, pl_module):
-            heard.append(signal.getsignal(signal.SIGUSR1))
+            handlers.append(signal.getsignal(signal.SIGUSR1))
 
-    fitted("auto", callbacks=[Listening()])
-    assert heard == [before]
+    fitted("auto", callbacks=[Recording()])
+    assert handlers == [before]

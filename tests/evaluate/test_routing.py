@@ -9,10 +9,10 @@ from students import blocks, kept_of, masked, merged, sliced
 
 def choices(model, text):
     """What the routers answer at every real token, as sets, layer by layer."""
-    found = {layer.index: [] for layer in model.layers}
+    outputs = {layer.index: [] for layer in model.layers}
     hooks = [
         layer.router.register_forward_hook(
-            lambda _, inputs, out, index=layer.index: found[index].append(out[-1])
+            lambda _, inputs, out, index=layer.index: outputs[index].append(out[-1])
         )
         for layer in model.layers
     ]
@@ -20,7 +20,7 @@ def choices(model, text):
     for hook in hooks:
         hook.remove()
     real = text.mask.flatten()
-    return {i: [set(row.tolist()) for row in out[0][real]] for i, out in found.items()}
+    return {i: [set(row.tolist()) for row in out[0][real]] for i, out in outputs.items()}
 
 
 @pytest.mark.parametrize("family", CONFIGS)
@@ -62,7 +62,7 @@ def test_a_model_routes_as_it_did():
     assert routing_changed(*twice, {}) == {layer.index: 0.0 for layer in teacher.layers}
 
 
-def test_padding_is_not_traced_and_nothing_is_traced_afterwards():
+def test_padding_is_not_recorded_and_nothing_is_recorded_afterwards():
     model, text = tiny("qwen3_moe"), blocks(4, 9)
     stock = [layer.experts for layer in model.layers]
     with record_routing(model) as routing:
@@ -75,7 +75,7 @@ def test_padding_is_not_traced_and_nothing_is_traced_afterwards():
     assert bool((routing.slots(0)[:, 0] < routing.slots(0)[:, 1]).all())
 
 
-def test_tracing_ends_when_the_forward_fails():
+def test_recording_ends_when_the_forward_fails():
     model = tiny("qwen3_moe")
     with pytest.raises(IndexError), record_routing(model):
         model.hidden(torch.tensor([[1000, 2]]))
