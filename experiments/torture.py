@@ -103,8 +103,8 @@ def ended(child: int, seconds: float) -> int | None:
     """Wait for a child; return its exit status, or None where it is still running."""
     until = time.monotonic() + seconds
     while (left := until - time.monotonic()) > 0:
-        found, status = os.waitpid(child, os.WNOHANG)
-        if found:
+        pid, status = os.waitpid(child, os.WNOHANG)
+        if pid:
             return os.waitstatus_to_exitcode(status)
         time.sleep(min(0.005, left))
     return None
@@ -121,18 +121,18 @@ def kill(child: int) -> None:
 
 def stage_of(folder: Path) -> str:
     """Return what a killed sweep was doing, by its own status files."""
-    found = "before the first cell"
+    stage = "before the first cell"
     for path in sorted(folder.glob("out/*/status.json"), key=lambda p: p.stat().st_mtime):
         status = json.loads(path.read_text(encoding="utf-8"))
-        found = status["stage"] if status["state"] == "running" else "between cells"
-    return found
+        stage = status["stage"] if status["state"] == "running" else "between cells"
+    return stage
 
 
 def outcome(folder: Path) -> list[dict[str, Any]]:
     """Return the rows without time and host, sorted."""
     rows = read_rows(folder / "out")
-    kept = [{k: v for k, v in row.items() if k not in MAY_DIFFER} for row in rows]
-    return sorted(json.loads(json.dumps(kept)), key=lambda r: (r["key"], r["stage"] or ""))
+    equal = [{k: v for k, v in row.items() if k not in MAY_DIFFER} for row in rows]
+    return sorted(json.loads(json.dumps(equal)), key=lambda r: (r["key"], r["stage"] or ""))
 
 
 def unreadable(folder: Path) -> list[str]:
@@ -143,8 +143,8 @@ def unreadable(folder: Path) -> list[str]:
             if path.suffix == ".json":
                 json.loads(path.read_text(encoding="utf-8"))
             else:
-                with safe_open(path, "pt") as held:
-                    list(held.keys())
+                with safe_open(path, "pt") as tensors:
+                    list(tensors.keys())
         except Exception as error:
             bad.append(f"{path.relative_to(folder)}: {error}")
     return bad
@@ -216,15 +216,15 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
-    given = parser.parse_args()
+    arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
-        counts = torture(given.kills, (*GRID, EXPORTED), given.seed, Path(name))
+        counts = torture(arguments.kills, (*GRID, EXPORTED), arguments.seed, Path(name))
     print(f"an undisturbed sweep of {len(GRID) + 1} cells takes {counts.seconds:.1f} s")
     for stage, count in counts.kills.most_common():
         print(f"{count:5d} kills: {stage}")
     print(
         f"{counts.kills.total()} kills, {counts.completed} sweeps completed, {counts.differing} "
-        f"with other results, {len(counts.corrupt)} files found corrupt (seed {given.seed})"
+        f"with other results, {len(counts.corrupt)} files found corrupt (seed {arguments.seed})"
     )
     for line in counts.corrupt:
         print(f"corrupt: {line}")

@@ -21,7 +21,7 @@ from rerail.methods.cfes import Segments
 from rerail.methods.d2_moe import Fisher
 from rerail.methods.moe_i2 import LossIncrease
 from rerail.moe.model import MoEModel
-from rerail.parallel import first, is_first, join, joined
+from rerail.parallel import broadcast_from_first, group_rank_and_size, is_first, join
 from rerail.plan.apply import apply_plan
 from rerail.statistics.collect import collect
 from rerail.teacher.hidden_states import CachedTeacher, final_hidden_states
@@ -107,7 +107,7 @@ def interrupted(strategy: str, folder: Path) -> dict[str, Any]:
     try:
         fitted(strategy, settings=settings, folder=folder, callbacks=[OneIsTold()])
     except Preempted:
-        first(lambda: None)  # the first process may still be writing
+        broadcast_from_first(lambda: None)  # the first process may still be writing
         [held] = folder.glob("*.ckpt")
         assert torch.load(held, weights_only=True)["global_step"] == 3
     else:
@@ -130,7 +130,7 @@ def fits(folder: Path) -> dict[str, Any]:
         held = folder / f"{strategy}-checkpoint"
         if is_first():
             held.mkdir()
-        first(lambda: None)
+        broadcast_from_first(lambda: None)
         found[f"{strategy} interrupted"] = interrupted(strategy, held)
     for name in FORMS:
         found[f"fsdp2 {name}"] = fitted("fsdp2", form(name))
@@ -146,7 +146,7 @@ def measures(folder: Path) -> dict[str, Any]:
     scores = score_blocks(model, text)
     student = score_blocks(merged(model), text, scores.hidden)
     return {
-        "rank": joined()[0],
+        "rank": group_rank_and_size()[0],
         "statistics": dict(filled.tensors),
         "one batch": dict(one_batch.tensors),
         "states": final_hidden_states(model, text),
@@ -155,7 +155,7 @@ def measures(folder: Path) -> dict[str, Any]:
         "agree": student.agree,
         "tokens": student.tokens,
         "hidden": scores.hidden,
-        "chosen": {i: student.routing.of(i) for i in student.routing.chosen},
+        "chosen": {i: student.routing.slots(i) for i in student.routing.chosen},
         "active": student.active,
     }
 
@@ -163,10 +163,18 @@ def measures(folder: Path) -> dict[str, Any]:
 def talks(folder: Path) -> dict[str, Any]:
     """Say who is first, and hand an exception on."""
     from rerail.errors import InputError, OutOfReach
-    from rerail.parallel import alone, barrier, folded, gathered, gathered_first, kept, part
+    from rerail.parallel import (
+        barrier,
+        gather,
+        gather_on_first,
+        my_share,
+        read_or_make,
+        reduce_in_rank_order,
+        run_on_first,
+    )
 
     join()
-    rank, size = joined()
+    rank, size = group_rank_and_size()
     said = {}
 
     def refuse() -> None:
@@ -177,7 +185,7 @@ def talks(folder: Path) -> dict[str, Any]:
 
     for name, make in (("refused", refuse), ("broken", break_down)):
         try:
-            first(make)
+            broadcast_from_first(make)
         except InputError as error:
             said[name] = [type(error).__name__, str(error)]
         except (RuntimeError, ZeroDivisionError) as error:
@@ -192,17 +200,17 @@ def talks(folder: Path) -> dict[str, Any]:
         return text
 
     made: list[int] = []
-    twice = [kept(read, lambda: (made.append(1), f"of {rank}")[1], write) for _ in range(2)]
+    twice = [read_or_make(read, lambda: (made.append(1), f"of {rank}")[1], write) for _ in range(2)]
     barrier()
     return {
         **said,
         "joined": [rank, size],
-        "first": first(lambda: rank + 10),
-        "alone": alone(lambda: 5),
-        "gathered": gathered(rank),
-        "gathered first": gathered_first(rank),
-        "folded": folded([rank], lambda a, b: a + b),
-        "part": [[begin, list(items)] for begin, items in (part(range(5)), part([]))],
+        "first": broadcast_from_first(lambda: rank + 10),
+        "alone": run_on_first(lambda: 5),
+        "gathered": gather(rank),
+        "gathered first": gather_on_first(rank),
+        "folded": reduce_in_rank_order([rank], lambda a, b: a + b),
+        "part": [[begin, list(items)] for begin, items in (my_share(range(5)), my_share([]))],
         "kept": twice,
         "made": len(made),
     }

@@ -151,10 +151,10 @@ def write_cell(out: Path, model: str, compressor: str, seconds: dict[str, float]
 def test_a_sweep_is_compared_with_its_cells_alone_and_every_second_has_its_place(
     bench: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    said: list[tuple[list[str], dict[str, str]]] = []
+    calls: list[tuple[list[str], dict[str, str]]] = []
 
     def seconds(words: list[str], env: dict[str, str], core: str = "") -> float:
-        said.append((words, {**env, "core": core}))
+        calls.append((words, {**env, "core": core}))
         given = dict(word.split("=", 1) for word in words if "=" in word)
         cost = {"compressed": 1.0, "repaired": 4.0 if words[0] == "-m" else 6.0}
         for model in given["model"].split(","):
@@ -170,8 +170,8 @@ def test_a_sweep_is_compared_with_its_cells_alone_and_every_second_has_its_place
     (tmp_path / "corpora").mkdir()
     (tmp_path / "corpora" / "docs.json").touch()
     grid = {"model": ("a", "b"), "compressor": ("reap", "svd"), "ratio": ("half",)}
-    asked = bench.sweep.Bench(tmp_path, "n64", grid)
-    rows = {r["name"]: r for r in bench.sweep.sweep_rows(asked, 1)}
+    comparison = bench.sweep.Bench(tmp_path, "n64", grid)
+    rows = {r["name"]: r for r in bench.sweep.sweep_rows(comparison, 1)}
     value = {name: r["value"] for name, r in rows.items()}
     assert rows["sweep: one worker / the cells alone (n64)"]["limit"] == 0.85
     assert value["sweep: one worker / the cells alone (n64)"] == 0.6
@@ -186,11 +186,11 @@ def test_a_sweep_is_compared_with_its_cells_alone_and_every_second_has_its_place
     assert value["cells alone: rest"] == 100 - (8 + 4 + 8 + 24 + 8)
     assert value["one worker: rest"] == 60 - (4 + 4 + 8 + 16 + 8)
     assert value["two workers: rest"] == 2 * 30 - (4 + 4 + 8 + 16 + 8)
-    single = [env for words, env in said if words[0] != "-m"]
+    single = [env for words, env in calls if words[0] != "-m"]
     assert [env["core"] for env in single] == ["1"] * 4 + [""] * 2
-    assert not any("OMP_NUM_THREADS" in env for _, env in said)
-    caches = [env["RERAIL_CACHE"] for _, env in said]
-    assert len(set(caches)) == len(said) == 8
+    assert not any("OMP_NUM_THREADS" in env for _, env in calls)
+    caches = [env["RERAIL_CACHE"] for _, env in calls]
+    assert len(set(caches)) == len(calls) == 8
     assert all([p.name for p in Path(cache).iterdir()] == ["docs.json"] for cache in caches)
 
 

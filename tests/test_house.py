@@ -9,10 +9,9 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from hydra import compose, initialize_config_dir
-from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 
+from pages import cell_commands, composed, first_cell
 from rerail.compress.base import Compressor
 from rerail.config.presets import config_root
 from rerail.moe.source import ModelSource
@@ -29,13 +28,6 @@ GIVEN = {
     "evaluation=file": ["evaluation.texts.file.sources.0.paths=[x.txt]"],
     "allocation=per_layer": ["allocation.kept=[32,32,32,32]"],
 }
-
-
-def composed(*overrides: str):
-    GlobalHydra.instance().clear()
-    search = f"hydra.searchpath=[file://{ROOT}]"
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        return compose("config", [search, *overrides])
 
 
 def group_choices() -> list[str]:
@@ -138,30 +130,10 @@ def test_importing_costs_nothing(words):
     assert done.returncode == 0, done.stderr
 
 
-def readme_commands() -> list[str]:
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    blocks = re.findall(r"```(?:bash|sh)\n(.*?)```", text, re.S)
-    lines = [line.split("  #")[0].strip() for block in blocks for line in block.splitlines()]
-    return [line for line in lines if line.startswith(("rerail ", ".venv/bin/rerail "))]
-
-
-@pytest.mark.parametrize("command", readme_commands())
+@pytest.mark.parametrize("command", cell_commands("README.md"))
 def test_every_command_of_the_readme_composes(command, monkeypatch, tmp_path):
-    import shlex
-
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-
     monkeypatch.setenv("RERAIL_DATA", str(tmp_path))
-    words = [w for w in shlex.split(command)[1:] if not w.startswith("-")]
-    if words[:1] == ["demo"]:
-        return
-    first = [
-        f"{o.input_line.split('=')[0]}={next(o.sweep_string_iterator())}"
-        if o.is_sweep_override()
-        else o.input_line
-        for o in OverridesParser.create().parse_overrides(words)
-    ]
-    assert to_cell(composed(*first))
+    assert to_cell(first_cell(command))
 
 
 def test_the_readme_begins_with_the_two_commands():

@@ -17,9 +17,9 @@ import torch
 from families import CONFIGS, tiny, tokens
 from rerail.compress.base import Compressor, extended, make_plan
 from rerail.compress.templates.narrower import micro_size
-from rerail.distill.masters import masters
 from rerail.distill.router_distillation import RouterDistillation
 from rerail.distill.settings import RouterKD
+from rerail.distill.trainable import master_copies
 from rerail.errors import OutOfReach
 from rerail.experts.base import BankSpec, EncodedExperts, bank_class
 from rerail.export.package import packaged_model
@@ -513,7 +513,7 @@ def test_a_step_of_router_kd_changes_router_rows_only(method: Method) -> None:
     names = {n for n, p in student.model.named_parameters() if id(p) in rows}
     before = {n: t.clone() for n, t in student.model.state_dict().items()}
     spoken = state_hash(teacher)
-    with masters(student, "router_rows") as trained, torch.enable_grad():
+    with master_copies(student, "router_rows") as trained, torch.enable_grad():
         module = RouterDistillation(student, LiveTeacher(teacher), RouterKD(), trained, 1)
         mask = torch.ones_like(ids, dtype=torch.bool)
         module.loss({"input_ids": ids, "mask": mask, "index": torch.arange(2)}).backward()

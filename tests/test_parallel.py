@@ -33,27 +33,27 @@ def environment(monkeypatch):
 
 
 def test_one_process_is_first_and_alone(environment):
-    assert parallel.world() == (0, 1)
+    assert parallel.rank_and_size() == (0, 1)
     assert parallel.is_first()
-    assert parallel.gathered("a") == parallel.gathered_first("a") == ["a"]
-    assert parallel.first(lambda: 3) == parallel.alone(lambda: 3) == 3
-    assert parallel.part([1, 2, 3]) == (0, [1, 2, 3])
-    assert parallel.folded(2, lambda a, b: a + b) == 2
+    assert parallel.gather("a") == parallel.gather_on_first("a") == ["a"]
+    assert parallel.broadcast_from_first(lambda: 3) == parallel.run_on_first(lambda: 3) == 3
+    assert parallel.my_share([1, 2, 3]) == (0, [1, 2, 3])
+    assert parallel.reduce_in_rank_order(2, lambda a, b: a + b) == 2
 
 
 def test_torchrun_and_slurm_say_which_process_this_is(environment):
     environment(SLURM_NTASKS=16, SLURM_PROCID=11, SLURM_LOCALID=3, SLURM_NTASKS_PER_NODE=8)
-    assert parallel.world() == (11, 16)
-    assert parallel.on_node() == (3, 8)
+    assert parallel.rank_and_size() == (11, 16)
+    assert parallel.node_rank_and_size() == (3, 8)
     assert not parallel.is_first()
     environment(RANK=1, WORLD_SIZE=2, LOCAL_RANK=1, LOCAL_WORLD_SIZE=2)
-    assert parallel.world() == (1, 2)
-    assert parallel.on_node() == (1, 2)
+    assert parallel.rank_and_size() == (1, 2)
+    assert parallel.node_rank_and_size() == (1, 2)
 
 
 def test_an_interactive_allocation_is_one_process(environment):
     environment(SLURM_NTASKS=4, SLURM_PROCID=0, SLURM_JOB_NAME="interactive")
-    assert parallel.world() == (0, 1)
+    assert parallel.rank_and_size() == (0, 1)
 
 
 @pytest.mark.parametrize(
@@ -184,4 +184,4 @@ def test_scores_and_teacher_states_of_two_processes_are_those_of_one_to_the_bit(
             assert torch.equal(process[name], getattr(scores, name))
         assert process["active"] == scores.active
         for layer, chosen in process["chosen"].items():
-            assert torch.equal(chosen, scores.routing.of(layer))
+            assert torch.equal(chosen, scores.routing.slots(layer))

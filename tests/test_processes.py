@@ -1,4 +1,4 @@
-"""A process on file is told from a later one with the same number."""
+"""A process on record is distinguished from a later one with the same number."""
 
 import json
 import subprocess
@@ -19,26 +19,26 @@ def child():
 
 
 def test_a_process_is_found_while_it_runs_and_not_after(child):
-    held = json.loads(child.stdout.readline())
-    assert processes.found(held).pid == child.pid
+    record = json.loads(child.stdout.readline())
+    assert processes.running_process(record).pid == child.pid
     child.communicate()
-    assert processes.found(held) is None
+    assert processes.running_process(record) is None
 
 
 def test_a_later_process_with_the_same_number_is_another(child):
-    held = json.loads(child.stdout.readline())
-    assert processes.found({**held, "started": held["started"] - 60}) is None
+    record = json.loads(child.stdout.readline())
+    assert processes.running_process({**record, "started": record["started"] - 60}) is None
 
 
 def test_a_process_of_another_host_is_not_looked_for():
-    held = {**processes.this_process(), "host": "elsewhere"}
-    assert processes.found(held) is None
-    assert not processes.is_here(held)
+    record = {**processes.this_process(), "host": "elsewhere"}
+    assert processes.running_process(record) is None
+    assert not processes.is_on_this_host(record)
 
 
-@pytest.mark.parametrize("held", [{}, {"host": processes.this_process()["host"], "pid": "x"}])
-def test_a_foreign_record_is_no_process(held):
-    assert processes.found(held) is None
+@pytest.mark.parametrize("record", [{}, {"host": processes.this_process()["host"], "pid": "x"}])
+def test_a_foreign_record_is_no_process(record):
+    assert processes.running_process(record) is None
 
 
 def test_the_job_is_named_as_slurm_names_it(monkeypatch):

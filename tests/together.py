@@ -16,9 +16,9 @@ TESTS = Path(__file__).parent
 
 def free_port() -> int:
     """Return a port of this host that nobody listens on."""
-    with socket.socket() as held:
-        held.bind(("127.0.0.1", 0))
-        return int(held.getsockname()[1])
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
 
 
 def together(program: str, folder: Path, size: int = 2, seconds: float = 180) -> list[Any]:
@@ -51,8 +51,8 @@ def together(program: str, folder: Path, size: int = 2, seconds: float = 180) ->
         for process in running:
             process.kill()
             process.wait()
-    said = [(folder / f"{program}-{rank}.log").read_text()[-4000:] for rank in range(size)]
-    assert all(process.returncode == 0 for process in running), "\n".join(said)
+    logs = [(folder / f"{program}-{rank}.log").read_text()[-4000:] for rank in range(size)]
+    assert all(process.returncode == 0 for process in running), "\n".join(logs)
     return [torch.load(folder / f"{program}-{rank}.pt", weights_only=True) for rank in range(size)]
 
 

@@ -1,9 +1,9 @@
 """Peak memory of one piece of work, each in a fresh process: `memory.py TASK SIZE_AS_JSON`.
 
-The peak is what the process held at most (VmHWM) beyond what it held when the work began, so the
-interpreter and the libraries do not dilute a ratio. The C library is told to map tensors one by one
-(`MALLOC_MMAP_THRESHOLD_`), so what is counted is what is alive, and not what its heap keeps for
-later, which varies by a factor from run to run. Linux only.
+The peak is the largest resident memory of the process (VmHWM) less that at the start of the work,
+so the interpreter and the libraries do not dilute a ratio. The C library is told to map tensors one
+by one (`MALLOC_MMAP_THRESHOLD_`), so what is counted is what is alive, and not what its heap keeps
+for later, which varies by a factor from run to run. Linux only.
 """
 
 import json
@@ -21,14 +21,14 @@ from models import Batch, Size, random_model, reap_student, text
 from speed import gradient_of, kl_case, step
 from timing import Row, row
 
-from rerail.distill.masters import masters
 from rerail.distill.router_distillation import RouterDistillation
 from rerail.distill.settings import RouterKD
+from rerail.distill.trainable import master_copies
 from rerail.moe.model import MoEModel
 from rerail.teacher.hidden_states import LiveTeacher
 
 
-def held(field: str) -> int:
+def process_memory(field: str) -> int:
     """Return VmRSS or VmHWM of this process in bytes."""
     lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
     [line] = [line for line in lines if line.startswith(f"{field}:")]
@@ -52,7 +52,7 @@ def resident(student: bool, trained: bool, size: Size) -> Callable[[], None]:
 
 
 def one_step(teacher: MoEModel, student: MoEModel, batch: Batch) -> None:
-    with masters(student, "router_rows") as rows:
+    with master_copies(student, "router_rows") as rows:
         module = RouterDistillation(student, LiveTeacher(teacher), RouterKD(), rows, 1)
         step(module, torch.optim.AdamW(rows.values()), batch)
 
@@ -71,11 +71,11 @@ TASKS: dict[str, Callable[[Size], Callable[[], Any]]] = {
 
 
 def peak(task: str, size: Size) -> int:
-    """Return the bytes that a task holds at most beyond its inputs: a fresh process only."""
+    """Return the peak memory in bytes of a task beyond its inputs; call it in a fresh process."""
     work = TASKS[task](size)
-    before = held("VmRSS")
+    before = process_memory("VmRSS")
     work()
-    return held("VmHWM") - before
+    return process_memory("VmHWM") - before
 
 
 def fresh_peak(task: str, size: Size) -> int:
@@ -86,16 +86,16 @@ def fresh_peak(task: str, size: Size) -> int:
 
 
 def memory_rows(size: Size, peak_of: Callable[[str, Size], int] = fresh_peak) -> list[Row]:
-    found = {task: peak_of(task, size) for task in TASKS}
-    alone = found["teacher"]
-    rows = [row(f"peak memory: {task}", value / 1e6, None, "MB") for task, value in found.items()]
+    peaks = {task: peak_of(task, size) for task in TASKS}
+    teacher = peaks["teacher"]
+    rows = [row(f"peak memory: {task}", value / 1e6, None, "MB") for task, value in peaks.items()]
     return [
         *rows,
-        row("peak memory: chunked / plain KL", found["chunked KL"] / found["plain KL"], 0.25),
+        row("peak memory: chunked / plain KL", peaks["chunked KL"] / peaks["plain KL"], 0.25),
         row("peak memory: with REAP student / teacher alone",
-            found["teacher and student"] / alone, 1.15),
+            peaks["teacher and student"] / teacher, 1.15),
         row("peak memory: with REAP student and a Router KD step / teacher alone",
-            found["teacher, student and a step"] / alone),
+            peaks["teacher, student and a step"] / teacher),
     ]  # fmt: skip
 
 

@@ -19,8 +19,8 @@ def cpu_seconds(command: list[str], until: bytes | None) -> float:
     quiet = subprocess.DEVNULL
     with subprocess.Popen(command, stdout=quiet, stderr=subprocess.PIPE) as process:
         assert process.stderr is not None
-        for said in process.stderr:
-            if until is not None and until in said:
+        for line in process.stderr:
+            if until is not None and until in line:
                 process.kill()
                 break
         _, status, usage = os.wait4(process.pid, 0)
@@ -35,10 +35,10 @@ def overhead_rows(rounds: int) -> list[Row]:
     ratios = []
     with tempfile.TemporaryDirectory() as folder:
         for r in range(rounds + 1):
-            found = {}
+            seconds = {}
             for name in random.Random(r).sample(["imports", "cell"], 2):
                 command = IMPORTS if name == "imports" else [*CELL, f"out={folder}/{r}"]
-                found[name] = cpu_seconds(command, b": text" if name == "cell" else None)
-            ratios += [found["cell"] / found["imports"]] if r else []
+                seconds[name] = cpu_seconds(command, b": text" if name == "cell" else None)
+            ratios += [seconds["cell"] / seconds["imports"]] if r else []
     value = statistics.median(ratios)
     return [row("launch: first step of a cell / the bare imports", value, LIMIT)]

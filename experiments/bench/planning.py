@@ -25,14 +25,14 @@ def presets() -> tuple[str, ...]:
 
 
 def measured(
-    model: MoEModel, batch: Batch, asked: tuple[Statistic, ...], first_only: bool
+    model: MoEModel, batch: Batch, wanted: tuple[Statistic, ...], first_only: bool
 ) -> StatisticSet:
-    """Fill what planning reads; a forward ends after the first layer where only that is asked."""
+    """Fill what planning reads; a forward ends after the first layer where only that one counts."""
     rows, length = SHORT
     short = (batch[0][:rows, :length], batch[1][:rows, :length])
     layers = [model.layers[0].index] if first_only else None
-    slow = [s for s in asked if s.pass_name in ("backward", "ablation")]
-    quick = [s for s in asked if s not in slow]
+    slow = [s for s in wanted if s.pass_name in ("backward", "ablation")]
+    quick = [s for s in wanted if s not in slow]
     parts = [collect(model, [b], s, layers=layers) for b, s in ((short, slow), (batch, quick)) if s]
     return join_sets(parts)
 
@@ -52,12 +52,12 @@ def planning_rows(
 ) -> list[Row]:
     """CPU seconds, once each: a layer of every preset, and all layers of a score and of SVD."""
     batch, rows = text(model, size), []
-    for one in names or presets():
-        compressor = preset("compressor", one)
+    for method in names or presets():
+        compressor = preset("compressor", method)
         value = seconds(compressor, model, batch, first_only=True)
-        rows.append(row(f"{name}: planning a layer, {one}", value, None, "s"))
-        if one in WHOLE:
+        rows.append(row(f"{name}: planning a layer, {method}", value, None, "s"))
+        if method in WHOLE:
             value = seconds(compressor, model, batch, first_only=False)
-            label = f"{name}: planning {len(model.layers)} layers, {one}"
+            label = f"{name}: planning {len(model.layers)} layers, {method}"
             rows.append(row(label, value, None, "s"))
     return rows

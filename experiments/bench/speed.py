@@ -13,9 +13,9 @@ from torch.nn import functional as F
 from rerail.compress.guard import MaxOutput
 from rerail.compress.templates.skipper import GateTails
 from rerail.config.presets import preset
-from rerail.distill.masters import masters
 from rerail.distill.router_distillation import RouterDistillation
 from rerail.distill.settings import RouterKD
+from rerail.distill.trainable import master_copies
 from rerail.methods.camera import MiddleEnergy, MiddlePeak
 from rerail.methods.d2_moe import Fisher
 from rerail.methods.easy_ep import Deviation
@@ -35,7 +35,7 @@ from rerail.teacher.hidden_states import CachedTeacher, LiveTeacher, final_hidde
 from rerail.teacher.kl import Head, chunked_kl
 
 MOMENTS = (Count(), *(Moment(a, p) for a in range(3) for p in range(3)))
-ASKED: dict[str, tuple[tuple[Statistic, ...], float]] = {
+STATISTICS: dict[str, tuple[tuple[Statistic, ...], float]] = {
     "statistics for REAP": (MomentScore().requires, 1.3),
     "counts and all moments g^a n^p": (MOMENTS, 1.6),
 }
@@ -61,8 +61,8 @@ BATCHES = 4  # of the text for the union: its gigabytes of sums are laid out onc
 def union() -> tuple[Statistic, ...]:
     """Return every routed statistic that a preset with a single pass reads, and those of UNION."""
     compressors = [preset("compressor", name) for name in presets()]
-    asked = [s for c in compressors if c.driver == "one_shot" for s in c.requires]
-    return tuple(dict.fromkeys([*UNION, *(s for s in asked if s.pass_name == "routed")]))
+    read = [s for c in compressors if c.driver == "one_shot" for s in c.requires]
+    return tuple(dict.fromkeys([*UNION, *(s for s in read if s.pass_name == "routed")]))
 
 
 def differing_logits(model: MoEModel, batch: Batch, statistics: tuple[Statistic, ...]) -> int:
@@ -79,30 +79,30 @@ def differing_logits(model: MoEModel, batch: Batch, statistics: tuple[Statistic,
 
 
 def statistics_rows(name: str, model: MoEModel, size: Size, rounds: int, limits: bool) -> list[Row]:
-    """Both sides run the body only: the head speaks in neither."""
+    """Both sides run the body only, without the head."""
     batch = text(model, size)
     work: dict[str, Any] = {"plain": partial(torch.no_grad()(model.hidden), *batch)}
-    work |= {a: partial(collect, model, [batch], s) for a, (s, _) in ASKED.items()}
-    found = interleaved(work, rounds)
+    work |= {label: partial(collect, model, [batch], s) for label, (s, _) in STATISTICS.items()}
+    times = interleaved(work, rounds)
     rows = []
-    for asked, (statistics, limit) in ASKED.items():
-        value = ratio(found, asked, plain=1)
-        rows.append(row(f"{name}: {asked} / plain forward", value, limit if limits else None))
-        wrong = differing_logits(model, batch, statistics)
-        rows.append(row(f"{name}: {asked}, logits that differ", wrong, 0, "count"))
+    for label, (statistics, limit) in STATISTICS.items():
+        value = ratio(times, label, plain=1)
+        rows.append(row(f"{name}: {label} / plain forward", value, limit if limits else None))
+        differing = differing_logits(model, batch, statistics)
+        rows.append(row(f"{name}: {label}, logits that differ", differing, 0, "count"))
     return rows
 
 
 def union_rows(name: str, model: MoEModel, size: Size, rounds: int, limits: bool) -> list[Row]:
     """Every routed statistic there is, input and middle moments included."""
-    batch, asked = text(model, size), union()
+    batch, statistics = text(model, size), union()
     plain = torch.no_grad()(lambda: [model.hidden(*batch) for _ in range(BATCHES)])
-    work = {"plain": plain, "union": partial(collect, model, [batch] * BATCHES, asked)}
-    found = interleaved(work, (rounds + 1) // 2)
-    value, wrong = ratio(found, "union", plain=1), differing_logits(model, batch, asked)
+    work = {"plain": plain, "union": partial(collect, model, [batch] * BATCHES, statistics)}
+    times = interleaved(work, (rounds + 1) // 2)
+    value, differing = ratio(times, "union", plain=1), differing_logits(model, batch, statistics)
     return [
         row(f"{name}: all routed statistics / plain forward", value, 2.5 if limits else None),
-        row(f"{name}: all routed statistics, logits that differ", wrong, 0, "count"),
+        row(f"{name}: all routed statistics, logits that differ", differing, 0, "count"),
     ]
 
 
@@ -115,32 +115,32 @@ def other_passes_rows(
     """
     batch = text(model, size)
     short = [(batch[0][:1, :32], batch[1][:1, :32])]
-    handed: list[tuple[Any, Any]] = []
+    calls: list[tuple[Any, Any]] = []
     hooks = [
-        layer.experts.register_forward_pre_hook(lambda *call: handed.append(call))
+        layer.experts.register_forward_pre_hook(lambda *call: calls.append(call))
         for layer in model.layers
     ]
-    plain = torch.no_grad()(lambda given: model.hidden(*given))
+    plain = torch.no_grad()(lambda batch: model.hidden(*batch))
     plain(batch)
     for hook in hooks:
         hook.remove()
     work: dict[str, Any] = {
         "plain": partial(plain, batch),
-        "experts": torch.no_grad()(lambda: [module(*given) for module, given in handed]),
+        "experts": torch.no_grad()(lambda: [module(*inputs) for module, inputs in calls]),
         "dense": partial(collect, model, [batch], [OutputSum(), TokenCount()]),
         "backward": partial(collect, model, [batch], [Fisher()]),
     }
-    found = interleaved(work, (rounds + 1) // 2)
+    times = interleaved(work, (rounds + 1) // 2)
     ablate = partial(collect, model, short, [LossIncrease()], layers=[model.layers[-1].index])
-    one = interleaved({"short": partial(plain, short[0]), "ablation": ablate}, 1)
+    short_times = interleaved({"short": partial(plain, short[0]), "ablation": ablate}, 1)
     layer = model.layers[0]
-    dense = ratio(found, "dense", experts=layer.num_experts / layer.top_k)
+    dense = ratio(times, "dense", experts=layer.num_experts / layer.top_k)
     return [
         row(f"{name}: dense statistics / E/K forwards of the experts", dense,
             1.3 if limits else None),
-        row(f"{name}: Fisher / plain forward", ratio(found, "backward", plain=1)),
+        row(f"{name}: Fisher / plain forward", ratio(times, "backward", plain=1)),
         row(f"{name}: loss without each slot of a layer / E + 1 plain forwards",
-            ratio(one, "ablation", short=layer.num_experts + 1)),
+            ratio(short_times, "ablation", short=layer.num_experts + 1)),
     ]  # fmt: skip
 
 
@@ -163,7 +163,7 @@ def router_kd_rows(
         "cached": CachedTeacher(final_hidden_states(teacher, [batch])),
     }
     plain = torch.no_grad()(lambda model: model.model(input_ids=batch[0], use_cache=False))
-    with masters(student, "router_rows") as trained:
+    with master_copies(student, "router_rows") as trained:
         work: dict[str, Any] = {
             "teacher": lambda: plain(teacher),
             "student": lambda: plain(student),
@@ -172,16 +172,16 @@ def router_kd_rows(
             module = RouterDistillation(student, source, RouterKD(), trained, 1)
             optimiser = torch.optim.AdamW(trained.values(), lr=5e-5)
             work[kind] = partial(step, module, optimiser, batch)
-        found = interleaved(work, rounds)
+        times = interleaved(work, rounds)
     share = head_share(teacher, size.length)
     limit = 1.25 if limits else None
     return [
         row(f"{name}: head's share h of a plain forward, from shapes", share, None, "share"),
-        row(f"{name}: student / teacher, plain forward", ratio(found, "student", teacher=1)),
+        row(f"{name}: student / teacher, plain forward", ratio(times, "student", teacher=1)),
         row(f"{name}: Router KD step, live teacher / floor of 3 forwards",
-            ratio(found, "live", teacher=1, student=2), limit),
+            ratio(times, "live", teacher=1, student=2), limit),
         row(f"{name}: Router KD step, cached teacher / floor of 2 + h forwards",
-            ratio(found, "cached", teacher=share, student=2), limit),
+            ratio(times, "cached", teacher=share, student=2), limit),
     ]  # fmt: skip
 
 
@@ -215,11 +215,11 @@ def gradient_of(kind: str, case: tuple[Tensor, Tensor, Tensor, Head]) -> tuple[T
 
 def kl_rows(size: Size, rounds: int) -> list[Row]:
     case = kl_case(size)
-    found = interleaved({kind: partial(gradient_of, kind, case) for kind in KL}, rounds)
+    times = interleaved({kind: partial(gradient_of, kind, case) for kind in KL}, rounds)
     (loss, gradient), (ours, our_gradient) = (gradient_of(kind, case) for kind in KL)
     apart = (our_gradient - gradient).abs().max() / gradient.abs().max()
     return [
-        row("chunked KL: time / plain", ratio(found, "chunked", plain=1), 1.0),
+        row("chunked KL: time / plain", ratio(times, "chunked", plain=1), 1.0),
         row("chunked KL: loss, relative error", float((ours - loss).abs() / loss), 1e-5, "share"),
         row("chunked KL: gradient, largest error / largest entry", float(apart), 1e-5, "share"),
     ]

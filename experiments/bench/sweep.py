@@ -57,10 +57,10 @@ def environment(corpora: Path, cache: Path) -> dict[str, str]:
     return {**left, "RERAIL_CACHE": str(cache)}
 
 
-def on(core: str, *command: str | Path) -> list[str]:
+def pinned(core: str, *command: str | Path) -> list[str]:
     """Return the command that may use this core, or all of them where none is named."""
-    pinned = ["taskset", "--cpu-list", core] if core else []
-    return [*pinned, sys.executable, *map(str, command)]
+    prefix = ["taskset", "--cpu-list", core] if core else []
+    return [*prefix, sys.executable, *map(str, command)]
 
 
 def seconds(words: Sequence[str], env: Mapping[str, str], core: str = "") -> float:
@@ -70,7 +70,7 @@ def seconds(words: Sequence[str], env: Mapping[str, str], core: str = "") -> flo
         RuntimeError: it failed.
     """
     began = time.monotonic()
-    command = on(core, "-m", "rerail", *words)
+    command = pinned(core, "-m", "rerail", *words)
     done = subprocess.run(command, env=env, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"rerail {' '.join(words)}: {done.stdout}{done.stderr}")
@@ -91,37 +91,37 @@ class Bench:
     samples: str
     grid: Mapping[str, Sequence[str]]
 
-    def swept(self, name: str, workers: int, core: str = "") -> float:
+    def run_sweep(self, name: str, workers: int, core: str = "") -> float:
         """Return the seconds of a sweep with so many workers of one thread."""
-        asked = [f"{group}={','.join(values)}" for group, values in self.grid.items()]
-        words = ["-m", "+slurm=local", f"hydra.launcher.array_parallelism={workers}", *asked]
+        choices = [f"{group}={','.join(values)}" for group, values in self.grid.items()]
+        words = ["-m", "+slurm=local", f"hydra.launcher.array_parallelism={workers}", *choices]
         return self._seconds(words, name, "out", "cache", core)
 
-    def alone(self, name: str, methods: Sequence[str], core: str = "") -> dict[Choice, float]:
+    def run_alone(self, name: str, methods: Sequence[str], core: str = "") -> dict[Choice, float]:
         """Return the seconds of each cell of these methods, with a cache and report of its own."""
-        found = {}
+        times = {}
         for number, values in enumerate(itertools.product(*self.grid.values())):
             if values[list(self.grid).index("compressor")] in methods:
                 words = [f"{group}={v}" for group, v in zip(self.grid, values, strict=True)]
                 apart = f"out/{number}", f"cache{number}"
-                found[values] = self._seconds(words, name, *apart, core)
-        return found
+                times[values] = self._seconds(words, name, *apart, core)
+        return times
 
     def _seconds(self, words: Sequence[str], name: str, out: str, cache: str, core: str) -> float:
         folder = self.root / name
-        given = [*words, f"samples={self.samples}", f"out={folder / out}"]
-        return seconds(given, environment(self.root / "corpora", folder / cache), core)
+        words = [*words, f"samples={self.samples}", f"out={folder / out}"]
+        return seconds(words, environment(self.root / "corpora", folder / cache), core)
 
     def cells(self, name: str) -> list[Cell]:
         """Return what came out."""
         return cells_of(read_rows(self.root / name / "out"))
 
 
-def spent(cells: Sequence[Cell], total: float, shared: bool) -> dict[str, float]:
+def seconds_by_part(cells: Sequence[Cell], total: float, shared: bool) -> dict[str, float]:
     """Return where the seconds went; a teacher's scoring counts once a model where it is shared."""
     scored = [(c.head["model"], c.get("teacher", "evaluation_seconds")) for c in cells]
     parts = [
-        sum(dict(scored).values()) if shared else sum(one for _, one in scored),
+        sum(dict(scored).values()) if shared else sum(spent for _, spent in scored),
         *(
             sum(cell.get(stage, column) for cell in cells)
             for stage in ("compressed", "repaired")
@@ -141,7 +141,7 @@ def difference(one: Sequence[Cell], other: Sequence[Cell]) -> float:
 def cluster(home: Path, core: str = "") -> Iterator[None]:
     """Run a Slurm of its own for the time of the block; its jobs may use what it may."""
     os.environ["RERAIL_SLURM"] = str(home)
-    subprocess.run(on(core, LOCAL / "up"), check=True, stdout=subprocess.DEVNULL)
+    subprocess.run(pinned(core, LOCAL / "up"), check=True, stdout=subprocess.DEVNULL)
     try:
         yield
     finally:
@@ -157,12 +157,12 @@ def sweep_rows(bench: Bench, threaded: int) -> list[Row]:
     """
     methods, slurm = bench.grid["compressor"], bench.root / "slurm"
     with cluster(slurm, "0"), ThreadPoolExecutor() as beside:
-        single = beside.submit(bench.alone, "alone", methods, "1")
-        one = bench.swept("one", 1, "0")
+        single = beside.submit(bench.run_alone, "alone", methods, "1")
+        one = bench.run_sweep("one", 1, "0")
         each = single.result()
     with cluster(slurm):
-        two = bench.swept("two", 2)
-    threads = bench.alone("threads", methods[:threaded])
+        two = bench.run_sweep("two", 2)
+    threads = bench.run_alone("threads", methods[:threaded])
     alone, same = sum(each.values()), sum(each[values] for values in threads)
     cells = {name: bench.cells(name) for name in ("one", "alone", "two")}
     apart = {
@@ -175,30 +175,30 @@ def sweep_rows(bench: Bench, threaded: int) -> list[Row]:
         row("sweep: one worker / two workers", one / two),
         row("sweep: cells alone, all cores / one core", sum(threads.values()) / same),
         *(row(f"sweep: largest difference of an NLL, {n}", v) for n, v in apart.items()),
-        *clock_rows("one worker", one, spent(cells["one"], one, shared=True)),
-        *clock_rows("cells alone", alone, spent(cells["alone"], alone, shared=False)),
-        *clock_rows("two workers", two, spent(cells["two"], 2 * two, shared=True)),
+        *clock_rows("one worker", one, seconds_by_part(cells["one"], one, shared=True)),
+        *clock_rows("cells alone", alone, seconds_by_part(cells["alone"], alone, shared=False)),
+        *clock_rows("two workers", two, seconds_by_part(cells["two"], 2 * two, shared=True)),
     ]
 
 
 def clock_rows(name: str, total: float, parts: Mapping[str, float]) -> list[Row]:
     """Return the seconds on the clock, and of the workers together what they spent them on."""
-    found = {"on the clock": total, **parts}
-    return [row(f"{name}: {part}", value, None, "s") for part, value in found.items()]
+    seconds = {"on the clock": total, **parts}
+    return [row(f"{name}: {part}", value, None, "s") for part, value in seconds.items()]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--samples", default="n256")
     parser.add_argument("--out", type=Path, required=True)
-    given = parser.parse_args()
+    arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         extract_corpora(Path(name) / "corpora")
-        rows = sweep_rows(Bench(Path(name), given.samples, GRID), 1)
+        rows = sweep_rows(Bench(Path(name), arguments.samples, GRID), 1)
     for r in rows:
         limit = "" if r["limit"] is None else f"at most {r['limit']:g}"
         print(f"{r['name']:<70} {r['value']:>10.4g} {r['unit']:<6} {limit}")
-    given.out.write_text(json.dumps(rows, indent=1))
+    arguments.out.write_text(json.dumps(rows, indent=1))
 
 
 if __name__ == "__main__":

@@ -23,17 +23,17 @@ def interleaved(work: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str,
     clock.
     """
     names = list(work)
-    found: dict[str, list[float]] = {name: [] for name in names}
+    times: dict[str, list[float]] = {name: [] for name in names}
     for r in range(rounds + 1):
         for name in random.Random(r).sample(names, len(names)):
             began = time.process_time()
             work[name]()
             if r:
-                found[name].append(time.process_time() - began)
-    return found
+                times[name].append(time.process_time() - began)
+    return times
 
 
-def ratio(found: Mapping[str, list[float]], above: str, **below: float) -> float:
+def ratio(times: Mapping[str, list[float]], above: str, **below: float) -> float:
     """Return the median over rounds of time(above) / sum of factor x time(name)."""
-    floors = [sum(f * found[n][r] for n, f in below.items()) for r in range(len(found[above]))]
-    return statistics.median(t / f for t, f in zip(found[above], floors, strict=True))
+    floors = [sum(f * times[n][r] for n, f in below.items()) for r in range(len(times[above]))]
+    return statistics.median(t / f for t, f in zip(times[above], floors, strict=True))

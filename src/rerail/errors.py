@@ -1,4 +1,4 @@
-"""The one exception that users are meant to see."""
+"""The exceptions that users are meant to see."""
 
 
 class InputError(ValueError):
@@ -9,4 +9,4 @@ class InputError(ValueError):
 
 
 class OutOfReach(InputError):
-    """A method cannot reach the ratio on this model: in a sweep that is a row, not a failure."""
+    """A method cannot reach the budget on this model: in a sweep that is a row, not a failure."""

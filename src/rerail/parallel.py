@@ -1,8 +1,8 @@
-"""Several processes that run the same cell: who is first, and what they tell each other.
+"""Several processes that run the same cell: their ranks, and how they exchange values.
 
-A launcher starts them (Slurm's srun, torchrun) and says so in the environment; `join` makes them a
-group. One process alone is the usual case: nothing here does anything then. In a group every
-function that talks must be called by all processes, in the same order.
+A launcher (Slurm's srun, torchrun) starts them and describes them in the environment; `join` makes
+them a group. One process alone is the usual case: nothing here does anything then. In a group all
+processes must call every function that exchanges values, in the same order.
 """
 
 import atexit
@@ -19,18 +19,18 @@ from rerail.errors import InputError
 T = TypeVar("T")
 M = TypeVar("M")
 
-# others wait for as long as the first process evaluates tasks or exports
-_PATIENCE = datetime.timedelta(days=7)
+# the others wait while the first process evaluates tasks or exports
+_TIMEOUT = datetime.timedelta(days=7)
 
 
 def in_slurm() -> bool:
     """Return whether Slurm started this process as a task (not in an interactive allocation)."""
-    named = os.environ.get("SLURM_JOB_NAME") in ("bash", "interactive")
-    return "SLURM_NTASKS" in os.environ and "SLURM_PROCID" in os.environ and not named
+    interactive = os.environ.get("SLURM_JOB_NAME") in ("bash", "interactive")
+    return {"SLURM_NTASKS", "SLURM_PROCID"} <= os.environ.keys() and not interactive
 
 
-def started() -> tuple[int, int]:
-    """Return (rank, size) as the environment says: torchrun's words first, then Slurm's."""
+def launched_rank_and_size() -> tuple[int, int]:
+    """Return (rank, size) from the environment: torchrun's variables first, then Slurm's."""
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
         return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     if in_slurm():
@@ -38,9 +38,9 @@ def started() -> tuple[int, int]:
     return 0, 1
 
 
-def on_node() -> tuple[int, int]:
+def node_rank_and_size() -> tuple[int, int]:
     """Return (rank, size) among the processes of this node."""
-    rank, size = started()
+    rank, size = launched_rank_and_size()
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
         local = os.environ.get("LOCAL_RANK", rank), os.environ.get("LOCAL_WORLD_SIZE", size)
     else:
@@ -53,34 +53,34 @@ def on_node() -> tuple[int, int]:
 
 def _group() -> Any | None:
     """Return torch.distributed where there is a group; torch is not imported to find out."""
-    module = sys.modules.get("torch.distributed")
-    joined = module is not None and module.is_available() and module.is_initialized()
-    return module if joined else None
+    module = sys.modules.get("torch.distributed")  # the command line must answer without torch
+    initialized = module is not None and module.is_available() and module.is_initialized()
+    return module if initialized else None
 
 
-def joined() -> tuple[int, int]:
+def group_rank_and_size() -> tuple[int, int]:
     """Return (rank, size) in the group; (0, 1) where there is none."""
     group = _group()
     return (group.get_rank(), group.get_world_size()) if group else (0, 1)
 
 
-def world() -> tuple[int, int]:
-    """Return (rank, size) in the group, or where there is none yet, as the environment says."""
-    return joined() if _group() else started()
+def rank_and_size() -> tuple[int, int]:
+    """Return (rank, size) in the group or, where there is none yet, from the environment."""
+    return group_rank_and_size() if _group() else launched_rank_and_size()
 
 
 def is_first() -> bool:
     """Return whether this process is the one that writes files."""
-    return world()[0] == 0
+    return rank_and_size()[0] == 0
 
 
 def check_processes(trainer: Mapping[str, Any]) -> None:
-    """Check that as many processes were started as the trainer is told to use.
+    """Check that as many processes were started as the trainer's arguments ask for.
 
     Raises:
-        InputError: they differ, or there are several and no strategy says how they share the work.
+        InputError: the numbers differ, or there are several and no strategy shares the work.
     """
-    size = world()[1]
+    size = rank_and_size()[1]
     strategy = trainer.get("strategy", "auto")
     if (size > 1) == (strategy == "auto"):
         raise InputError(
@@ -97,11 +97,11 @@ def check_processes(trainer: Mapping[str, Any]) -> None:
 
 
 def join() -> None:
-    """Make the processes that were started together a group; one alone stays alone.
+    """Make a group of the processes that were started together; do nothing for one alone.
 
-    Each takes the GPU of its place on the node. Messages travel by gloo, GPU tensors by NCCL.
+    Each takes the GPU of its rank on the node. Gloo carries messages, NCCL tensors on GPUs.
     """
-    rank, size = started()
+    rank, size = launched_rank_and_size()
     if size == 1 or _group():
         return
     import torch
@@ -110,16 +110,17 @@ def join() -> None:
     if in_slurm() and not {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
         from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 
-        # where one is not set, they put the first node's name or a port of the job's own there
+        # the properties set MASTER_ADDR and MASTER_PORT: the first node, a port from the job's id
         slurm = SLURMEnvironment(auto_requeue=False)
         _ = slurm.main_address, slurm.main_port
     backend = "gloo"
     if torch.cuda.is_available():
-        torch.cuda.set_device(on_node()[0] % torch.cuda.device_count())
+        # before the group exists: NCCL binds to the current device
+        torch.cuda.set_device(node_rank_and_size()[0] % torch.cuda.device_count())
         backend = "cpu:gloo,cuda:nccl"
-    distributed.init_process_group(backend, rank=rank, world_size=size, timeout=_PATIENCE)
+    distributed.init_process_group(backend, rank=rank, world_size=size, timeout=_TIMEOUT)
     atexit.register(_leave)
-    if rank:
+    if rank:  # a line of the log appears once, not once a process
         logging.getLogger("rerail").setLevel(logging.WARNING)
 
 
@@ -129,34 +130,37 @@ def _leave() -> None:
 
 
 def barrier() -> None:
-    """Wait until every process is here."""
+    """Wait until all processes have come here."""
     if (group := _group()) is not None:
         group.barrier()
 
 
-def gathered(value: T) -> list[T]:
-    """Return what every process gives, in the order of their ranks."""
+def gather(value: T) -> list[T]:
+    """Return the values of all processes, in the order of their ranks."""
     group = _group()
     if group is None:
         return [value]
-    held: list[Any] = [None] * group.get_world_size()
-    group.all_gather_object(held, value)
-    return held
+    values: list[Any] = [None] * group.get_world_size()
+    group.all_gather_object(values, value)
+    return values
 
 
-def gathered_first(value: T) -> list[T]:
-    """Return on the first process what `gathered` does; an empty list on the others."""
+def gather_on_first(value: T) -> list[T]:
+    """Return on the first process what `gather` returns; an empty list on the others."""
     group = _group()
     if group is None:
         return [value]
-    rank, size = joined()
-    held: list[Any] = [None] * size if rank == 0 else []
-    group.gather_object(value, held if rank == 0 else None, dst=0)
-    return held
+    rank, size = group_rank_and_size()
+    values: list[Any] = [None] * size if rank == 0 else []
+    group.gather_object(value, values if rank == 0 else None, dst=0)
+    return values
 
 
-def alone(make: Callable[[], T]) -> T | None:
-    """Return what the first process makes, and None on the others; its exception is everyone's."""
+def run_on_first(make: Callable[[], T]) -> T | None:
+    """Call `make` on the first process only; return None on the others.
+
+    Where it raises, all processes raise: none is left waiting for the others.
+    """
     group = _group()
     if group is None:
         return make()
@@ -165,7 +169,8 @@ def alone(make: Callable[[], T]) -> T | None:
         try:
             value = make()
         except Exception as error:
-            group.broadcast_object_list([_plain(error)], src=0)
+            # the others wait in the broadcast below: it carries the error to them
+            group.broadcast_object_list([_picklable(error)], src=0)
             raise
     group.broadcast_object_list(errors, src=0)
     if errors[0] is not None:
@@ -173,72 +178,75 @@ def alone(make: Callable[[], T]) -> T | None:
     return value
 
 
-def _plain(error: Exception) -> Exception:
-    """Return an exception that can be sent."""
+def _picklable(error: Exception) -> Exception:
+    """Return an exception that can be sent: a foreign one may not unpickle elsewhere."""
     if isinstance(error, InputError):
         return error
     return RuntimeError(f"the first process stopped: {type(error).__name__}: {error}")
 
 
-def first(make: Callable[[], T]) -> T:
-    """Return on every process what the first one makes; its exception is everyone's."""
-    group, value = _group(), alone(make)
+def broadcast_from_first(make: Callable[[], T]) -> T:
+    """Call `make` on the first process only; return its value, or raise its exception, on all."""
+    group, value = _group(), run_on_first(make)
     if group is None:
         return cast(T, value)
-    held: list[Any] = [value]
-    group.broadcast_object_list(held, src=0)
-    return cast(T, held[0])
+    values: list[Any] = [value]
+    group.broadcast_object_list(values, src=0)
+    return cast(T, values[0])
 
 
-def kept(read: Callable[[], T | None], make: Callable[[], M], write: Callable[[M], T]) -> T:
-    """Return what is read back, or else made by all processes and written by the first.
+def read_or_make(read: Callable[[], T | None], make: Callable[[], M], write: Callable[[M], T]) -> T:
+    """Return an artefact: read back, or else made by all processes and written by the first.
 
     Args:
         read: returns None where there is nothing sound; called on the first process to decide.
         make: called by all or by none.
         write: called by the first; returns what `read` will.
     """
-    held = read() if is_first() else None
-    if not first(lambda: held is not None):
+    artefact = read() if is_first() else None
+    # the first decides for all: another may see the file sooner or later than it does
+    if not broadcast_from_first(lambda: artefact is not None):
         made = make()
-        held = alone(lambda: write(made))
+        artefact = run_on_first(lambda: write(made))
         barrier()
-    return held if held is not None else _seen(read)
+    return artefact if artefact is not None else _read_when_visible(read)
 
 
-def _seen(read: Callable[[], T | None]) -> T:
+def _read_when_visible(read: Callable[[], T | None]) -> T:
     """Return what another process has written; a network file system may show it late."""
-    for wait in (0.0, 0.5, 2.0, 8.0, 30.0):
-        time.sleep(wait)
-        if (held := read()) is not None:
-            return held
-    raise RuntimeError("what the first process wrote is not to be seen here: is the folder shared?")
+    for seconds in (0.0, 0.5, 2.0, 8.0, 30.0):
+        time.sleep(seconds)
+        if (artefact := read()) is not None:
+            return artefact
+    raise RuntimeError(
+        "a file that the first process wrote does not appear here: is the folder shared?"
+    )
 
 
-def part(items: Sequence[T]) -> tuple[int, Sequence[T]]:
-    """Return this process's run of the items, and the place of its first one."""
-    rank, size = joined()
+def my_share(items: Sequence[T]) -> tuple[int, Sequence[T]]:
+    """Return the position of this process's first item, and its items: one run, none twice."""
+    rank, size = group_rank_and_size()
     begin, end = rank * len(items) // size, (rank + 1) * len(items) // size
     return begin, items[begin:end]
 
 
-def folded(value: T, merge: Callable[[T, T], T]) -> T:
-    """Return all processes' values merged in the order of their ranks, the same on all.
+def reduce_in_rank_order(value: T, merge: Callable[[T, T], T]) -> T:
+    """Return the values of all processes merged in the order of their ranks, the same on all.
 
-    One after another, so that no process holds more than two of them.
+    The order is fixed because sums of floats depend on it. They arrive one after another, so that
+    no process needs memory for more than two.
     """
     group = _group()
     if group is None:
         return value
-    rank, size = joined()
+    rank, size = group_rank_and_size()
     for other in range(1, size):
         if rank == other:
             group.send_object_list([value], dst=0)
         elif rank == 0:
-            held: list[Any] = [None]
-            group.recv_object_list(held, src=other)
-            value = merge(value, held[0])
-    out: list[Any] = [value if rank == 0 else None]
-    group.broadcast_object_list(out, src=0)
-    folded_value: T = out[0]
-    return folded_value
+            received: list[Any] = [None]
+            group.recv_object_list(received, src=other)
+            value = merge(value, received[0])
+    merged: list[Any] = [value if rank == 0 else None]
+    group.broadcast_object_list(merged, src=0)
+    return cast(T, merged[0])

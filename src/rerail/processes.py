@@ -1,4 +1,4 @@
-"""Who works on a cell: a process that can be told from a later one with the same number."""
+"""Processes on record: one is distinguished from a later process with the same number."""
 
 import functools
 import os
@@ -8,17 +8,17 @@ from typing import Any
 
 import psutil
 
-_SAME = 5.0  # seconds that a start time may seem to move when the clock is set
+_CLOCK_SHIFT = 5.0  # seconds that a start time may seem to move when the clock is set
 
 
-@functools.cache
-def _start(pid: int) -> float:
+@functools.cache  # asked with every status file that is written
+def _start_time(pid: int) -> float:
     return float(psutil.Process(pid).create_time())
 
 
 def this_process() -> dict[str, Any]:
     """Return host, pid and start time (seconds since 1970) of this process."""
-    return {"host": platform.node(), "pid": os.getpid(), "started": _start(os.getpid())}
+    return {"host": platform.node(), "pid": os.getpid(), "started": _start_time(os.getpid())}
 
 
 def slurm_job() -> str | None:
@@ -28,19 +28,20 @@ def slurm_job() -> str | None:
     return os.environ.get("SLURM_JOB_ID")
 
 
-def found(process: Mapping[str, Any]) -> psutil.Process | None:
-    """Return the process of `this_process` if it runs on this host; None where it does not."""
-    if process.get("host") != platform.node():
+def running_process(record: Mapping[str, Any]) -> psutil.Process | None:
+    """Return the process that `this_process` recorded if it runs on this host, else None."""
+    if not is_on_this_host(record):
         return None
     try:
-        held = psutil.Process(int(process["pid"]))
-        alive = held.is_running() and held.status() != psutil.STATUS_ZOMBIE
-        same = abs(held.create_time() - float(process["started"])) < _SAME
+        process = psutil.Process(int(record["pid"]))
+        # a zombie has ended; only its parent has not asked how
+        alive = process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+        same = abs(process.create_time() - float(record["started"])) < _CLOCK_SHIFT
     except (psutil.Error, KeyError, TypeError, ValueError):
         return None
-    return held if alive and same else None
+    return process if alive and same else None
 
 
-def is_here(process: Mapping[str, Any]) -> bool:
-    """Return whether a process was started on this host, so that `found` can tell."""
-    return process.get("host") == platform.node()
+def is_on_this_host(record: Mapping[str, Any]) -> bool:
+    """Return whether a recorded process was started on this host, where it can be looked up."""
+    return record.get("host") == platform.node()

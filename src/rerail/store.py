@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rerail.code_version import version_of
 from rerail.files import digest, file_digest, whole_file, write_json
-from rerail.parallel import kept
+from rerail.parallel import read_or_make
 
 if TYPE_CHECKING:
     from torch import Tensor  # torch is imported only where there are tensors
@@ -45,7 +45,7 @@ def get(path: Path, make: Callable[[], Artefact | None], code: Sequence[Code] = 
             `make` with all that it reaches.
     """
     version = version_of(*(code or (make,)))
-    return kept(lambda: read(path, version), make, lambda made: write(path, made, version))
+    return read_or_make(lambda: read(path, version), make, lambda made: write(path, made, version))
 
 
 def read(path: Path, version: str = "") -> Artefact | None:

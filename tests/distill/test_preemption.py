@@ -184,10 +184,10 @@ def test_a_forked_worker_ignores_the_signal(requeue, tmp_path):
     keeper.on_train_start(trainer, None)
     if (child := os.fork()) == 0:
         os.kill(os.getpid(), signal.SIGUSR2)
-        os._exit(int(keeper.asked))
+        os._exit(int(keeper.requested))
     assert os.waitpid(child, 0)[1] == 0
     os.kill(os.getpid(), signal.SIGUSR2)
-    assert keeper.asked
+    assert keeper.requested
     with pytest.raises(Preempted):
         keeper.close()
 

@@ -5,9 +5,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from families import CONFIGS, tiny
-from rerail.distill.masters import masters
 from rerail.distill.router_distillation import RouterDistillation
 from rerail.distill.settings import RouterKD
+from rerail.distill.trainable import master_copies
 from rerail.plan.apply import apply_plan
 from rerail.plan.plan import Plan
 from rerail.teacher.hidden_states import CachedTeacher, LiveTeacher, final_hidden_states
@@ -19,7 +19,7 @@ from watching import RowsOfWidth
 @contextlib.contextmanager
 def distillation(student, teacher, **settings):
     """Yield a module without a trainer, and its masters."""
-    with masters(student, "router_rows") as trained:
+    with master_copies(student, "router_rows") as trained:
         yield RouterDistillation(student, teacher, RouterKD(**settings), trained, 10), trained
 
 
@@ -42,7 +42,7 @@ def test_the_loss_and_row_gradients_are_those_of_the_definition(family, average)
     student, text, tau = sliced(teacher), blocks(4, 9), 1.7
     settings = {"average": average, "temperature": tau, "chunk": 5}
     loss, found = loss_and_gradients(student, LiveTeacher(teacher), text, **settings)
-    with masters(student, "router_rows") as trained:
+    with master_copies(student, "router_rows") as trained:
         per_sequence, counts = [], []
         for ids, mask in zip(text.input_ids, text.mask, strict=True):
             real = ids[mask][None]

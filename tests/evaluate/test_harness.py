@@ -13,7 +13,7 @@ import rerail.zoo
 from families import tiny
 from rerail.errors import InputError
 from rerail.evaluate import harness
-from rerail.evaluate.harness import Harness, evenly, number, rows_of
+from rerail.evaluate.harness import Harness, evenly_spaced, finite_or_none, task_scores
 from rerail.evaluate.local_tasks import local_names
 
 LOCAL = [
@@ -79,8 +79,8 @@ def likelihood(model, tokens: list[int], count: int) -> float:
 
 def test_local_tasks_give_value_error_and_count_as_computed_by_hand(data, model, tokenizer):
     rows = Harness(("local_blimp", "local_lambada")).evaluate(model, tokenizer)
-    found = {(r["task"], r["metric"]): r for r in rows}
-    assert set(found) == {
+    scores = {(r["task"], r["metric"]): r for r in rows}
+    assert set(scores) == {
         ("local_blimp", "acc"),
         ("local_lambada", "acc"),
         ("local_lambada", "perplexity"),
@@ -90,7 +90,7 @@ def test_local_tasks_give_value_error_and_count_as_computed_by_hand(data, model,
         sides = [tokenizer(pair[f"sentence_{side}"])["input_ids"] for side in ("good", "bad")]
         good, bad = (likelihood(model, [tokenizer.bos_token_id, *t], len(t)) for t in sides)
         right.append(good > bad)
-    blimp = found["local_blimp", "acc"]
+    blimp = scores["local_blimp", "acc"]
     accuracy = sum(right) / 5
     assert blimp["value"] == pytest.approx(accuracy)
     assert blimp["se"] == pytest.approx((accuracy * (1 - accuracy) / 4) ** 0.5)
@@ -100,7 +100,7 @@ def test_local_tasks_give_value_error_and_count_as_computed_by_hand(data, model,
         context = tokenizer(record["text"].rsplit(" ", 1)[0])["input_ids"]
         last.append(likelihood(model, whole, len(whole) - len(context)))
     expected = torch.tensor(last).double().mean().neg().exp()
-    perplexity = found["local_lambada", "perplexity"]
+    perplexity = scores["local_lambada", "perplexity"]
     assert perplexity["value"] == pytest.approx(float(expected), rel=1e-4)
     assert perplexity["se"] > 0
     assert {r["n"] for r in rows} == {5}
@@ -142,10 +142,10 @@ def test_model_tokenizer_and_screen_are_left_as_they_were(data, model, tokenizer
 
 def test_changed_weights_change_the_scores(data, model, tokenizer):
     tasks = Harness("local_lambada")
-    one = tasks.evaluate(model, tokenizer)
+    scores = tasks.evaluate(model, tokenizer)
     other = tiny("qwen3_moe", 1, vocab_size=len(tokenizer), max_position_embeddings=128).model
-    assert tasks.evaluate(other, tokenizer)[0]["value"] != one[0]["value"]
-    assert tasks.evaluate(model, tokenizer) == one
+    assert tasks.evaluate(other, tokenizer)[0]["value"] != scores[0]["value"]
+    assert tasks.evaluate(model, tokenizer) == scores
 
 
 @pytest.mark.parametrize(
@@ -153,7 +153,7 @@ def test_changed_weights_change_the_scores(data, model, tokenizer):
     [(10, 5, [0, 2, 4, 6, 8]), (5, 5, [0, 1, 2, 3, 4]), (3, 9, [0, 1, 2]), (67, 2, [0, 33])],
 )
 def test_a_limit_takes_documents_from_all_over_the_file(total, limit, expected):
-    assert evenly(total, limit) == expected
+    assert evenly_spaced(total, limit) == expected
 
 
 def test_no_task_costs_and_gives_nothing(model, tokenizer, monkeypatch):
@@ -169,9 +169,9 @@ def test_the_local_tasks_are_the_promised_ones():
 @pytest.mark.parametrize(
     ("settings", "sentence"),
     [
-        ({"limit": 0}, "limit=0 is too small for the harness; give 1 or more"),
+        ({"limit": 0}, "limit=0 is too small for the harness; use 1 or more"),
         ({"batch_size": 0}, "batch_size=0 is too small"),
-        ({"num_fewshot": -1}, "num_fewshot=-1 is too small .* give 0 or more"),
+        ({"num_fewshot": -1}, "num_fewshot=-1 is too small .* use 0 or more"),
         ({"max_length": 1}, "max_length=1 is too small"),
         ({"tasks": ("local_blmp",)}, "local_blmp is unknown; the nearest are local_blimp"),
     ],
@@ -246,7 +246,7 @@ def test_a_stock_task_is_read_from_the_hub_beside_local_ones(
 
 
 def test_a_stock_task_that_cannot_be_fetched_is_a_sentence(stock, monkeypatch):
-    def down(*given, **named):
+    def down(*arguments, **named):
         raise ConnectionError("no route to the hub\nand more")
 
     monkeypatch.setattr(datasets, "load_dataset", down)
@@ -264,7 +264,7 @@ def test_an_unknown_stock_task_lists_its_neighbours(stock):
 
 
 def test_rows_hold_every_metric_with_its_error_and_its_own_count():
-    found = {
+    results = {
         "one": {
             "alias": "one",
             "sample_len": 7,
@@ -275,7 +275,7 @@ def test_rows_hold_every_metric_with_its_error_and_its_own_count():
         },
         "group": {"sample_len": 9, "sample_count": {"acc,none": 4}, "acc,none": 0.25},
     }
-    assert rows_of(found) == [
+    assert task_scores(results) == [
         {"task": "one", "metric": "acc", "value": 0.5, "se": 0.1, "n": 7},
         {"task": "one", "metric": "exact,strict", "value": 1.0, "se": None, "n": 7},
         {"task": "group", "metric": "acc", "value": 0.25, "se": None, "n": 4},
@@ -283,10 +283,10 @@ def test_rows_hold_every_metric_with_its_error_and_its_own_count():
 
 
 @pytest.mark.parametrize(
-    ("given", "expected"), [("N/A", None), (None, None), (float("nan"), None), (0, 0.0), (0.5, 0.5)]
+    ("value", "expected"), [("N/A", None), (None, None), (float("nan"), None), (0, 0.0), (0.5, 0.5)]
 )
-def test_what_is_no_standard_error_is_none(given, expected):
-    assert number(given) == expected
+def test_what_is_no_standard_error_is_none(value, expected):
+    assert finite_or_none(value) == expected
 
 
 @pytest.mark.slow

@@ -45,8 +45,8 @@ def test_the_teacher_agrees_with_itself_and_returns_its_states(text):
 def test_kl_and_agreement_are_those_of_full_logits(text, make, chunk):
     teacher = tiny("granitemoe")
     student = make(teacher)
-    said = score_blocks(teacher, list(text.batches(2))).hidden
-    scores = score_blocks(student, list(text.batches(2)), said, chunk=chunk)
+    states = score_blocks(teacher, list(text.batches(2))).hidden
+    scores = score_blocks(student, list(text.batches(2)), states, chunk=chunk)
     for i, (ids, mask) in enumerate(zip(text.input_ids, text.mask, strict=True)):
         z_t, z_s = (m.model(ids[mask][None]).logits[0, :-1].double() for m in (teacher, student))
         p, q = z_t.log_softmax(-1), z_s.log_softmax(-1)
@@ -60,11 +60,11 @@ def test_kl_and_agreement_are_those_of_full_logits(text, make, chunk):
 def test_batches_change_nothing(text):
     teacher = tiny("mixtral")
     student = sliced(teacher)
-    said = score_blocks(teacher, list(text.batches(5))).hidden
-    one, all_ = (score_blocks(student, list(text.batches(n)), said) for n in (1, 5))
-    for field in dataclasses.fields(one)[:4]:
+    states = score_blocks(teacher, list(text.batches(5))).hidden
+    singles, together = (score_blocks(student, list(text.batches(n)), states) for n in (1, 5))
+    for field in dataclasses.fields(singles)[:4]:
         torch.testing.assert_close(
-            getattr(one, field.name), getattr(all_, field.name), rtol=1e-5, atol=1e-5
+            getattr(singles, field.name), getattr(together, field.name), rtol=1e-5, atol=1e-5
         )
 
 

@@ -3,16 +3,16 @@ import torch
 
 from families import CONFIGS, tiny
 from rerail.evaluate.perplexity import score_blocks
-from rerail.evaluate.routing import Routing, changed, load_by_expert, tracing
+from rerail.evaluate.routing import Routing, load_by_expert, record_routing, routing_changed
 from students import blocks, kept_of, masked, merged, sliced
 
 
 def choices(model, text):
     """What the routers answer at every real token, as sets, layer by layer."""
-    found = {layer.index: [] for layer in model.layers}
+    outputs = {layer.index: [] for layer in model.layers}
     hooks = [
         layer.router.register_forward_hook(
-            lambda _, inputs, out, index=layer.index: found[index].append(out[-1])
+            lambda _, inputs, out, index=layer.index: outputs[index].append(out[-1])
         )
         for layer in model.layers
     ]
@@ -20,7 +20,7 @@ def choices(model, text):
     for hook in hooks:
         hook.remove()
     real = text.mask.flatten()
-    return {i: [set(row.tolist()) for row in out[0][real]] for i, out in found.items()}
+    return {i: [set(row.tolist()) for row in out[0][real]] for i, out in outputs.items()}
 
 
 @pytest.mark.parametrize("family", CONFIGS)
@@ -29,7 +29,7 @@ def test_the_changed_share_of_a_sliced_router_is_counted_in_the_teachers_slots(f
     student, kept = sliced(teacher), kept_of(teacher)
     before, after = (score_blocks(m, list(text.batches(2))).routing for m in (teacher, student))
     mapping = {layer.index: kept for layer in student.layers}
-    shares = changed(before, after, mapping)
+    shares = routing_changed(before, after, mapping)
     theirs, mine = choices(teacher, text), choices(student, text)
     for layer, share in shares.items():
         moved = [
@@ -47,7 +47,7 @@ def test_routers_that_keep_their_rows_are_compared_row_by_row(make):
     student = make(teacher)
     before, after = (score_blocks(m, list(text.batches(2))).routing for m in (teacher, student))
     mapping = {} if make is merged else {layer.index: kept_of(teacher) for layer in teacher.layers}
-    shares = changed(before, after, mapping)
+    shares = routing_changed(before, after, mapping)
     theirs, mine = choices(teacher, text), choices(student, text)
     for layer, share in shares.items():
         moved = [a != b for a, b in zip(theirs[layer], mine[layer], strict=True)]
@@ -59,25 +59,25 @@ def test_routers_that_keep_their_rows_are_compared_row_by_row(make):
 def test_a_model_routes_as_it_did():
     teacher, text = tiny("deepseek_v3"), blocks(4, 9)
     twice = [score_blocks(teacher, list(text.batches(n))).routing for n in (1, 4)]
-    assert changed(*twice, {}) == {layer.index: 0.0 for layer in teacher.layers}
+    assert routing_changed(*twice, {}) == {layer.index: 0.0 for layer in teacher.layers}
 
 
-def test_padding_is_not_traced_and_nothing_is_traced_afterwards():
+def test_padding_is_not_recorded_and_nothing_is_recorded_afterwards():
     model, text = tiny("qwen3_moe"), blocks(4, 9)
     stock = [layer.experts for layer in model.layers]
-    with tracing(model) as routing:
+    with record_routing(model) as routing:
         routing.mask = text.mask
         model.hidden(text.input_ids, text.mask)
         assert [layer.experts for layer in model.layers] == stock
     model.hidden(text.input_ids, text.mask)
-    assert routing.of(0).shape == (int(text.mask.sum()), 2)
+    assert routing.slots(0).shape == (int(text.mask.sum()), 2)
     assert int(text.mask.sum()) < text.mask.numel()
-    assert bool((routing.of(0)[:, 0] < routing.of(0)[:, 1]).all())
+    assert bool((routing.slots(0)[:, 0] < routing.slots(0)[:, 1]).all())
 
 
-def test_tracing_ends_when_the_forward_fails():
+def test_recording_ends_when_the_forward_fails():
     model = tiny("qwen3_moe")
-    with pytest.raises(IndexError), tracing(model):
+    with pytest.raises(IndexError), record_routing(model):
         model.hidden(torch.tensor([[1000, 2]]))
     assert not any(layer.experts._forward_pre_hooks for layer in model.layers)
 

@@ -361,7 +361,7 @@ def test_scores_are_those_of_the_cpu():
         assert_near(getattr(found, name), getattr(wanted, name))
     assert torch.equal(found.tokens, wanted.tokens)
     assert torch.equal(found.agree, wanted.agree)
-    assert all(torch.equal(found.routing.of(i), wanted.routing.of(i)) for i in (0, 1))
+    assert all(torch.equal(found.routing.slots(i), wanted.routing.slots(i)) for i in (0, 1))
     assert found.active == wanted.active
 
 

@@ -5,7 +5,7 @@ import os
 
 import pytest
 
-from rerail.processes import found
+from rerail.processes import running_process
 from rerail.run import progress
 from rerail.run.status import EVERY, Status
 
@@ -25,7 +25,7 @@ def test_it_names_the_process_and_the_job(status):
     status.write("running", "plan")
     held = read(status)
     assert (held["state"], held["stage"], held["job"]) == ("running", "plan", "12_3")
-    assert found(held).pid == os.getpid()
+    assert running_process(held).pid == os.getpid()
 
 
 def test_the_items_of_a_bar_are_progress(status, monkeypatch):

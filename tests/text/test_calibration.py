@@ -1,6 +1,5 @@
 import copy
 import dataclasses
-import itertools
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -10,7 +9,7 @@ from wordy import END, WORDS, Wordy, word_tokenizer
 
 from families import tiny
 from rerail.errors import InputError
-from rerail.text.calibration import Calibration, CalibrationData, TokenBlocks, check_vocabulary
+from rerail.text.calibration import Calibration, TokenBlocks, check_vocabulary
 from rerail.text.corpora import Corpus, Files, SelfText
 from rerail.text.documents import SPLITS, split_of
 
@@ -219,36 +218,3 @@ def test_batches_are_the_blocks_in_order():
     assert torch.equal(torch.cat([i for i, _ in batches]), ids)
     assert torch.equal(torch.cat([m for _, m in batches]), blocks.mask)
     assert len(blocks) == 5
-
-
-def data_module(seed: int = 0) -> CalibrationData:
-    ids = torch.arange(22).view(11, 2)
-    return CalibrationData(TokenBlocks(ids, ids >= 0, "f"), 7, batch_size=3, seed=seed)
-
-
-def order(loader) -> list[int]:
-    return [i for batch in loader for i in batch["index"].tolist()]
-
-
-def test_validation_blocks_are_disjoint_from_those_that_train():
-    data = data_module()
-    loader = data.train_dataloader()
-    trained = {i for _ in range(9) for i in order(loader)}
-    assert trained == set(range(7))
-    assert order(data.val_dataloader()) == [7, 8, 9, 10]
-    for batch in itertools.chain(loader, data.val_dataloader()):
-        assert torch.equal(batch["input_ids"][:, 0], 2 * batch["index"])
-        assert batch["mask"].dtype == torch.bool
-
-
-def test_every_epoch_has_an_order_of_its_own_that_the_seed_fixes():
-    def epochs(seed: int) -> list[list[int]]:
-        loader = data_module(seed).train_dataloader()
-        torch.rand(1)  # the global random state has no say
-        return [order(loader) for _ in range(3)]
-
-    first = epochs(0)
-    assert epochs(0) == first
-    assert epochs(1) != first
-    assert first[0] != first[1]
-    assert [len(epoch) for epoch in first] == [6, 6, 6]

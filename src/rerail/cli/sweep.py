@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rerail.errors import InputError
-from rerail.processes import found
+from rerail.processes import running_process
 from rerail.sweep import queue, table
 from rerail.sweep.folder import Sweep, sweeps_of
 from rerail.sweep.states import look, status_of
@@ -67,7 +67,7 @@ def cancel(given: argparse.Namespace) -> int:
     jobs = [job for sweep in sweeps for job in _cancelled(sweep)]
     started = [sweep.process for sweep in sweeps if sweep.executor == "here"]
     started += [status_of(out / c.folder) for c in view.cells if c.state == "running" and not c.job]
-    processes = {p.pid: p for one in started if (p := found(one))}
+    processes = {p.pid: p for one in started if (p := running_process(one))}
     for process in processes.values():
         process.terminate()
     for note in notes:

@@ -1,1 +1,1 @@
-"""Router Knowledge Distillation."""
+"""Router Knowledge Distillation: router rows learn to answer as the teacher did."""

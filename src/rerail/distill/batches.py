@@ -1,36 +1,37 @@
-"""What a fit reads: rounds of micro-batches, split over the processes that fit together."""
+"""The data of a fit: rounds of micro-batches, split over the processes that fit together."""
 
 from collections.abc import Iterator
 from typing import Any
 
+import lightning
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from rerail.distill.schedule import Schedule
 from rerail.teacher.kl import target_weights
-from rerail.text.calibration import CalibrationData, TokenBlocks
+from rerail.text.calibration import TokenBlocks
 
 Batch = dict[str, Tensor]
 
 
-def batch_of(blocks: TokenBlocks, index: Tensor, weights: Tensor) -> Batch:
+def make_batch(blocks: TokenBlocks, index: Tensor, weights: Tensor) -> Batch:
     """Return `input_ids`, `mask` (B, S) of the blocks at `index` (B,), with `weights` (B, S-1)."""
     ids, mask = blocks.input_ids[index], blocks.mask[index]
     return {"input_ids": ids, "mask": mask, "index": index, "weights": weights}
 
 
-def shared(index: Tensor, weights: Tensor, rank: int, ranks: int) -> tuple[Tensor, Tensor]:
+def share_of_rank(index: Tensor, weights: Tensor, rank: int, ranks: int) -> tuple[Tensor, Tensor]:
     """Return one process's share of blocks (N,) and their weights (N, S-1): every `ranks`-th.
 
-    All shares are as long as the longest, since all processes must make the same forwards: what is
-    lacking is filled by a block of weight zero.
+    All shares are as long as the longest, since all processes must make the same forwards: a block
+    of weight zero fills a shorter one.
     """
     mine, mine_weights = index[rank::ranks], weights[rank::ranks]
-    lacking = -(-len(index) // ranks) - len(mine)
-    if lacking:
-        mine = torch.cat([mine, index[:lacking]])
-        mine_weights = torch.cat([mine_weights, torch.zeros_like(weights[:lacking])])
+    missing = -(-len(index) // ranks) - len(mine)  # 0 or 1: the ceiling less this share
+    if missing:
+        mine = torch.cat([mine, index[:missing]])
+        mine_weights = torch.cat([mine_weights, torch.zeros_like(weights[:missing])])
     return mine, mine_weights
 
 
@@ -47,12 +48,12 @@ class Round:
     def _batches(self, step: int) -> list[Batch]:
         data, schedule = self.data, self.data.schedule
         index = schedule.blocks_of(step, data.seed)
-        parts = torch.split(index, schedule.batch_size)
-        masks = [data.blocks.mask[part] for part in parts]
+        # weights first, by whole batches: they average over a batch, which processes then share
+        masks = [data.blocks.mask[batch] for batch in torch.split(index, schedule.batch_size)]
         weights = torch.cat([target_weights(mask, data.average) for mask in masks])
-        mine = shared(index, weights, data.rank, schedule.ranks)
+        mine = share_of_rank(index, weights, data.rank, schedule.ranks)
         pieces = zip(*(torch.split(t, schedule.forward_size) for t in mine), strict=True)
-        return [batch_of(data.blocks, i, w) for i, w in pieces]
+        return [make_batch(data.blocks, i, w) for i, w in pieces]
 
     def __iter__(self) -> Iterator[Batch]:
         """Yield the batches that are left."""
@@ -64,41 +65,42 @@ class Round:
         return sum(self.data.schedule.forwards_of(step) for step in range(self.begin, self.end))
 
     def state_dict(self) -> dict[str, Any]:
-        """Return nothing: the trainer's optimiser step says where to go on."""
+        """Return nothing: `train_dataloader` starts at the trainer's optimiser step."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Load nothing."""
+        """Load nothing, as `state_dict` saves nothing; Lightning asks for both."""
 
 
-class Rounds(CalibrationData):
-    """Hands out the blocks that train round by round, in an order that the seed decides.
+class Rounds(lightning.LightningDataModule):
+    """Leading blocks train, round by round, in an order that the seed decides; the others validate.
 
     Args:
         blocks: calibration text.
-        schedule: who trains when.
+        schedule: which blocks train at which step.
         seed: of the order.
-        average: how the targets of a batch weigh, `sequence` or `token`.
+        average: how the targets of a batch are weighted, `sequence` or `token`.
         rank: of this process among the `schedule.ranks` that fit together.
     """
 
     def __init__(
         self, blocks: TokenBlocks, schedule: Schedule, seed: int, average: str, rank: int = 0
     ):
-        super().__init__(blocks, schedule.train_blocks, schedule.batch_size, seed)
-        self.blocks, self.schedule = blocks, schedule
+        super().__init__()
+        self.blocks, self.schedule, self.seed = blocks, schedule, seed
         self.average, self.rank = average, rank
 
     def train_dataloader(self) -> Any:
         """Return what is left of the round at the trainer's optimiser step."""
         assert self.trainer is not None
+        # Lightning asks anew every round (`reload_dataloaders_every_n_epochs`), and after a resume
         return Round(self, self.trainer.global_step)
 
     def val_dataloader(self) -> DataLoader[Batch]:
         """Return this process's share of the held-out blocks, each target of weight one."""
         index = torch.arange(self.schedule.train_blocks, len(self.blocks))
         weights = self.blocks.mask[index, 1:].float()
-        mine = shared(index, weights, self.rank, self.schedule.ranks)
+        mine = share_of_rank(index, weights, self.rank, self.schedule.ranks)
         pieces = zip(*(torch.split(t, self.schedule.batch_size) for t in mine), strict=True)
-        batches: Any = [batch_of(self.blocks, i, w) for i, w in pieces]
-        return DataLoader(batches, batch_size=None)
+        batches: Any = [make_batch(self.blocks, i, w) for i, w in pieces]
+        return DataLoader(batches, batch_size=None)  # they are batches already

@@ -1,8 +1,8 @@
 """A fit that can be interrupted: checkpoints after every round, and when the cluster asks for one.
 
-SIGUSR2 says that the job will soon be taken away; whoever submitted it has a handler that requeues
-it. During a fit ours comes first: it only sets a flag. At the end of the optimiser step the
-checkpoint is written, and then the other handler acts.
+SIGUSR2 means that the cluster will soon take the job away; its submitter has a handler that
+requeues it. During a fit our handler stands in its place and only sets a flag. At the end of the
+optimiser step the checkpoint is written, and then the submitter's handler is called.
 """
 
 import logging
@@ -29,50 +29,52 @@ class Checkpoints(lightning.Callback):
 
     def __init__(self, path: Path):
         self.path = path
-        self.asked = False
+        self.requested = False
         self._previous: Any = None
         self._pid = os.getpid()
         self._step = 0
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: Any) -> None:
-        """Take the signal over."""
+        """Take the place of the other handler."""
         self._step = trainer.global_step
-        self._listen()
+        self._install_handler()
 
-    def _listen(self) -> None:
-        # None is a handler that Python did not install and could not put back
+    def _install_handler(self) -> None:
+        # Python allows handlers in the main thread only
         if threading.current_thread() is threading.main_thread():
             self._previous = signal.getsignal(signal.SIGUSR2)
+            # None is a handler that Python did not install, so `close` could not put it back
             if self._previous is not None:
-                signal.signal(signal.SIGUSR2, self._hear)
+                signal.signal(signal.SIGUSR2, self._handle)
 
-    def _hear(self, signum: int, frame: FrameType | None) -> None:
-        if os.getpid() == self._pid:  # and not in a forked worker of a loader
-            self.asked = True
+    def _handle(self, signum: int, frame: FrameType | None) -> None:
+        # a fork (a worker of a loader) inherits the handler and must not act on it
+        if os.getpid() == self._pid:
+            self.requested = True
 
     def on_train_batch_end(
         self, trainer: lightning.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Write and hand over where it is asked for and the optimiser has stepped.
+        """Write and hand over where that is requested and the optimiser has stepped.
 
         After the last step of a round its validation comes first.
         """
-        if trainer.global_step == self._step:
+        if trainer.global_step == self._step:  # gradients still add up: not a state to go on from
             return
         self._step = trainer.global_step
-        if batch_idx + 1 < trainer.num_training_batches and self._agreed(trainer):
+        if batch_idx + 1 < trainer.num_training_batches and self._any_requested(trainer):
             self._save_and_hand_over(trainer)
 
     def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: Any) -> None:
-        """Write; hand over where it is asked for."""
-        if self._agreed(trainer):
+        """Write; hand over where that is requested."""
+        if self._any_requested(trainer):
             self._save_and_hand_over(trainer)
         else:
             self._save(trainer)
 
-    def _agreed(self, trainer: lightning.Trainer) -> bool:
-        """Return whether any process was asked: the signal reaches them at different moments."""
-        return bool(trainer.strategy.reduce_boolean_decision(self.asked, all=False))
+    def _any_requested(self, trainer: lightning.Trainer) -> bool:
+        """Return whether any process got the signal: it reaches them at different moments."""
+        return bool(trainer.strategy.reduce_boolean_decision(self.requested, all=False))
 
     def _save(self, trainer: lightning.Trainer) -> None:
         if not trainer.is_global_zero:  # takes part, and writes nothing
@@ -87,20 +89,20 @@ class Checkpoints(lightning.Callback):
             log.info("interrupted after step %d: %s", trainer.global_step, self.path)
         except Exception:  # the job must be requeued all the same
             log.exception("%s was not written; the repair goes on from an earlier one", self.path)
-        self.asked = True  # also where only another process heard the signal
+        self.requested = True  # also where only another process got the signal
         self.close()
-        self.asked = False
-        self._listen()  # for the next signal, where the other handler lets the fit go on
+        self.requested = False
+        self._install_handler()  # for the next signal, where the other handler lets the fit go on
 
     def close(self) -> None:
-        """Put the other handler back, and let it act where a signal was kept from it."""
+        """Put the other handler back, and call it where our handler took a signal meant for it."""
         previous, self._previous = self._previous, None
         if previous is None:
             return
         signal.signal(signal.SIGUSR2, previous)
-        if not self.asked:
+        if not self.requested:
             return
-        self.asked = False
+        self.requested = False
         if callable(previous):
             previous(signal.SIGUSR2, None)
         elif previous == signal.SIG_DFL:

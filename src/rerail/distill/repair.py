@@ -4,45 +4,45 @@ import contextlib
 import dataclasses
 import logging
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import lightning
 import torch
 from torch import Tensor
 
 from rerail.code_version import version_of
-from rerail.distill.batches import Rounds
-from rerail.distill.masters import masters, selected
-from rerail.distill.preemption import Checkpoints
-from rerail.distill.router_distillation import RouterDistillation
 from rerail.distill.schedule import Schedule
 from rerail.distill.settings import RouterKD
 from rerail.distill.sharding import private_copy
-from rerail.distill.strategies import check_strategy, strategy_of
+from rerail.distill.trainable import master_copies, select_parameters
+from rerail.distill.trainer import check_strategy, strategy_arguments
 from rerail.errors import InputError
 from rerail.files import digest
 from rerail.moe.model import MoEModel
-from rerail.parallel import barrier, first, is_first, join, joined
+from rerail.parallel import barrier, broadcast_from_first, group_rank_and_size, is_first, join
 from rerail.store import is_sound, remove_sealed
 from rerail.teacher.hidden_states import Teacher
 from rerail.text.calibration import TokenBlocks
+
+if TYPE_CHECKING:  # Lightning takes seconds to import: functions that train import it
+    from rerail.distill.batches import Rounds
+    from rerail.distill.router_distillation import RouterDistillation
 
 log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
 class Repair:
-    """What a repair did.
+    """What a repair did. A KL is in nats a token, on the validation blocks.
 
     Attributes:
-        kl_first, kl_best, kl_last: validation KL a token before, at the best and at the last step.
+        kl_first, kl_best, kl_last: validation KL before, at the best and at the last step.
         best_step, steps: in optimiser steps.
         curve: {step, train_kl, val_kl} points.
-        before, after: router rows (and biases) by name, float32 on the CPU; `after` is the best
-            step's.
+        before, after: router rows (E, H) (and biases (E,)) by name, float32 on the CPU; `after`
+            is the best step's.
     """
 
     kl_first: float
@@ -63,6 +63,7 @@ def repair(  # noqa: PLR0913
     trainer: dict[str, Any],
     seed: int,
     folder: Path | None = None,
+    report: Callable[[Mapping[str, float]], None] | None = None,
 ) -> Repair:
     """Train the student's routers in place on calibration blocks, by Lightning.
 
@@ -73,37 +74,64 @@ def repair(  # noqa: PLR0913
         settings: hyper-parameters.
         trainer: further arguments of lightning.Trainer.
         seed: of the order of the blocks.
-        folder: of this student, where a killed fit leaves what the next call goes on from, with the
-            same result as a fit that was never killed; None keeps nothing.
+        folder: of checkpoints, from which a killed fit goes on to the same result; None for none.
+        report: called with each point of the fit as it comes, as in `curve.CurveReporter`.
 
     Raises:
-        InputError: too few blocks, constant gate weights, an argument of the trainer that the
-            settings decide, a precision that casts the masters, or a KL that is not finite.
+        InputError: too few blocks, constant gate weights, a trainer argument or precision that the
+            settings rule out, or a KL that is not finite.
     """
+    from rerail.distill.batches import Rounds
+    from rerail.distill.router_distillation import RouterDistillation
+
     check_strategy(trainer, settings)
     join()
-    rank, ranks = joined()
+    rank, ranks = group_rank_and_size()
     schedule = Schedule.of(len(blocks), settings, ranks)
     student.model.train(False)
     sharded = trainer.get("strategy") == "fsdp2"
+    # FSDP2 moves and cuts parameters in place, and the teacher shares them
     trainee = private_copy(student) if sharded else student
-    # DDP takes the mean over processes, sharded masters the sum; both that over a step's forwards
-    scale = schedule.forwards / settings.accumulate * (1 if sharded else ranks)
-    with masters(trainee, settings.trains) as trained:
+    scale = _loss_scale(schedule, settings, sharded)
+    with master_copies(trainee, settings.trains) as trained:
         before = {n: p.detach().to("cpu", copy=True) for n, p in trained.items()}
         module = RouterDistillation(trainee, teacher, settings, trained, schedule.steps, scale)
         code = version_of(RouterDistillation, Rounds)
         choices = [dataclasses.asdict(settings), seed, blocks.fingerprint, ranks, code]
         held = None if folder is None else folder / _name(choices, before)
         data = Rounds(blocks, schedule, seed, settings.average, rank)
-        _fit(module, data, trainer, held)
-        after = {n: t.cpu() for n, t in zip(trained, module.rows().values(), strict=True)}
+        _fit(module, data, _with_report(trainer, report), held)
+        done = _describe(module, before)
     if sharded:
-        put_rows(student, after)
-    curve = module.curve
-    first_kl, last_kl = curve[0]["val_kl"], curve[-1]["val_kl"]
-    made = int(curve[-1]["step"])
-    return Repair(first_kl, module.best[0], last_kl, module.best[1], made, curve, before, after)
+        set_router_rows(student, done.after)
+    return done
+
+
+def _describe(module: "RouterDistillation", before: dict[str, Tensor]) -> Repair:
+    first, last = module.curve[0], module.curve[-1]
+    numbers = first["val_kl"], module.best[0], last["val_kl"], module.best[1], int(last["step"])
+    after = {n: t.cpu() for n, t in zip(before, module.copies().values(), strict=True)}
+    return Repair(*numbers, module.curve, before, after)
+
+
+def _loss_scale(schedule: Schedule, settings: RouterKD, sharded: bool) -> float:
+    """Return the factor of the loss that makes an optimiser step the mean over its own batches.
+
+    Lightning divides gradients by the forwards of one process. DDP averages them over processes,
+    sharded masters add them up. The factor undoes both, so that a step is the same however many
+    processes share its batches.
+    """
+    return schedule.forwards / settings.accumulate * (1 if sharded else schedule.ranks)
+
+
+def _with_report(
+    trainer: dict[str, Any], report: Callable[[Mapping[str, float]], None] | None
+) -> dict[str, Any]:
+    if report is None:
+        return trainer
+    from rerail.distill.curve import CurveReporter
+
+    return {**trainer, "callbacks": [*trainer.get("callbacks", []), CurveReporter(report)]}
 
 
 def _name(choices: list[Any], before: Mapping[str, Tensor]) -> str:
@@ -112,22 +140,27 @@ def _name(choices: list[Any], before: Mapping[str, Tensor]) -> str:
     return f"repair-{digest([choices, rows])}.ckpt"
 
 
-def put_rows(student: MoEModel, rows: Mapping[str, Tensor]) -> None:
+def set_router_rows(student: MoEModel, rows: Mapping[str, Tensor]) -> None:
     """Put repaired rows (and biases), named as in `Repair.after`, into a student."""
     for layer in student.layers:
-        for owner, part in selected(layer, "router_rows+bias"):
-            new = rows.get(f"layers.{layer.index}.router.{part}")
+        for owner, name in select_parameters(layer, "router_rows+bias"):
+            new = rows.get(f"layers.{layer.index}.router.{name}")
             if new is not None:
-                old = getattr(owner, part)
-                owner._parameters[part] = torch.nn.Parameter(new.to(old), requires_grad=False)
+                # a new Parameter: the old one may be the teacher's, too
+                old = getattr(owner, name)
+                owner._parameters[name] = torch.nn.Parameter(new.to(old), requires_grad=False)
 
 
 def _fit(
-    module: RouterDistillation, data: Rounds, given: dict[str, Any], held: Path | None
+    module: "RouterDistillation", data: "Rounds", trainer: dict[str, Any], held: Path | None
 ) -> None:
     """Fit in rounds (Lightning's epochs), from `held` where it is sound; remove it at the end."""
+    import lightning
+
+    from rerail.distill.preemption import Checkpoints
+
     settings, schedule = module.settings, data.schedule
-    start = held if held and first(lambda: _can_go_on_from(held)) else None
+    start = held if held and broadcast_from_first(lambda: _can_go_on_from(held)) else None
     fixed: dict[str, Any] = {
         "max_epochs": schedule.rounds,
         "reload_dataloaders_every_n_epochs": 1,
@@ -138,17 +171,17 @@ def _fit(
         "enable_checkpointing": False,
         "enable_model_summary": False,
     }
-    if clash := sorted(fixed.keys() & given.keys()):
+    if clash := sorted(fixed.keys() & trainer.keys()):
         raise InputError(f"trainer.{clash[0]} is decided by the settings of distill; leave it out")
-    keeper = [Checkpoints(held)] if held is not None else []
-    free = {"logger": False, "log_every_n_steps": 1, **given, **strategy_of(given)}
-    free["callbacks"] = [*given.get("callbacks", []), *keeper]
+    checkpoints = [Checkpoints(held)] if held is not None else []
+    free = {"logger": False, "log_every_n_steps": 1, **trainer, **strategy_arguments(trainer)}
+    free["callbacks"] = [*trainer.get("callbacks", []), *checkpoints]
     try:
         with _quiet(), torch.enable_grad():
             lightning.Trainer(**fixed, **free).fit(module, datamodule=data, ckpt_path=start)
     finally:
-        for one in keeper:
-            one.close()
+        for callback in checkpoints:
+            callback.close()
     barrier()
     if held is not None and is_first():
         remove_sealed(held)
@@ -156,10 +189,11 @@ def _fit(
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep Lightning's advice (more workers, other loggers) to itself."""
-    voice = logging.getLogger("lightning.pytorch")
-    level = voice.level
-    voice.setLevel(logging.WARNING)
+    """Silence Lightning's advice (more workers, other loggers)."""
+    loggers = [logging.getLogger(f"lightning.{part}") for part in ("pytorch", "fabric")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:  # Lightning sets its own levels when it is imported, so this comes after
+        logger.setLevel(logging.WARNING)
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", ".*does not have many workers.*")
@@ -167,7 +201,8 @@ def _quiet() -> Iterator[None]:
             warnings.filterwarnings("ignore", ".*srun. command is available.*")
             yield
     finally:
-        voice.setLevel(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 def _can_go_on_from(path: Path) -> bool:

@@ -17,16 +17,16 @@ from torch import Tensor, nn
 
 from rerail.distill.batches import Batch
 from rerail.distill.settings import RouterKD
-from rerail.distill.sharding import put, shard, whole
+from rerail.distill.sharding import copy_into, full_copy, shard_student
 from rerail.errors import InputError
 from rerail.moe.model import MoEModel
-from rerail.parallel import gathered, joined
+from rerail.parallel import gather, group_rank_and_size
 from rerail.teacher.hidden_states import Teacher
 from rerail.teacher.kl import chunked_kl, target_weights, token_kl
 
 
 class RouterDistillation(lightning.LightningModule):
-    """Trains masters; student and teacher are held outside its parameters.
+    """Trains masters; student and teacher are not among its parameters.
 
     Student and teacher share tensors and may be spread over devices, so Lightning must neither move
     nor save them: what it sees, moves and writes to checkpoints are the masters alone. Where
@@ -34,10 +34,10 @@ class RouterDistillation(lightning.LightningModule):
     are those of all processes.
 
     Args:
-        student: the compressed model, in the mode (eval) in which its teacher speaks.
+        student: the compressed model, in eval mode, as its teacher.
         teacher: source of the teacher's final hidden states.
         settings: hyper-parameters.
-        trained: the trainable parameters, from `rerail.distill.masters`.
+        trained: the trainable parameters, from `rerail.distill.trainable`.
         steps: optimiser steps of the whole fit, for the schedule.
         scale: of the loss that is trained on, so that its mean over the forwards of an optimiser
             step (and over processes, where the strategy takes one) is that of a single process.
@@ -57,7 +57,7 @@ class RouterDistillation(lightning.LightningModule):
         scale: float = 1.0,
     ):
         super().__init__()
-        self._student = [student]
+        self._student = [student]  # in lists, where nn.Module does not look for parameters
         self._teacher = [teacher]
         self.settings = settings
         self.masters = nn.ParameterDict({n.replace(".", "_"): p for n, p in trained.items()})
@@ -72,7 +72,7 @@ class RouterDistillation(lightning.LightningModule):
     def configure_model(self) -> None:
         """Shard the student where the strategy gives a mesh of processes (FSDP2)."""
         if self.device_mesh is not None and not self.sharded:
-            shard(self._student[0], self.masters, self.device_mesh["data_parallel"])
+            shard_student(self._student[0], self.masters, self.device_mesh["data_parallel"])
             self.sharded = True
 
     def on_fit_start(self) -> None:
@@ -106,13 +106,15 @@ class RouterDistillation(lightning.LightningModule):
         ids, mask = batch["input_ids"].to(device), batch["mask"].to(device)
         teacher = self._teacher[0].hidden(batch["index"], ids, mask)
         student = self._student[0].hidden(ids, mask)
-        valid = mask[:, 1:].to(student.device)
+        valid = mask[:, 1:].to(
+            student.device
+        )  # position t predicts t + 1: the last predicts nothing
         return student[:, :-1][valid], teacher[:, :-1].to(student)[valid], valid
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """One forward of the student, and the KL to the teacher."""
         loss = self.loss(batch)
-        blocks = int(batch["weights"].any(dim=1).sum())
+        blocks = int(batch["weights"].any(dim=1).sum())  # without those that only fill a share
         self._train = (self._train[0] + float(loss.detach()), self._train[1] + blocks)
         self.log("train_kl", loss.detach(), prog_bar=True)
         return loss * self.scale
@@ -121,6 +123,7 @@ class RouterDistillation(lightning.LightningModule):
         """Add up the KL of held-out calibration blocks."""
         student, teacher, valid = self._states(batch)
         head, s = self._student[0].head, self.settings
+        # float64 sums, so that batches and processes may be cut in any way
         kl = token_kl(student, teacher, head, s.temperature, s.chunk).double()
         counts = batch["weights"].to(valid.device)[valid]
         self._validation = (
@@ -134,32 +137,33 @@ class RouterDistillation(lightning.LightningModule):
         Raises:
             InputError: the KL is not finite before the first step.
         """
-        total, targets = map(sum, zip(*gathered(self._validation), strict=True))
+        total, targets = map(sum, zip(*gather(self._validation), strict=True))
         kl = total / max(targets, 1)
-        seen, blocks = map(sum, zip(*gathered(self._train), strict=True))
-        train = seen / (blocks / self.settings.batch_size) if blocks else kl
+        # a loss divides by the size of its whole batch, of which a process may have only a share
+        losses, blocks = map(sum, zip(*gather(self._train), strict=True))
+        train = losses / (blocks / self.settings.batch_size) if blocks else kl
         self._validation = self._train = (0.0, 0)
         if not math.isfinite(kl):
             if not self.curve:
                 raise InputError(
                     f"the KL from teacher to student is {kl} before the first step, so teacher or "
-                    "student give logits that are not finite; a repair needs sound ones"
+                    "student give logits that are not finite; repair needs finite ones"
                 )
-            self.trainer.should_stop = True
+            self.trainer.should_stop = True  # it has diverged; the best step is kept
         self.curve.append({"step": self.global_step, "train_kl": train, "val_kl": kl})
         self.log("val_kl", kl, prog_bar=True, sync_dist=True)
-        if kl < self.best[0]:
-            self.best = (kl, self.global_step, self.rows())
+        if kl < self.best[0]:  # false for nan, too: a fit that diverges keeps its best step
+            self.best = (kl, self.global_step, self.copies())
 
-    def rows(self) -> dict[str, Tensor]:
-        """Return copies of the masters by name, whole on every process."""
-        return {n: whole(p) for n, p in self.masters.items()}
+    def copies(self) -> dict[str, Tensor]:
+        """Return copies of the masters by name, complete on every process."""
+        return {n: full_copy(p) for n, p in self.masters.items()}
 
     @torch.no_grad()
     def on_fit_end(self) -> None:
         """Put the best step's masters back."""
         for name, value in self.best[2].items():
-            put(self.masters[name], value)
+            copy_into(self.masters[name], value)
 
     def configure_optimizers(self) -> Any:
         """AdamW on the masters."""
@@ -173,17 +177,18 @@ class RouterDistillation(lightning.LightningModule):
     def _factor(self, step: int) -> float:
         """Return the learning rate of a step over `learning_rate`."""
         s = self.settings
-        warm = min(1.0, (step + 1) / s.warmup) if s.warmup else 1.0
+        warmup = min(1.0, (step + 1) / s.warmup) if s.warmup else 1.0
         if s.schedule == "constant":
-            return warm
-        return warm * (0.1 + 0.45 * (1 + math.cos(math.pi * min(1.0, step / max(1, self.steps)))))
+            return warmup
+        # a cosine from 1 at the first step to 0.1 at the last
+        return warmup * (0.1 + 0.45 * (1 + math.cos(math.pi * min(1.0, step / max(1, self.steps)))))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add what the fit has seen so far."""
         checkpoint["curve"], checkpoint["best"] = self.curve, self.best
-        checkpoint["train"] = gathered(self._train)
+        checkpoint["train"] = gather(self._train)  # one a process; each takes its own back
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Go on from it."""
         self.curve, self.best = checkpoint["curve"], checkpoint["best"]
-        self._train = tuple(checkpoint["train"][joined()[0]])
+        self._train = tuple(checkpoint["train"][group_rank_and_size()[0]])

@@ -12,7 +12,7 @@ from rerail.errors import InputError
 
 @dataclass(frozen=True)
 class Schedule:
-    """Who trains when. The batches of all passes form one row, which is cut into rounds.
+    """Which blocks train at which step: the batches of all passes in one row, cut into rounds.
 
     A round ends with a validation and, where asked for, a checkpoint.
 
@@ -48,18 +48,18 @@ class Schedule:
                 f"{blocks} calibration blocks leave {max(train, 0)} to train on, fewer than "
                 f"distill.batch_size={settings.batch_size}; ask for more samples or a smaller batch"
             )
-        a_step = settings.batch_size * settings.accumulate
-        if ranks > a_step:
+        step_blocks = settings.batch_size * settings.accumulate
+        if ranks > step_blocks:
             raise InputError(
                 f"{ranks} processes cannot share the distill.batch_size={settings.batch_size} x "
                 f"distill.accumulate={settings.accumulate} blocks of an optimiser step; start at "
-                f"most {a_step}"
+                f"most {step_blocks}"
             )
-        batches = train // settings.batch_size * settings.epochs
+        batches = train // settings.batch_size * settings.epochs  # full ones: see `order`
         steps = math.ceil(batches / settings.accumulate)
-        a_round = math.ceil(steps / settings.evaluations)
+        round_steps = math.ceil(steps / settings.evaluations)
         sizes = (settings.batch_size, settings.accumulate)
-        return cls(train, *sizes, batches, steps, a_round, settings.epochs, ranks)
+        return cls(train, *sizes, batches, steps, round_steps, settings.epochs, ranks)
 
     @property
     def rounds(self) -> int:
@@ -71,6 +71,7 @@ class Schedule:
 
         Full batches only, so that every step sees as much text.
         """
+        # one generator for all passes: pass n has the same order however many follow
         generator = torch.Generator().manual_seed(seed)
         full = self.train_blocks - self.train_blocks % self.batch_size
         passes = [
@@ -87,6 +88,7 @@ class Schedule:
     @property
     def forward_size(self) -> int:
         """Blocks in a forward of one process, `batch_size` at most."""
+        # the share cut evenly: 5 blocks in 2 forwards are 3 and 2, not 4 and 1
         return math.ceil(self._share(self.batch_size * self.accumulate) / self.forwards)
 
     def _share(self, blocks: int) -> int:
@@ -94,16 +96,17 @@ class Schedule:
 
     def round_of(self, step: int) -> tuple[int, int]:
         """Return the steps at which the round of a step begins and ends; past all, the last's."""
+        # a fit that is resumed after its last step asks, too
         begin = min(step, self.steps - 1) // self.round_steps * self.round_steps
         return begin, min(begin + self.round_steps, self.steps)
 
     def blocks_of(self, step: int, seed: int) -> Tensor:
         """Return int64 (n,): the blocks of an optimiser step, batch by batch."""
-        a_step = self.accumulate * self.batch_size
-        return self.order(seed)[step * a_step : (step + 1) * a_step]
+        size = self.accumulate * self.batch_size
+        return self.order(seed)[step * size : (step + 1) * size]
 
     def forwards_of(self, step: int) -> int:
         """Return the forwards of one process in a step; the last step may have fewer."""
-        a_step = self.accumulate * self.batch_size
-        blocks = min(a_step, self.batches * self.batch_size - step * a_step)
+        size = self.accumulate * self.batch_size
+        blocks = min(size, self.batches * self.batch_size - step * size)
         return math.ceil(self._share(blocks) / self.forward_size)

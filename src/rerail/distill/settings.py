@@ -57,6 +57,6 @@ class RouterKD:
             known = getattr(self, name) in words
             self._require(name, known, f"is not one of {', '.join(words)}")
 
-    def _require(self, name: str, holds: bool, reason: str) -> None:
-        if not holds:
+    def _require(self, name: str, condition: bool, reason: str) -> None:
+        if not condition:
             raise InputError(f"distill.{name}={getattr(self, name)!r} {reason}")

@@ -1,4 +1,4 @@
-"""FSDP2: a student spread over processes, each holding its part of every decoder layer.
+"""FSDP2: a student spread over processes, each with its part of every decoder layer.
 
 Sharded are the frozen parameters that belong to exactly one decoder layer (attention, norms, stored
 experts), and the masters. Whole on every process stay embeddings, final norm and head (the KL calls
@@ -24,6 +24,7 @@ def private_copy(student: MoEModel) -> MoEModel:
     Moving or sharding the copy leaves student and teacher as and where they are.
     """
     model = student.model
+    # deepcopy takes what the memo has for a copy: new Parameters, which see the same storage
     memo: dict[int, Any] = {
         id(p): nn.Parameter(p.detach().contiguous(), requires_grad=False)
         for p in model.parameters()
@@ -32,23 +33,25 @@ def private_copy(student: MoEModel) -> MoEModel:
     return MoEModel(copy.deepcopy(model, memo))
 
 
-def shard(student: MoEModel, masters: nn.ParameterDict, mesh: Any) -> None:
+def shard_student(student: MoEModel, masters: nn.ParameterDict, mesh: Any) -> None:
     """Spread a private copy of a student, and its masters, over a mesh of processes, in place."""
     layers = student.decoder_layers()
+    # FSDP2 gathers a layer's parameters for its own forward only, so what another layer or another
+    # module reads too must stay whole: count the readers, and the names inside layers and in all
     readers = Counter(id(p) for layer in layers for p in layer.parameters())
-    of_all = Counter(id(p) for _, p in student.model.named_parameters(remove_duplicate=False))
-    within = Counter(id(p) for la in layers for _, p in la.named_parameters(remove_duplicate=False))
+    names = Counter(id(p) for _, p in student.model.named_parameters(remove_duplicate=False))
+    inside = Counter(id(p) for la in layers for _, p in la.named_parameters(remove_duplicate=False))
     _distribute(student.model, masters, mesh)
     for layer in layers:
-        whole_here = {
+        not_sharded = {
             p
             for p in layer.parameters()
             if isinstance(p, DTensor)
-            or p.dim() == 0
+            or p.dim() == 0  # FSDP2 cuts the first axis, which a scalar lacks
             or readers[id(p)] > 1
-            or of_all[id(p)] > within[id(p)]
+            or names[id(p)] > inside[id(p)]
         }
-        fully_shard(layer, mesh=mesh, ignored_params=whole_here)
+        fully_shard(layer, mesh=mesh, ignored_params=not_sharded)
     student.model.to(_device_of(mesh))  # type: ignore[arg-type]
 
 
@@ -62,22 +65,22 @@ def _distribute(model: nn.Module, masters: nn.ParameterDict, mesh: Any) -> None:
     """Cut the masters by rows, here and where they stand in for the model's own parameters."""
     new = {}
     for name, master in masters.items():
-        cut = distribute_tensor(master.detach(), mesh, [Shard(0)])
-        new[id(master)] = masters[name] = nn.Parameter(cut)
+        local = distribute_tensor(master.detach(), mesh, [Shard(0)])
+        new[id(master)] = masters[name] = nn.Parameter(local)
     for module in model.modules():
         if parametrize.is_parametrized(module):
-            for held in cast(Any, module.parametrizations).values():
-                held.original = new.get(id(held.original), held.original)
+            for entry in cast(Any, module.parametrizations).values():
+                entry.original = new.get(id(entry.original), entry.original)
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """Return a detached copy, put together from all processes where it is sharded."""
-    found = tensor.detach()
-    return found.full_tensor().clone() if isinstance(found, DTensor) else found.clone()
+def full_copy(tensor: Tensor) -> Tensor:
+    """Return a detached copy, gathered from all processes where it is sharded."""
+    detached = tensor.detach()
+    return detached.full_tensor().clone() if isinstance(detached, DTensor) else detached.clone()
 
 
-def put(target: Tensor, value: Tensor) -> None:
-    """Copy a whole tensor into one that may be sharded, in place."""
+def copy_into(target: Tensor, value: Tensor) -> None:
+    """Copy a full tensor into one that may be sharded, in place."""
     if isinstance(target, DTensor):
         value = distribute_tensor(value.to(target.device), target.device_mesh, target.placements)
     target.copy_(value)

@@ -1,1 +1,1 @@
-"""What was lost and what came back: perplexity, benchmark tasks, routing."""
+"""What was lost and what came back: perplexity, KL, routing and benchmark tasks."""

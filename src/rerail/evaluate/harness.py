@@ -13,7 +13,7 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -28,6 +28,23 @@ from rerail.evaluate.local_tasks import (
 log = logging.getLogger(__name__)
 
 BOOTSTRAPS = 200  # only metrics without a closed form (perplexity) are resampled
+
+
+class TaskScore(TypedDict):
+    """One metric of one task, as it is stored in a result row.
+
+    Attributes:
+        task, metric: names, as lm-eval's.
+        value: in the metric's own unit.
+        se: standard error of the value; None where lm-eval knows none.
+        n: number of documents.
+    """
+
+    task: str
+    metric: str
+    value: float
+    se: float | None
+    n: int
 
 
 @dataclass(frozen=True)
@@ -64,7 +81,7 @@ class Harness:
             InputError: a number out of range, an unknown task, `RERAIL_DATA` unset, a data file
                 that is missing or unreadable, or a hub task whose data cannot be fetched.
         """
-        self._check_here()
+        self._check_without_network()
         if any(not name.startswith("local_") for name in self.tasks):
             self._load()
 
@@ -79,47 +96,45 @@ class Harness:
 
     def evaluate(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
-    ) -> list[dict[str, Any]]:
-        """Score the tasks; the model is left as it was (training mode, gradients, device).
+    ) -> list[TaskScore]:
+        """Return one score a task and metric.
 
-        Returns:
-            One row a task and metric: {task, metric, value, se, n}; `se` is None where lm-eval
-            knows no standard error, `n` counts documents.
+        The model is left as it was (training mode, gradients, device).
 
         Raises:
             InputError: as `check`.
         """
         if not self.tasks:
             return []
-        self._check_here()
+        self._check_without_network()
         from lm_eval.evaluator import evaluate
         from lm_eval.models.huggingface import HFLM
 
         loaded = self._load()
         for task in loaded["tasks"].values():
             self._set_shots(task)
-        with _modes_kept(model), _quiet():
+        with _training_modes_restored(model), _quiet():
             lm = HFLM(
                 pretrained=model,
                 tokenizer=copy.deepcopy(tokenizer),  # HFLM may set its padding token
                 batch_size=self.batch_size,
                 max_length=self.max_length,
             )
-            found = evaluate(
+            outcome = evaluate(
                 lm,
                 loaded,
-                samples=self._chosen(loaded["tasks"]),
+                samples=self._positions(loaded["tasks"]),
                 bootstrap_iters=BOOTSTRAPS,
                 log_samples=False,
             )
-        return rows_of(found["results"])
+        return task_scores(outcome["results"])
 
-    def _check_here(self) -> None:
+    def _check_without_network(self) -> None:
         lowest = {"limit": 1, "batch_size": 1, "num_fewshot": 0, "max_length": 2}
         for name, low in lowest.items():
             value = getattr(self, name)
             if value is not None and value < low:
-                raise InputError(f"{name}={value} is too small for the harness; give {low} or more")
+                raise InputError(f"{name}={value} is too small for the harness; use {low} or more")
         for name in self.tasks:
             if name.startswith("local_"):
                 check_local(name)
@@ -138,6 +153,7 @@ class Harness:
                 for name in set(names) - set(stock):
                     text = json.dumps(local_config(name))  # JSON is YAML
                     Path(folder, f"{name}.yaml").write_text(text, encoding="utf-8")
+                # a second manager: one with lm-eval's own tasks would index thousands of files
                 own = TaskManager(include_path=folder, include_defaults=False)
                 local = own.load([name for name in names if name not in stock])
             return (manager or own).load([*local["tasks"].values(), *stock])
@@ -156,39 +172,41 @@ class Harness:
             task.set_config(key="num_fewshot", value=self.num_fewshot)
         elif task.get_config("num_fewshot") is None:
             task.set_config(key="num_fewshot", value=0)
-        task.set_fewshot_seed(seed=1234)
+        task.set_fewshot_seed(seed=1234)  # lm-eval's own default, so that scores compare
 
-    def _chosen(self, tasks: Mapping[str, Any]) -> dict[str, list[int]] | None:
+    def _positions(self, tasks: Mapping[str, Any]) -> dict[str, list[int]] | None:
+        """Return which documents of each task are scored; None for all."""
         if self.limit is None:
             return None
-        return {name: evenly(len(task.eval_docs), self.limit) for name, task in tasks.items()}
+        return {
+            name: evenly_spaced(len(task.eval_docs), self.limit) for name, task in tasks.items()
+        }
 
 
-def evenly(total: int, limit: int) -> list[int]:
+def evenly_spaced(total: int, limit: int) -> list[int]:
     """Return min(total, limit) distinct positions, evenly spaced over range(total)."""
     count = min(total, limit)
     return [i * total // count for i in range(count)]
 
 
-def rows_of(results: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Flatten lm-eval's results into rows {task, metric, value, se, n}."""
-    rows = []
-    for task, found in results.items():
-        for key, value in found.items():
-            metric, comma, kept = key.partition(",")
+def task_scores(results: Mapping[str, Mapping[str, Any]]) -> list[TaskScore]:
+    """Return lm-eval's results, {task: {"metric,filter": value}}, as a list of scores."""
+    scores = []
+    for task, values in results.items():
+        for key, value in values.items():
+            metric, comma, filter_name = key.partition(",")
             if not comma or metric.endswith("_stderr"):
                 continue
-            name = metric if kept == "none" else key
-            se = number(found.get(f"{metric}_stderr,{kept}"))
-            n = int(
-                found.get("sample_count", {}).get(key, found["sample_len"])
-            )  # groups count each
-            rows.append({"task": task, "metric": name, "value": float(value), "se": se, "n": n})
-    return rows
+            name = metric if filter_name == "none" else key
+            se = finite_or_none(values.get(f"{metric}_stderr,{filter_name}"))
+            counts = values.get("sample_count", {})  # only groups have it, one count a metric
+            n = int(counts.get(key, values["sample_len"]))
+            scores.append(TaskScore(task=task, metric=name, value=float(value), se=se, n=n))
+    return scores
 
 
-def number(value: Any) -> float | None:
-    """Return a finite float, or None for what lm-eval gives instead ("N/A", None, nan)."""
+def finite_or_none(value: Any) -> float | None:
+    """Return a finite float, or None for lm-eval's other answers ("N/A", None, nan)."""
     if isinstance(value, str) or value is None or not math.isfinite(value):
         return None
     return float(value)
@@ -203,7 +221,7 @@ def _stock_manager() -> Any:
 
 
 @contextlib.contextmanager
-def _modes_kept(model: PreTrainedModel) -> Iterator[None]:
+def _training_modes_restored(model: PreTrainedModel) -> Iterator[None]:
     """Undo HFLM's `model.eval()`, module by module."""
     training = [(module, module.training) for module in model.modules()]
     try:

@@ -57,6 +57,7 @@ def check_local(name: str) -> None:
                 f"task {name} needs {path}, which does not exist; add it to RERAIL_DATA"
             )
         try:
+            # one line is enough: a file of another kind fails at its first bytes
             with lzma.open(path, "rt", encoding="utf-8") as handle:
                 json.loads(handle.readline())
         except (OSError, ValueError, EOFError, lzma.LZMAError) as error:
@@ -67,10 +68,10 @@ def check_local(name: str) -> None:
 
 
 def check_known(name: str, known: list[str]) -> None:
-    """Check that a task is one of those that are known.
+    """Check that a task exists.
 
     Raises:
-        InputError: it is not.
+        InputError: it is not among `known`; the sentence names the nearest.
     """
     if name in known:
         return
@@ -93,13 +94,13 @@ def _files_of(config: dict[str, Any]) -> list[Path]:
 
 
 def _folder() -> Path:
-    given = os.environ.get("RERAIL_DATA")
-    if not given:
+    data = os.environ.get("RERAIL_DATA")
+    if not data:
         raise InputError(
             "RERAIL_DATA is not set, but local tasks read $RERAIL_DATA/eval; "
             "set it to the data folder"
         )
-    folder = Path(given).expanduser().resolve() / "eval"
+    folder = Path(data).expanduser().resolve() / "eval"
     if not folder.is_dir():
-        raise InputError(f"RERAIL_DATA={given} has no folder eval; set it to the data folder")
+        raise InputError(f"RERAIL_DATA={data} has no folder eval; set it to the data folder")
     return folder

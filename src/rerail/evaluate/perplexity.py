@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from rerail.evaluate.active import Active, counting
-from rerail.evaluate.routing import Routing, tracing
+from rerail.evaluate.routing import Routing, record_routing
 from rerail.moe.model import MoEModel
-from rerail.parallel import gathered, part
+from rerail.parallel import gather, my_share
 from rerail.teacher.kl import kl_of, log_distribution
 
 Batch = tuple[Tensor, Tensor]
@@ -18,14 +18,14 @@ Progress = Callable[[Sequence[Batch]], Iterable[Batch]]
 
 @dataclass(frozen=True)
 class BlockScores:
-    """Sums over the targets of each block, float64 (N,), so that differences can be paired.
+    """Sums over the targets of each of N blocks, so that differences can be paired by block.
 
     Attributes:
-        nll: negative log-likelihood in nats.
-        tokens: number of targets.
-        kl: forward KL from the teacher, in nats.
-        agree: how often the most likely token is the teacher's.
-        hidden: final hidden states (N, S, H) where they were asked for.
+        nll: float64 (N,), negative log-likelihood in nats.
+        tokens: float64 (N,), number of targets.
+        kl: float64 (N,), forward KL from the teacher, in nats.
+        agree: float64 (N,), number of targets whose most likely token is the teacher's.
+        hidden: (N, S, H), final hidden states of a teacher; None for a student.
         routing: chosen slots of every token.
         active: experts computed for a token and layer, on average.
     """
@@ -49,56 +49,58 @@ def score_blocks(
 ) -> BlockScores:
     """Score a text by a model.
 
-    In a group of processes all must call it, and each scores its part of the batches; what comes
-    back is that of one process, to the bit.
+    In a group of processes all must call it, and each scores its share of the batches. The result
+    is that of one process, bit for bit: batches stay whole and come back in their order.
 
     Args:
         model: teacher or student.
         batches: (input_ids (B, S), mask (B, S)).
         teacher: the teacher's final hidden states (N, S, H) on the same blocks; None where the
             model is the teacher itself (KL 0, agreement 1), whose states are then returned.
-        progress: wraps the batches.
-        chunk: tokens whose logits exist at once.
+        progress: wraps the batches, to show how far the scoring is.
+        chunk: number of tokens whose logits exist at once; bounds the memory.
     """
-    rows: list[Tensor] = []
+    sums: list[Tensor] = []
     states: list[Tensor] = []
     device = next(model.model.parameters()).device
-    begin, mine = part(batches)
-    done = sum(len(ids) for ids, _ in batches[:begin])
-    with tracing(model) as routing, counting(model) as active:
+    begin, mine = my_share(batches)
+    done = sum(len(ids) for ids, _ in batches[:begin])  # blocks before the next batch
+    with record_routing(model) as routing, counting(model) as active:
         for ids, mask in progress(mine):
             routing.mask = active.mask = mask
             hidden = model.hidden(ids.to(device), mask.to(device))
-            theirs = hidden if teacher is None else teacher[done : done + len(ids)].to(hidden)
-            here = (ids.to(hidden.device), mask.to(hidden.device))
-            rows.append(_batch_sums(model, *here, hidden, theirs, chunk))
+            target = hidden if teacher is None else teacher[done : done + len(ids)].to(hidden)
+            ids, mask = ids.to(hidden.device), mask.to(hidden.device)  # the last GPU's
+            sums.append(_batch_sums(model, ids, mask, hidden, target, chunk))
             if teacher is None:
                 states.append(hidden.cpu())
             done += len(ids)
-    parts = gathered((rows, states, routing.chosen, active))
-    nll, kl, agree, tokens = torch.cat([t for part_rows, *_ in parts for t in part_rows]).unbind(1)
-    states = [t for _, part_states, *_ in parts for t in part_states]
+    shares = gather((sums, states, routing.chosen, active))  # in the order of the ranks
+    nll, kl, agree, tokens = torch.cat([t for own, *_ in shares for t in own]).unbind(1)
+    states = [t for _, own, *_ in shares for t in own]
     for i in routing.chosen:
-        routing.chosen[i] = [t for *_, chosen, _ in parts for t in chosen[i]]
-    kept = torch.cat(states) if states else None
-    computed = Active.of_all([active for *_, active in parts])
-    return BlockScores(nll, tokens, kl, agree, kept, routing, computed.mean)
+        routing.chosen[i] = [t for *_, chosen, _ in shares for t in chosen[i]]
+    all_states = torch.cat(states) if states else None
+    all_active = Active.of_all([own for *_, own in shares])
+    return BlockScores(nll, tokens, kl, agree, all_states, routing, all_active.mean)
 
 
 def _batch_sums(
     model: MoEModel, ids: Tensor, mask: Tensor, hidden: Tensor, teacher: Tensor, chunk: int
 ) -> Tensor:
     """Return float64 (B, 4): NLL, KL, agreement and count of targets, summed over each block."""
-    valid = mask[:, 1:]
+    valid = mask[:, 1:]  # position t predicts t + 1
     block = torch.arange(len(ids), device=ids.device)[:, None].expand_as(valid)[valid]
     targets = ids[:, 1:][valid]
     sums = torch.zeros(len(ids), 4, dtype=torch.float64, device=ids.device)
     states = hidden[:, :-1][valid], teacher[:, :-1][valid]
     pieces = (torch.split(x, chunk) for x in (*states, targets, block))
-    for s, t, y, b in zip(*pieces, strict=True):
+    for s, t, y, b in zip(*pieces, strict=True):  # student, teacher, target, block
         log_s, log_t = (log_distribution(model.head(x)) for x in (s, t))
         nll = -log_s.gather(1, y[:, None]).squeeze(1).double()
         agree = (log_s.argmax(-1) == log_t.argmax(-1)).double()
-        found = [nll, kl_of(log_t, log_s).double(), agree, torch.ones_like(nll)]
-        sums.index_add_(0, b, torch.stack(found, dim=1))
+        columns = [nll, kl_of(log_t, log_s).double(), agree, torch.ones_like(nll)]
+        sums.index_add_(
+            0, b, torch.stack(columns, dim=1)
+        )  # float64: chunks do not show in the sums
     return sums.cpu()

@@ -1,4 +1,4 @@
-"""How far routing moved: which slots each token chose, and how evenly experts are loaded."""
+"""How far routing moved: the slots that each token chose, and how evenly experts are loaded."""
 
 import contextlib
 from collections.abc import Iterator, Mapping
@@ -17,48 +17,49 @@ class Routing:
 
     Attributes:
         chosen: layer index -> list of int16 (T, K), each row ascending.
-        rows: layer index -> number of router rows.
-        mask: (B, S) of the batch in flight.
+        num_slots: layer index -> number of router rows.
+        mask: (B, S), true at real tokens of the batch that runs now; None where all are.
     """
 
     chosen: dict[int, list[Tensor]] = field(default_factory=dict)
-    rows: dict[int, int] = field(default_factory=dict)
+    num_slots: dict[int, int] = field(default_factory=dict)
     mask: Tensor | None = None
 
-    def of(self, layer: int) -> Tensor:
-        """Return (T, K) for a layer."""
+    def slots(self, layer: int) -> Tensor:
+        """Return the chosen slots of a layer, int16 (T, K)."""
         return torch.cat(self.chosen[layer])
 
     def load(self, layer: int) -> Tensor:
-        """Return the share of all choices that each slot has, float64 (rows,); it sums to 1."""
-        chosen = self.of(layer).flatten().long()
-        return torch.bincount(chosen, minlength=self.rows[layer]).double() / len(chosen)
+        """Return the share of all choices that each slot has, float64 (slots,); it sums to 1."""
+        chosen = self.slots(layer).flatten().long()
+        return torch.bincount(chosen, minlength=self.num_slots[layer]).double() / len(chosen)
 
     def load_entropy(self, layer: int) -> float:
-        """Return the entropy of the slots' shares of choices over log(rows).
+        """Return the entropy of the slots' shares of choices over log(slots).
 
         1 is an even load, 0 is one slot for all tokens.
         """
-        entropy = torch.special.entr(self.load(layer)).sum()
-        return float(entropy / torch.tensor(float(max(self.rows[layer], 2))).log())
+        entropy = torch.special.entr(self.load(layer)).sum()  # entr(0) is 0, log would be -inf
+        return float(entropy / torch.tensor(float(max(self.num_slots[layer], 2))).log())
 
 
 def _recorder(layer: MoELayer, routing: Routing) -> Any:
     """Return a forward pre-hook for a layer's experts (or bank)."""
     routing.chosen[layer.index] = []
-    routing.rows[layer.index] = layer.num_experts
+    routing.num_slots[layer.index] = layer.num_experts
 
     def record(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         index = inputs[1]
         if routing.mask is not None:
             index = index[routing.mask.flatten().to(index.device)]
+        # sorted, so that equal sets are equal rows; int16, as a text has millions of choices
         routing.chosen[layer.index].append(index.sort(dim=1).values.to(torch.int16).cpu())
 
     return record
 
 
 @contextlib.contextmanager
-def tracing(model: MoEModel) -> Iterator[Routing]:
+def record_routing(model: MoEModel) -> Iterator[Routing]:
     """Record the choices of every forward inside the block."""
     routing = Routing()
     hooks = [
@@ -72,7 +73,7 @@ def tracing(model: MoEModel) -> Iterator[Routing]:
         routing.mask = None
 
 
-def changed(
+def routing_changed(
     teacher: Routing, student: Routing, kept: Mapping[int, tuple[int, ...]]
 ) -> dict[int, float]:
     """Return, for each layer, the share of tokens whose chosen set is not the teacher's.
@@ -84,8 +85,10 @@ def changed(
     """
     shares = {}
     for layer in teacher.chosen:
-        mine = _slots(student, layer, kept)[student.of(layer).long()].sort(dim=1).values
-        shares[layer] = float((mine != teacher.of(layer).long()).any(dim=1).double().mean())
+        # the student's rows as the teacher's slots; these may not ascend, so sort again
+        mapped = _teacher_slots(student, layer, kept)[student.slots(layer).long()]
+        differs = mapped.sort(dim=1).values != teacher.slots(layer).long()
+        shares[layer] = float(differs.any(dim=1).double().mean())
     return shares
 
 
@@ -101,14 +104,14 @@ def load_by_expert(
         experts: number of the teacher's slots.
     """
     load: list[float | None] = [None] * experts
-    for slot, share in zip(_slots(student, layer, kept), student.load(layer), strict=True):
+    for slot, share in zip(_teacher_slots(student, layer, kept), student.load(layer), strict=True):
         load[int(slot)] = round(float(share), 6)
     return load
 
 
-def _slots(student: Routing, layer: int, kept: Mapping[int, tuple[int, ...]]) -> Tensor:
-    """Return the teacher's slot behind each of a student's rows, int64 (rows,)."""
-    rows = student.rows[layer]
-    if layer in kept and len(kept[layer]) == rows:
+def _teacher_slots(student: Routing, layer: int, kept: Mapping[int, tuple[int, ...]]) -> Tensor:
+    """Return the teacher's slot behind each of a student's router rows, int64 (slots,)."""
+    num_slots = student.num_slots[layer]
+    if layer in kept and len(kept[layer]) == num_slots:
         return torch.tensor(kept[layer])
-    return torch.arange(rows)
+    return torch.arange(num_slots)

@@ -8,11 +8,11 @@ from typing import Any
 import rerail.auto  # noqa: F401  (package checkpoints load like any other)
 from rerail.code_version import version_of
 from rerail.compress.base import Compressor, make_plan
-from rerail.distill.masters import check_gates
 from rerail.distill.repair import repair
 from rerail.distill.schedule import Schedule
 from rerail.distill.settings import RouterKD
-from rerail.distill.strategies import check_strategy
+from rerail.distill.trainable import check_router_gradients
+from rerail.distill.trainer import check_strategy
 from rerail.errors import InputError
 from rerail.evaluate.perplexity import score_blocks
 from rerail.export.targets import FORMS
@@ -20,7 +20,7 @@ from rerail.files import digest
 from rerail.moe.families import experts_implementation
 from rerail.moe.model import MoEModel
 from rerail.moe.source import ModelSource
-from rerail.parallel import world
+from rerail.parallel import rank_and_size
 from rerail.plan.allocation import Allocation
 from rerail.plan.apply import apply_plan
 from rerail.plan.budget import Bits, Budget, Ratio, Skip
@@ -139,7 +139,7 @@ class Cell:
         """
         self.evaluation.check()
         check_strategy(self.trainer, self.distill)
-        processes = world()[1]
+        processes = rank_and_size()[1]
         if processes > 1 and self.model.device_map is not None:
             raise InputError(
                 f"model.device_map={self.model.device_map!r} spreads the model of one process over "
@@ -149,5 +149,5 @@ class Cell:
         if self.budget.removed != 0:
             self.compressor.check(meta.layers, self.budget, self.allocation)
         if self.distill.enabled:
-            check_gates(meta)
+            check_router_gradients(meta)
             Schedule.of(self.calibration.samples, self.distill, processes)

@@ -1,13 +1,12 @@
 """From a composed Hydra config to a typed cell."""
 
-import inspect
 from collections.abc import Mapping
 
 from hydra.core.hydra_config import HydraConfig
-from lightning import Trainer
 from omegaconf import DictConfig, OmegaConf
 
 from rerail.config.instantiate import build, check_names, check_value
+from rerail.distill.trainer import trainer_argument_names
 from rerail.run.cell import Cell
 
 GROUPS = (
@@ -39,7 +38,7 @@ def to_cell(config: DictConfig, command: str = "", names: Mapping[str, str] | No
     choices = OmegaConf.to_container(config, resolve=True)
     assert isinstance(choices, dict)
     check_value(choices["seed"], int, "seed")
-    check_names(choices["trainer"], list(inspect.signature(Trainer).parameters), "trainer")
+    check_names(choices["trainer"], list(trainer_argument_names()), "trainer")
     if names is None:
         named = dict(HydraConfig.get().runtime.choices) if HydraConfig.initialized() else {}
         names = {str(g): str(c) for g, c in named.items() if c is not None and "/" not in g}

@@ -12,7 +12,14 @@ from typing import Any
 from rerail.errors import InputError, OutOfReach
 from rerail.files import digest, whole_file, write_json
 from rerail.moe.model import MoEModel
-from rerail.parallel import alone, check_processes, first, is_first, join, world
+from rerail.parallel import (
+    broadcast_from_first,
+    check_processes,
+    is_first,
+    join,
+    rank_and_size,
+    run_on_first,
+)
 from rerail.plan.apply import apply_plan
 from rerail.run import stages
 from rerail.run.cell import Cell
@@ -40,7 +47,9 @@ def run_cell(cell: Cell, out: Path, mirror: Mirror | None = None) -> list[Row]:
     cell.check()
     check_processes(cell.trainer)
     join()
-    if rows := first(lambda: _finished(folder) if _same_inputs(cell, folder) else []):
+    if rows := broadcast_from_first(
+        lambda: _finished(folder) if _same_inputs(cell, folder) else []
+    ):
         log.info("%s is done already", folder.name)
         return _shown(_live(cell, folder, mirror), rows)
     status = Status(folder)
@@ -141,11 +150,11 @@ def _run(cell: Cell, folder: Path, status: Status, live: Live) -> list[Row]:
     step("text")
     tokenizer = cell.model.tokenizer()
     check_vocabulary(tokenizer, cell.model.meta().vocab_size)
-    texts, blocks = first(lambda: _texts(cell, tokenizer))
+    texts, blocks = broadcast_from_first(lambda: _texts(cell, tokenizer))
     step("load")
     teacher = cell.model.load()
     if blocks is None:
-        blocks = first(lambda: cell.calibration.blocks(tokenizer, teacher.model))
+        blocks = broadcast_from_first(lambda: cell.calibration.blocks(tokenizer, teacher.model))
     step("plan")
     plan, cost = stages.plan(cell, teacher, blocks, folder)
     step("apply")
@@ -179,8 +188,8 @@ def _run(cell: Cell, folder: Path, status: Status, live: Live) -> list[Row]:
         rows.append(row("repaired", repaired[0], student, **extra))
     if exports:
         step("export")
-        alone(lambda: exporting.export(cell, student, plan, tokenizer, texts, folder, rows))
-        alone(lambda: exporting.weigh(cell, folder, rows))
+        run_on_first(lambda: exporting.export(cell, student, plan, tokenizer, texts, folder, rows))
+        run_on_first(lambda: exporting.weigh(cell, folder, rows))
     return rows
 
 
@@ -217,7 +226,7 @@ def run_or_record(cell: Cell, out: Path, mirror: Mirror | None = None) -> list[R
     except InputError as error:
         return [_refused(cell, out, error)]
     except Exception as error:
-        if world()[1] == 1 and (rows := _finished(out / cell.folder)):
+        if rank_and_size()[1] == 1 and (rows := _finished(out / cell.folder)):
             Status(out / cell.folder).write("done")  # another process ran the same cell
             return rows
         if is_first():
@@ -225,7 +234,7 @@ def run_or_record(cell: Cell, out: Path, mirror: Mirror | None = None) -> list[R
                 temporary.write_text(traceback.format_exc(), encoding="utf-8")
         log.exception("%s failed", cell.folder)
         row = _recorded(cell, out, "failed", f"{type(error).__name__}: {error}")
-        if world()[1] > 1:
+        if rank_and_size()[1] > 1:
             raise  # the others wait for this process: end them, too
         return [row]
 

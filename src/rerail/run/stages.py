@@ -13,13 +13,13 @@ from torch import Tensor
 from rerail.compress.base import make_plan
 from rerail.compress.sequential import sequential
 from rerail.compress.templates.skipper import Skipper, check_fitted, without_policies
-from rerail.distill.points import Points
-from rerail.distill.repair import put_rows, repair
+from rerail.distill.curve import CurveReporter
+from rerail.distill.repair import set_router_rows, repair
 from rerail.evaluate.perplexity import BlockScores, score_blocks
-from rerail.evaluate.routing import Routing, changed, load_by_expert
+from rerail.evaluate.routing import Routing, routing_changed, load_by_expert
 from rerail.files import cache_dir
 from rerail.moe.model import MoEModel
-from rerail.parallel import alone, kept
+from rerail.parallel import run_on_first, read_or_make
 from rerail.plan.apply import apply_plan
 from rerail.plan.plan import Plan
 from rerail.run.cell import Cell
@@ -79,7 +79,7 @@ def plan(
         write(beside, Artefact(cost))
         return plan, cost
 
-    return kept(stored, make, put)
+    return read_or_make(stored, make, put)
 
 
 def _made_plan(cell: Cell, model: MoEModel, blocks: TokenBlocks) -> Plan | None:
@@ -94,7 +94,7 @@ def _made_plan(cell: Cell, model: MoEModel, blocks: TokenBlocks) -> Plan | None:
         remeasure = sequential(model, batches, cell.compressor.requires, bar)
         return decide(StatisticSet(), *choices, remeasure)
     filled = statistics(cell, model, blocks, cell.compressor.requires)
-    return alone(lambda: decide(filled, *choices, None))
+    return run_on_first(lambda: decide(filled, *choices, None))
 
 
 def teacher_states(cell: Cell, model: MoEModel, blocks: TokenBlocks) -> Teacher:
@@ -123,11 +123,14 @@ def score_teacher(cell: Cell, model: MoEModel, texts: dict[str, TokenBlocks]) ->
             scores = _score(cell, model, text, None, f"teacher on {name}")
             assert scores.hidden is not None
             layers = [
-                _load(scores.routing, i, {}, scores.routing.rows[i]) for i in scores.routing.rows
+                _load(scores.routing, i, {}, scores.routing.num_slots[i])
+                for i in scores.routing.num_slots
             ]
             data[name] = {**_sums(scores), "layers": layers}
             tensors[f"{name}.hidden"] = scores.hidden
-            tensors |= {f"{name}.chosen.{i}": scores.routing.of(i) for i in scores.routing.chosen}
+            tensors |= {
+                f"{name}.chosen.{i}": scores.routing.slots(i) for i in scores.routing.chosen
+            }
         return Artefact(data, tensors)
 
     path = cache_dir() / "scores" / f"{key}.json"
@@ -153,9 +156,9 @@ def score_student(
             scores = _score(cell, student, text, teacher[1][f"{name}.hidden"], label)
             before = Routing(
                 {i: [teacher[1][f"{name}.chosen.{i}"]] for i in scores.routing.chosen},
-                dict(scores.routing.rows),
+                dict(scores.routing.num_slots),
             )
-            moved = changed(before, scores.routing, kept)
+            moved = routing_changed(before, scores.routing, kept)
             experts = {one["layer"]: len(one["load"]) for one in teacher[0][name]["layers"]}
             layers = [
                 {"routing_changed": moved[i], **_load(scores.routing, i, kept, experts[i])}
@@ -202,9 +205,16 @@ def repair_student(
 
     def make() -> Artefact:
         teacher = teacher_states(cell, model, blocks)
-        callbacks = [*cell.trainer.get("callbacks", []), Points(tell), Steps()]
-        trainer = {**cell.trainer, "callbacks": callbacks}
-        done = repair(student, teacher, blocks, cell.distill, trainer, cell.seed, folder)
+        steps = Schedule.of(len(blocks), cell.distill, group_rank_and_size()[1]).steps
+
+        def report(point: Mapping[str, float]) -> None:
+            tell(point)
+            if "batch_kl" in point:
+                progress.tell("step", int(point["step"]), steps)
+
+        done = repair(
+            student, teacher, blocks, cell.distill, cell.trainer, cell.seed, folder, report
+        )
         data = {
             n: getattr(done, n)
             for n in ("kl_first", "kl_best", "kl_last", "best_step", "steps", "curve")
@@ -214,7 +224,7 @@ def repair_student(
 
     data, tensors = get(folder / "repair.json", with_cost(make))
     after = {n.removeprefix("after."): t for n, t in tensors.items() if n.startswith("after.")}
-    put_rows(student, after)
+    set_router_rows(student, after)
     return Artefact(data, tensors)
 
 
@@ -233,7 +243,7 @@ def refit(cell: Cell, student: MoEModel, blocks: TokenBlocks, folder: Path) -> M
         plan.save(path)
         return plan
 
-    plan = kept(
+    plan = read_or_make(
         lambda: Plan.load(path), lambda: compressor.refit(student, measure, cell.skip), write
     )
     fitted = apply_plan(without_policies(student), plan)
@@ -256,7 +266,7 @@ def seen(cell: Cell, stage: str, model: MoEModel, tokenizer: Any, folder: Path) 
         scored = None if tasks is None else tasks.evaluate(model.model, tokenizer)
         return Artefact({"text": continuation(cell, model, tokenizer), "tasks": scored})
 
-    found: dict[str, Any] = get(path, with_cost(lambda: alone(make))).data
+    found: dict[str, Any] = get(path, with_cost(lambda: run_on_first(make))).data
     return found
 
 

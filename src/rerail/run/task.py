@@ -56,12 +56,6 @@ def quiet() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("rerail").setLevel(logging.INFO)
-
-
-def _quiet_lightning() -> None:
-    """Lightning sets its own level when it is imported, so this comes after."""
-    for name in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module=r"lightning\.")
 
 
@@ -75,7 +69,6 @@ def task(config: Any) -> None:
     from rerail.run.compose import to_cell
     from rerail.run.pipeline import run_cell
 
-    _quiet_lightning()
     names, command = _typed(HydraConfig.get())
     out = Path(config.out).absolute()
     try:
@@ -139,7 +132,6 @@ def run(held: Held) -> tuple[str, str]:
     from rerail.run.compose import to_cell
     from rerail.run.pipeline import run_or_record
 
-    _quiet_lightning()
     config = OmegaConf.create(dict(held["config"]))
     cell = to_cell(config, held["command"], held["names"])
     if cell.folder != held["folder"]:

@@ -6,7 +6,7 @@ from pathlib import Path
 from rerail import store
 from rerail.code_version import version_of
 from rerail.files import digest
-from rerail.parallel import first, is_first
+from rerail.parallel import broadcast_from_first, is_first
 from rerail.statistics.collect import collect
 from rerail.statistics.statistic import Statistic, StatisticSet, join_sets
 
@@ -28,7 +28,9 @@ def cached_statistics(
     """
     wanted = dict.fromkeys(statistics)
     stored = {s: _read(folder, s) for s in wanted} if is_first() else {}
-    missing = first(lambda: [s for s, stored_set in stored.items() if stored_set is None])
+    missing = broadcast_from_first(
+        lambda: [s for s, stored_set in stored.items() if stored_set is None]
+    )
     sets = [stored_set for stored_set in stored.values() if stored_set is not None]
     if missing:
         fresh = measure(missing)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from rerail.errors import InputError
 from rerail.moe.model import MoEModel
-from rerail.parallel import folded, part
+from rerail.parallel import my_share, reduce_in_rank_order
 from rerail.statistics.ablation_pass import ablation_pass
 from rerail.statistics.backward_pass import backward_pass
 from rerail.statistics.forward_pass import forward_pass
@@ -48,7 +48,7 @@ def collect(
     Raises:
         InputError: a statistic came out infinite or NaN, or cannot be measured on this model.
     """
-    begin, own = part(batches)
+    begin, own = my_share(batches)
     first += sum(ids.numel() for ids, _ in batches[:begin])
     wanted = tuple(dict.fromkeys(statistics))
     chosen = [la for la in model.layers if layers is None or la.index in layers]
@@ -62,7 +62,7 @@ def collect(
         ablation_pass(model, chosen, progress(own), filled)
     for index, tensors in filled.items():
         for statistic, tensor in tensors.items():
-            tensors[statistic] = folded(moved(tensor, "cpu"), statistic.merge)
+            tensors[statistic] = reduce_in_rank_order(moved(tensor, "cpu"), statistic.merge)
             _check(statistic, tensors[statistic], index)
     return StatisticSet({i: {s.name: t for s, t in h.items()} for i, h in filled.items()})
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from rerail.errors import InputError
-from rerail.processes import found, is_here
+from rerail.processes import is_on_this_host, running_process
 from rerail.run.results import read_rows
 from rerail.sweep import queue
 from rerail.sweep.folder import SWEEPS, Sweep, read_mapping, sweeps_of
@@ -199,8 +199,8 @@ def _cell(name: str, known: _Known) -> Cell:
 
 def _running(known: _Known, detail: str) -> tuple[str, str]:
     """Return the state of a cell whose status says that it runs, and that Slurm does not run."""
-    here = is_here(known.said)
-    if found(known.said):
+    here = is_on_this_host(known.said)
+    if running_process(known.said):
         return "running", detail
     if not here and (known.queued is None or not known.job):
         return "running", f"{detail} (on {known.said.get('host')}, which is not asked)"
@@ -217,7 +217,7 @@ def _unheard(known: _Known) -> tuple[str, str]:
         if known.queued is None:
             return "pending", "Slurm does not answer here"
         return "lost", f"its job is {known.queued or 'gone'}; see {sweep.log_of(known.job)}"
-    if found(sweep.process) or not is_here(sweep.process):
+    if running_process(sweep.process) or not is_on_this_host(sweep.process):
         return "pending", ""
     return "lost", "its sweep ended before it began"
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from rerail.moe.model import MoEModel
-from rerail.parallel import gathered_first, part
+from rerail.parallel import gather_on_first, my_share
 
 Batch = tuple[Tensor, Tensor]
 Progress = Callable[[Sequence[Batch]], Iterable[Batch]]
@@ -57,7 +57,7 @@ def final_hidden_states(
     gets all states; the others get their own.
     """
     device = next(model.model.parameters()).device
-    _, own_batches = part(batches)
+    _, own_batches = my_share(batches)
     own = [model.hidden(x.to(device), m.to(device)).cpu() for x, m in progress(own_batches)]
-    states = [t for each in gathered_first(own) for t in each] or own
+    states = [t for each in gather_on_first(own) for t in each] or own
     return torch.cat(states) if states else torch.empty(0)

@@ -4,12 +4,10 @@ import hashlib
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
-import lightning
 import torch
 from jaxtyping import Bool, Int64
-from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rerail.errors import InputError
@@ -194,42 +192,3 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> Non
             f"the tokenizer has {len(tokenizer)} entries and the model {vocab_size}: they do not "
             "belong together; give the model's own tokenizer"
         )
-
-
-class _Blocks(Dataset[dict[str, torch.Tensor]]):
-    def __init__(self, blocks: TokenBlocks, first: int, last: int):
-        self.blocks, self.first, self.last = blocks, first, last
-
-    def __len__(self) -> int:
-        return self.last - self.first
-
-    def __getitem__(self, i: int) -> dict[str, torch.Tensor]:
-        at = self.first + i
-        ids, mask = self.blocks.input_ids[at], self.blocks.mask[at]
-        return {"input_ids": ids, "mask": mask, "index": torch.tensor(at)}
-
-
-class CalibrationData(lightning.LightningDataModule):
-    """Leading blocks to train on, shuffled anew every epoch by seed; the others validate.
-
-    Batches hold `input_ids` (B, S), `mask` (B, S) and `index` (B,), positions in `blocks`.
-    """
-
-    def __init__(self, blocks: TokenBlocks, train_blocks: int, batch_size: int, seed: int = 0):
-        super().__init__()
-        self.train = _Blocks(blocks, 0, train_blocks)
-        self.held = _Blocks(blocks, train_blocks, len(blocks))
-        self.batch_size = batch_size
-        self.seed = seed
-
-    def train_dataloader(self) -> DataLoader[dict[str, torch.Tensor]]:
-        """Full batches only, so that every step sees as much text."""
-        generator = torch.Generator().manual_seed(self.seed)
-        return self._loader(self.train, shuffle=True, drop_last=True, generator=generator)
-
-    def val_dataloader(self) -> DataLoader[dict[str, torch.Tensor]]:
-        """All held-out blocks."""
-        return self._loader(self.held, shuffle=False)
-
-    def _loader(self, data: _Blocks, **options: Any) -> DataLoader[dict[str, torch.Tensor]]:
-        return DataLoader(data, batch_size=self.batch_size, num_workers=0, **options)

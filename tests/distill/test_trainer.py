@@ -1,6 +1,9 @@
-"""Repairs by several processes: DDP and FSDP2 against one process."""
+"""Arguments of the trainer; repairs by several processes against one process."""
 
+import inspect
 import signal
+import subprocess
+import sys
 from dataclasses import replace
 
 import lightning
@@ -8,9 +11,9 @@ import pytest
 import torch
 
 from rank_programs import FORMS, SETTINGS, UNEVEN, fitted, form
-from rerail.distill.batches import shared
+from rerail.distill.batches import share_of_rank
 from rerail.distill.settings import RouterKD
-from rerail.distill.strategies import check_strategy, strategy_of
+from rerail.distill.trainer import check_strategy, strategy_arguments, trainer_argument_names
 from rerail.errors import InputError
 from together import together
 
@@ -20,20 +23,20 @@ CLOSE, LOOSE = (1e-6, 1e-6), (1e-5, 1e-4)
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory):
+def results(tmp_path_factory):
     return together("fits", tmp_path_factory.mktemp("fits"))
 
 
-def agree(two, one, losses, rows_by):
+def assert_agree(two, single, losses, rows_by):
     for process in two:
-        assert process["best_step"] == one["best_step"]
-        assert [p["step"] for p in process["curve"]] == [p["step"] for p in one["curve"]]
-        for a, b in zip(process["curve"], one["curve"], strict=True):
+        assert process["best_step"] == single["best_step"]
+        assert [p["step"] for p in process["curve"]] == [p["step"] for p in single["curve"]]
+        for a, b in zip(process["curve"], single["curve"], strict=True):
             assert a == pytest.approx(b, rel=losses)
-        for name, rows in one["after"].items():
+        for name, rows in single["after"].items():
             torch.testing.assert_close(process["after"][name], rows, rtol=0, atol=rows_by)
     assert two[0]["curve"] == two[1]["curve"]
-    assert all(torch.equal(two[0]["after"][n], two[1]["after"][n]) for n in one["after"])
+    assert all(torch.equal(two[0]["after"][n], two[1]["after"][n]) for n in single["after"])
 
 
 @pytest.mark.slow
@@ -46,23 +49,23 @@ def agree(two, one, losses, rows_by):
         ("uneven", UNEVEN, LOOSE),
     ],
 )
-def test_two_processes_repair_as_one_does(found, strategy, name, settings, limits):
-    one = fitted("auto", settings=settings)
-    assert one["best_step"] > 0
-    agree([process[f"{strategy} {name}"] for process in found], one, *limits)
+def test_two_processes_repair_as_one_does(results, strategy, name, settings, limits):
+    single = fitted("auto", settings=settings)
+    assert single["best_step"] > 0
+    assert_agree([process[f"{strategy} {name}"] for process in results], single, *limits)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", FORMS)
-def test_every_stored_form_can_be_spread_over_processes(found, name):
-    one = fitted("auto", form(name))
-    agree([process[f"fsdp2 {name}"] for process in found], one, *LOOSE)
+def test_every_stored_form_can_be_spread_over_processes(results, name):
+    single = fitted("auto", form(name))
+    assert_agree([process[f"fsdp2 {name}"] for process in results], single, *LOOSE)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
-def test_an_interrupted_fit_of_two_processes_ends_like_one_that_was_not(found, strategy):
-    for process in found:
+def test_an_interrupted_fit_of_two_processes_ends_like_one_that_was_not(results, strategy):
+    for process in results:
         whole, again = process[f"{strategy} whole"], process[f"{strategy} interrupted"]
         assert again["curve"] == whole["curve"]
         assert again["best_step"] == whole["best_step"]
@@ -72,11 +75,27 @@ def test_an_interrupted_fit_of_two_processes_ends_like_one_that_was_not(found, s
 @pytest.mark.parametrize("ranks", [1, 2, 3, 5])
 def test_shares_are_equally_long_and_what_fills_them_weighs_nothing(ranks):
     index, weights = torch.arange(10, 17), torch.rand(7, 4) + 0.1
-    parts = [shared(index, weights, rank, ranks) for rank in range(ranks)]
+    parts = [share_of_rank(index, weights, rank, ranks) for rank in range(ranks)]
     assert len({len(mine) for mine, _ in parts}) == 1
     counted = [int(i) for mine, w in parts for i, row in zip(mine, w, strict=True) if row.any()]
     assert sorted(counted) == index.tolist()
     assert torch.stack([w.sum() for _, w in parts]).sum() == pytest.approx(float(weights.sum()))
+
+
+def test_the_arguments_of_the_trainer_are_known_without_importing_it():
+    assert trainer_argument_names() == tuple(inspect.signature(lightning.Trainer).parameters)
+    words = "from rerail.distill.trainer import trainer_argument_names as f; f()"
+    heavy = "{'lightning', 'torch'} & sys.modules.keys()"
+    code = f"import sys; {words}; sys.exit(str({heavy}) if {heavy} else 0)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("module", ["rerail.api", "rerail.run.pipeline", "rerail.run.compose"])
+def test_lightning_is_imported_only_where_something_is_trained(module):
+    code = f"import sys, {module}; sys.exit('lightning' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_strategy_that_is_not_known_is_refused():
@@ -94,14 +113,14 @@ def test_in_a_slurm_job_only_submitit_requeues(monkeypatch):
     for name, word in (("NTASKS", 1), ("PROCID", 0), ("LOCALID", 0), ("NODEID", 0)):
         monkeypatch.setenv(f"SLURM_{name}", str(word))
     monkeypatch.setenv("SLURM_JOB_ID", "1234")
-    [environment] = strategy_of({})["plugins"]
+    [environment] = strategy_arguments({})["plugins"]
     assert environment.auto_requeue is False
     before = signal.getsignal(signal.SIGUSR1)
-    heard = []
+    handlers = []
 
-    class Listening(lightning.Callback):
+    class Recording(lightning.Callback):
         def on_train_start(self, trainer, pl_module):
-            heard.append(signal.getsignal(signal.SIGUSR1))
+            handlers.append(signal.getsignal(signal.SIGUSR1))
 
-    fitted("auto", callbacks=[Listening()])
-    assert heard == [before]
+    fitted("auto", callbacks=[Recording()])
+    assert handlers == [before]

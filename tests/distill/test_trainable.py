@@ -3,7 +3,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from families import CONFIGS, tiny, tokens
-from rerail.distill.masters import masters
+from rerail.distill.trainable import master_copies
 from rerail.errors import InputError
 from rerail.moe.model import MoEModel
 from rerail.plan.sizes import Sizes
@@ -40,7 +40,7 @@ def on_meta(family: str, config: dict) -> MoEModel:
 )
 def test_the_published_models_have_the_published_sizes(family, config, kept, rows, total):
     model = sliced(on_meta(family, config), tuple(range(kept)))
-    with masters(model, "router_rows") as trained:
+    with master_copies(model, "router_rows") as trained:
         assert sum(p.numel() for p in trained.values()) == rows
     assert f"{Sizes.of(model, 2).total / 1e9:.2f}" == total
 
@@ -49,23 +49,23 @@ def test_the_published_models_have_the_published_sizes(family, config, kept, row
 def test_router_rows_and_nothing_else_are_trainable(family):
     student = sliced(tiny(family))
     student.model.requires_grad_(True)
-    with masters(student, "router_rows") as trained:
+    with master_copies(student, "router_rows") as trained:
         routers = [layer.rows_owner()[0] for layer in student.layers]
-        found = [p for p in student.model.parameters() if p.requires_grad]
-        assert sorted(map(id, found)) == sorted(map(id, trained.values()))
+        trainable = [p for p in student.model.parameters() if p.requires_grad]
+        assert sorted(map(id, trainable)) == sorted(map(id, trained.values()))
         own = [p for router in routers for p in router.parameters() if p.requires_grad]
-        assert sorted(map(id, own)) == sorted(map(id, found))
-        assert len(found) == len(student.layers) > 0
-        assert {tuple(p.shape) for p in found} == {(student.layers[0].num_experts, 16)}
+        assert sorted(map(id, own)) == sorted(map(id, trainable))
+        assert len(trainable) == len(student.layers) > 0
+        assert {tuple(p.shape) for p in trainable} == {(student.layers[0].num_experts, 16)}
         assert not any(
             p.requires_grad for n, p in student.model.named_parameters() if "gate_up" in n
         )
 
 
 def test_a_trained_bias_is_selected_on_request_and_a_buffer_is_not():
-    with masters(sliced(tiny("gpt_oss")), "router_rows+bias") as trained:
+    with master_copies(sliced(tiny("gpt_oss")), "router_rows+bias") as trained:
         assert [n.removeprefix("layers.0.router.") for n in trained][:2] == ["weight", "bias"]
-    with masters(sliced(tiny("deepseek_v3")), "router_rows+bias") as trained:
+    with master_copies(sliced(tiny("deepseek_v3")), "router_rows+bias") as trained:
         assert {n.split(".")[-1] for n in trained} == {"weight"}
 
 
@@ -76,8 +76,8 @@ def test_a_student_computes_with_its_masters_and_keeps_what_they_became(make, dt
     teacher.model.to(dtype)
     student = make(teacher)
     ids = tokens(2, 6)
-    before, said = student.hidden(ids), teacher.hidden(ids)
-    with masters(student, "router_rows") as trained:
+    before, expected = student.hidden(ids), teacher.hidden(ids)
+    with master_copies(student, "router_rows") as trained:
         assert {p.dtype for p in trained.values()} == {torch.float32}
         assert torch.equal(student.hidden(ids), before)
         with torch.no_grad():
@@ -86,7 +86,7 @@ def test_a_student_computes_with_its_masters_and_keeps_what_they_became(make, dt
         moved = student.hidden(ids)
     assert not torch.equal(moved, before)
     assert torch.equal(student.hidden(ids), moved)
-    assert torch.equal(teacher.hidden(ids), said)
+    assert torch.equal(teacher.hidden(ids), expected)
     for layer, master in zip(student.layers, trained.values(), strict=True):
         assert isinstance(layer.router_rows, torch.nn.Parameter)
         assert not layer.router_rows.requires_grad
@@ -98,7 +98,7 @@ def test_untouched_masters_come_back_bit_for_bit():
     teacher = tiny("mixtral")
     teacher.model.bfloat16()
     student = merged(teacher)
-    with masters(student, "router_rows"):
+    with master_copies(student, "router_rows"):
         pass
     for mine, theirs in zip(student.layers, teacher.layers, strict=True):
         assert torch.equal(mine.router_rows, theirs.router_rows)
@@ -110,7 +110,7 @@ def test_a_block_that_raises_leaves_the_old_parameters():
     old = [layer.router_rows for layer in student.layers]
 
     def stopped() -> None:
-        with masters(student, "router_rows") as trained, torch.no_grad():
+        with master_copies(student, "router_rows") as trained, torch.no_grad():
             next(iter(trained.values())).zero_()
             raise KeyboardInterrupt
 
@@ -141,7 +141,7 @@ def test_every_master_moves_where_43_percent_of_bf16_weights_would_not():
     unit_steps(raw)
     still = torch.cat([(a == b).flatten() for a, b in zip(raw, before, strict=True)])
     assert 0.38 < float(still.double().mean()) < 0.48
-    with masters(model, "router_rows") as trained:
+    with master_copies(model, "router_rows") as trained:
         first = [p.detach().clone() for p in trained.values()]
         unit_steps(list(trained.values()))
         assert all(bool((p != f).all()) for p, f in zip(trained.values(), first, strict=True))
@@ -154,7 +154,7 @@ def test_every_master_moves_where_43_percent_of_bf16_weights_would_not():
 def test_top_1_with_renormalisation_is_refused():
     model = tiny("qwen3_moe", num_experts_per_tok=1)
     sentence = "layer 0 routes to top_k = 1 and renormalises, .* set distill=none"
-    with pytest.raises(InputError, match=sentence), masters(model, "router_rows"):
+    with pytest.raises(InputError, match=sentence), master_copies(model, "router_rows"):
         pytest.fail("accepted")
     assert type(model.layers[0].router.weight) is torch.nn.Parameter
 
@@ -162,5 +162,5 @@ def test_top_1_with_renormalisation_is_refused():
 @pytest.mark.parametrize("family", ["qwen3_moe", "olmoe"])
 def test_top_1_without_renormalisation_is_accepted(family):
     model = tiny(family, num_experts_per_tok=1, norm_topk_prob=False)
-    with masters(model, "router_rows") as trained:
+    with master_copies(model, "router_rows") as trained:
         assert len(trained) == 2
