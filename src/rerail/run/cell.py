@@ -1,6 +1,5 @@
 """One cell of a sweep: its choices as typed values."""
 
-import dataclasses
 import importlib.metadata
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -22,6 +21,29 @@ from rerail.plan.allocation import Allocation
 from rerail.plan.budget import Bits, Budget, Ratio, Skip
 from rerail.run.evaluation import Evaluation
 from rerail.text.calibration import Calibration
+
+# Choices by name: fields of `Cell`, and arguments of lightning.Trainer. Each is in one list.
+IN_KEY = (
+    *("model", "compressor", "ratio", "skip", "allocation", "calibration", "distill"),
+    *("evaluation", "export", "seed", "prompt", "names"),
+    *("trainer.accelerator", "trainer.strategy", "trainer.devices", "trainer.num_nodes"),
+    *("trainer.precision", "trainer.callbacks", "trainer.plugins", "trainer.fast_dev_run"),
+    *("trainer.max_epochs", "trainer.min_epochs", "trainer.max_steps", "trainer.min_steps"),
+    *("trainer.max_time", "trainer.limit_train_batches", "trainer.limit_val_batches"),
+    *("trainer.overfit_batches", "trainer.val_check_interval", "trainer.check_val_every_n_epoch"),
+    *("trainer.num_sanity_val_steps", "trainer.accumulate_grad_batches"),
+    *("trainer.gradient_clip_val", "trainer.gradient_clip_algorithm", "trainer.deterministic"),
+    *("trainer.benchmark", "trainer.inference_mode", "trainer.use_distributed_sampler"),
+    *("trainer.sync_batchnorm", "trainer.reload_dataloaders_every_n_epochs"),
+)
+NOT_IN_KEY = (
+    "choices",  # what the key is made from
+    *("trainer.logger", "trainer.log_every_n_steps", "trainer.enable_progress_bar"),
+    *("trainer.enable_model_summary", "trainer.enable_checkpointing", "trainer.profiler"),
+    *("trainer.enable_autolog_hparams", "trainer.default_root_dir", "trainer.model_registry"),
+    *("trainer.detect_anomaly", "trainer.barebones"),
+    *("trainer.limit_test_batches", "trainer.limit_predict_batches"),  # a fit has neither
+)
 
 
 @dataclass(frozen=True)
@@ -79,11 +101,13 @@ class Cell:
 
     @property
     def key(self) -> str:
-        """A hash of all choices that can change a number."""
+        """A hash of all choices that can change a number: those of `IN_KEY`."""
+        trainer = {n: v for n, v in self.trainer.items() if f"trainer.{n}" not in NOT_IN_KEY}
         if self.choices:
-            return digest({k: v for k, v in self.choices.items() if k != "command"})
-        fields = {f.name: repr(getattr(self, f.name)) for f in dataclasses.fields(self)}
-        return digest(fields)
+            chosen = {n: v for n, v in self.choices.items() if n != "command"}
+            return digest({**chosen, "trainer": trainer})
+        fields = {n: repr(getattr(self, n)) for n in IN_KEY if not n.startswith("trainer.")}
+        return digest({**fields, "trainer": repr(trainer)})
 
     @property
     def folder(self) -> str:

@@ -155,6 +155,6 @@ def run(held: Held) -> tuple[str, str]:
 
 def revision() -> str | None:
     """Return the git revision of this code, None outside git."""
-    from rerail.run.rows import revision as of_git
+    from rerail.run.provenance import revision as of_git
 
     return of_git()
