@@ -25,12 +25,14 @@ from rerail.compress.sequential import sequential
 from rerail.compress.templates.skipping import Skipper, check_fitted, without_policies
 from rerail.config.presets import preset
 from rerail.distill import repair as fitting
+from rerail.distill.points import Points
+from rerail.distill.schedule import Schedule
 from rerail.distill.settings import RouterKD
 from rerail.errors import InputError
 from rerail.evaluate.scores import Scores, score_texts
 from rerail.moe.model import MoEModel
 from rerail.moe.source import ModelSource
-from rerail.parallel import alone
+from rerail.parallel import alone, joined
 from rerail.parts import (
     SILENT,
     LanguageModel,
@@ -252,7 +254,7 @@ def repair(  # noqa: PLR0913
     *,
     trainer: Mapping[str, Any] | None = None,
     seed: int = 0,
-    batch_size: int = BATCH_SIZE,
+    teacher_batch_size: int = BATCH_SIZE,
     recorder: Recorder = SILENT,
     **fields: Any,
 ) -> Repaired:
@@ -267,9 +269,9 @@ def repair(  # noqa: PLR0913
         distill: a preset, or settings.
         trainer: further arguments of lightning.Trainer.
         seed: of the order of the blocks.
-        batch_size: blocks a forward of the teacher, and of what policies are fitted on.
+        teacher_batch_size: blocks a forward of the teacher, and of what policies are fitted on.
         recorder: hears of the parts.
-        fields: of the preset, as in `epochs=1`.
+        fields: of the preset, as in `epochs=1, batch_size=4`.
 
     Raises:
         InputError: too little text, gate weights without gradient, or a KL that is not finite.
@@ -280,7 +282,7 @@ def repair(  # noqa: PLR0913
     if not settings.enabled:
         raise InputError(f"distill={distill!r} repairs nothing; name other settings")
     blocks = as_blocks(teacher, text)
-    batches = list(blocks.batches(batch_size))
+    batches = list(blocks.batches(teacher_batch_size))
 
     def states() -> Tensor:
         return speak(teacher.model, batches, recorder.progress("teacher"))
@@ -291,7 +293,9 @@ def repair(  # noqa: PLR0913
             source = CachedTeacher(recorder.states(teacher, blocks, states))
         quiet = {"accelerator": "auto", "devices": 1, "enable_progress_bar": False}
         asked = dict(quiet if trainer is None else trainer)
-        asked["callbacks"] = [*asked.get("callbacks", []), *recorder.callbacks()]
+        steps = Schedule.of(len(blocks), settings, joined()[1]).steps
+        points = Points(lambda point: recorder.point(point, steps))
+        asked["callbacks"] = [*asked.get("callbacks", []), points]
         trainee = student.model.with_shared_parameters()
         return fitting.repair(trainee, source, blocks, settings, asked, seed, recorder.folder)
 
@@ -299,7 +303,7 @@ def repair(  # noqa: PLR0913
     model = student.model.with_shared_parameters()
     fitting.put_rows(model, fit.after)
     repaired = dataclasses.replace(student, model=model)
-    return _with_policies(repaired, fit, blocks, batch_size, recorder)
+    return _with_policies(repaired, fit, blocks, teacher_batch_size, recorder)
 
 
 def evaluate(  # noqa: PLR0913

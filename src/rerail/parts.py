@@ -84,9 +84,11 @@ class Recorder:
         """Return what wraps batches, to show a bar."""
         return lambda batches: batches
 
-    def callbacks(self) -> Sequence[Any]:
-        """Return Lightning callbacks for a fit."""
-        return ()
+    def point(self, point: Mapping[str, float], steps: int) -> None:
+        """Hear of a point of a fit of so many steps, on the first process.
+
+        It is {step, batch_kl} or {step, train_kl, val_kl}, nats a token.
+        """
 
     def statistics(
         self,

@@ -133,10 +133,7 @@ def _run(cell: Cell, folder: Path, status: Status, live: Live) -> list[Row]:
         status.write("running", name)
 
     recorder = CellRecorder(cell, folder, live)
-    calibrating: dict[str, Any] = {
-        "batch_size": cell.calibration.batch_size,
-        "recorder": recorder,
-    }
+    batch_size = cell.calibration.batch_size
     step("text")
     tokenizer = cell.model.tokenizer()
     check_vocabulary(tokenizer, cell.model.meta().vocab_size)
@@ -147,7 +144,14 @@ def _run(cell: Cell, folder: Path, status: Status, live: Live) -> list[Row]:
         blocks = first(lambda: api.text(teacher, cell.calibration))
     step("plan")
     choices = cell.compressor, cell.budget
-    plan = api.plan(teacher, *choices, blocks, allocation=cell.allocation, **calibrating)
+    plan = api.plan(
+        teacher,
+        *choices,
+        blocks,
+        allocation=cell.allocation,
+        batch_size=batch_size,
+        recorder=recorder,
+    )
     step("apply")
     student = api.apply(teacher, plan, *choices)
     if exports := cell.export.form != "none":
@@ -161,8 +165,16 @@ def _run(cell: Cell, folder: Path, status: Status, live: Live) -> list[Row]:
     rows.add("compressed", student, **plan_columns(recorder.costs["plan"]))
     if cell.distill.enabled:
         step("repair")
-        options = {"trainer": cell.trainer, "seed": cell.seed, **calibrating}
-        repaired = api.repair(student, teacher, blocks, cell.distill, **options)
+        repaired = api.repair(
+            student,
+            teacher,
+            blocks,
+            cell.distill,
+            trainer=cell.trainer,
+            seed=cell.seed,
+            teacher_batch_size=batch_size,
+            recorder=recorder,
+        )
         student = repaired.student
         step("evaluate repaired")
         rows.add("repaired", student, **repair_columns(repaired.fit, recorder.costs["repair"]))

@@ -3,9 +3,8 @@
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextvars import ContextVar
-from typing import Any, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
-import lightning
 from tqdm import tqdm
 
 from rerail.parallel import is_first
@@ -50,11 +49,3 @@ def bar(label: str) -> Callable[[Sequence[T]], Iterable[T]]:
             yield item
 
     return over
-
-
-class Steps(lightning.Callback):
-    """Tells of the optimiser steps of a fit."""
-
-    def on_train_batch_end(self, trainer: lightning.Trainer, pl_module: Any, *_: Any) -> None:
-        """Tell where the fit is."""
-        tell("step", trainer.global_step, pl_module.steps)

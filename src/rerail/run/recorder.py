@@ -14,7 +14,6 @@ from typing import Any
 
 from torch import Tensor
 
-from rerail.distill.points import Points
 from rerail.distill.repair import Repair
 from rerail.evaluate.perplexity import Progress
 from rerail.evaluate.scores import Scores
@@ -25,7 +24,7 @@ from rerail.plan.plan import Plan
 from rerail.run.artefacts import peak_memory, saved, start_peak
 from rerail.run.cell import Cell
 from rerail.run.mirror import Live
-from rerail.run.progress import Steps, bar
+from rerail.run.progress import bar, tell
 from rerail.statistics.statistic import Statistic, StatisticSet
 from rerail.statistics.store import StatisticStore, merge_sets
 from rerail.teacher.teacher import cached_states
@@ -66,9 +65,11 @@ class CellRecorder(Recorder):
         """Return a progress bar, which the status file follows."""
         return bar(label)
 
-    def callbacks(self) -> Sequence[Any]:
-        """Return what shows the points and steps of a fit."""
-        return (Points(self.live.point), Steps())
+    def point(self, point: Mapping[str, float], steps: int) -> None:
+        """Show a point, and tell the status file how far the fit is."""
+        self.live.point(point)
+        if "batch_kl" in point:
+            tell("step", int(point["step"]), steps)
 
     def statistics(
         self,
