@@ -12,9 +12,10 @@ from hydra.core.global_hydra import GlobalHydra
 
 from checkpoints import checkpoint
 from families import tiny
+from rerail import api
 from rerail.config.presets import config_root
 from rerail.errors import InputError, OutOfReach
-from rerail.run import artefacts, stages
+from rerail.run import artefacts
 from rerail.run import pipeline as runner
 from rerail.run.compose import to_cell
 
@@ -105,8 +106,9 @@ def test_finished_stages_are_not_run_again(cell, tmp_path, monkeypatch):
     def refuse(*_, **__):
         raise AssertionError("this stage was finished")
 
-    for name in ("collect", "make_plan", "repair"):
-        monkeypatch.setattr(stages, name, refuse)
+    for name in ("collect_statistics", "make_plan"):
+        monkeypatch.setattr(api, name, refuse)
+    monkeypatch.setattr(api.fitting, "repair", refuse)
     assert len(runner.run_cell(cell(), tmp_path / "out")) == 3
 
 
@@ -134,13 +136,13 @@ def test_other_weights_in_the_same_folder_are_another_input(cell, tmp_path, mode
 
 
 def test_the_teacher_is_asked_once_for_all_cells_of_a_model(cell, tmp_path, monkeypatch):
-    asked, ask = [], stages.continuation
+    asked, ask = [], runner.continuation
 
-    def counted(cell, model, tokenizer):
+    def counted(model, *words):
         asked.append(model)
-        return ask(cell, model, tokenizer)
+        return ask(model, *words)
 
-    monkeypatch.setattr(stages, "continuation", counted)
+    monkeypatch.setattr(runner, "continuation", counted)
     first = runner.run_cell(cell("distill=none"), tmp_path / "out")
     assert len(asked) == 2
     second = runner.run_cell(cell("distill=none", "ratio=quarter"), tmp_path / "out")
@@ -206,7 +208,7 @@ def test_in_a_sweep_it_is_a_row_that_says_why(cell, tmp_path):
 
 
 def test_in_a_sweep_a_crash_is_a_failed_row_with_its_traceback(cell, tmp_path, monkeypatch):
-    monkeypatch.setattr(stages, "make_plan", lambda *_: 1 / 0)
+    monkeypatch.setattr(api, "make_plan", lambda *_: 1 / 0)
     [row] = runner.run_or_record(cell(), tmp_path / "out")
     assert row["status"] == "failed"
     assert "ZeroDivisionError" in row["reason"]
@@ -235,6 +237,6 @@ def test_an_exported_model_lies_beside_the_rows_and_was_reloaded(cell, tmp_path)
 
 
 def test_what_cannot_be_exported_is_refused_before_the_repair(cell, tmp_path, monkeypatch):
-    monkeypatch.setattr(stages, "repair", lambda *_: 1 / 0)
+    monkeypatch.setattr(api, "repair", lambda *_: 1 / 0)
     with pytest.raises(InputError, match="densify"):
         runner.run_cell(cell("export=native", "compressor=hc_smoe"), tmp_path / "out")

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from result_rows import cell, demo_rows, failed_cell
 
 from rerail.errors import InputError
 from rerail.run.mirror import CsvMirror
@@ -21,6 +20,7 @@ from rerail.run.results import (
     write_csv,
     write_rows,
 )
+from result_rows import cell, demo_rows, failed_cell
 
 
 def test_rows_read_back_equal_and_in_path_order(tmp_path: Path) -> None:

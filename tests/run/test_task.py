@@ -75,11 +75,11 @@ def test_choices_that_read_back_as_others_are_not_run(composed):
 
 
 def test_a_failing_cell_leaves_its_traceback_until_it_succeeds(composed, tmp_path, monkeypatch):
-    from rerail.run import stages
+    from rerail import api
 
     described = task.describe(composed())
     with monkeypatch.context() as patch:
-        patch.setattr(stages, "make_plan", lambda *_: 1 / 0)
+        patch.setattr(api, "make_plan", lambda *_: 1 / 0)
         state, reason = task.run(described.held)
     assert (state, reason) == ("failed", "ZeroDivisionError: division by zero")
     folder = tmp_path / "out" / described.folder
@@ -91,18 +91,18 @@ def test_a_failing_cell_leaves_its_traceback_until_it_succeeds(composed, tmp_pat
 
 
 def test_a_cell_that_another_process_finished_meanwhile_is_done(composed, tmp_path, monkeypatch):
-    from rerail.run import stages
+    from rerail import api
 
     described = task.describe(composed())
-    plan = stages.plan
+    plan = api.plan
 
-    def late(*args):
+    def late(*_, **__):
         with monkeypatch.context() as patch:
-            patch.setattr(stages, "plan", plan)
+            patch.setattr(api, "plan", plan)
             assert task.run(described.held)[0] == "done"
         raise FileNotFoundError("what the other one has removed at its end")
 
-    monkeypatch.setattr(stages, "plan", late)
+    monkeypatch.setattr(api, "plan", late)
     assert task.run(described.held) == ("done", "")
     folder = tmp_path / "out" / described.folder
     assert json.loads((folder / "status.json").read_text())["state"] == "done"
@@ -148,14 +148,14 @@ def test_two_processes_on_the_same_cell_both_end_well_with_the_same_rows(compose
 
 
 def test_a_preempted_cell_is_not_called_failed(composed, tmp_path, monkeypatch):
-    from rerail.run import stages
+    from rerail import api
 
     described = task.describe(composed())
 
-    def preempted(*_):
+    def preempted(*_, **__):
         raise SystemExit(-1)  # as submitit does after it has requeued the job
 
-    monkeypatch.setattr(stages, "plan", preempted)
+    monkeypatch.setattr(api, "plan", preempted)
     with pytest.raises(SystemExit):
         task.run(described.held)
     folder = tmp_path / "out" / described.folder
