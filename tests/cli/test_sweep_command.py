@@ -8,11 +8,11 @@ import sys
 import time
 
 import pytest
-from sweep_folders import GONE, result, status, sweep
 
 from rerail.cli import sweep as cli
 from rerail.sweep import queue, table
 from rerail.sweep.states import Cell, View
+from sweep_folders import GONE, result, status, sweep
 
 
 @pytest.fixture

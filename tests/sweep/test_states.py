@@ -3,11 +3,11 @@
 import json
 
 import pytest
-from sweep_folders import ELSEWHERE, GONE, result, status, sweep
 
 from rerail.errors import InputError
 from rerail.sweep import queue
 from rerail.sweep.states import look
+from sweep_folders import ELSEWHERE, GONE, result, status, sweep
 
 
 def states(out):

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from omegaconf import OmegaConf
 
+from rerail.config.secrets import without_secrets
 from rerail.distill.repair import Repair
 from rerail.evaluate.estimates import mean_and_se, recovery_of
 from rerail.evaluate.scores import LayerRouting, Scores
@@ -53,7 +54,8 @@ def failed_choice(config: Any, command: str, reason: str, out: Path) -> Row:
     """Write and return the row of a cell whose choices could not be understood."""
     choices = OmegaConf.to_container(config, resolve=False)
     key = digest([choices, command])
-    row = new_row(status="failed", reason=reason, key=key, choices={"command": command})
+    shown = without_secrets({"command": command})
+    row = new_row(status="failed", reason=reason, key=key, choices=shown)
     write_rows(out / f"failed-{key[:8]}", [row])
     return row
 

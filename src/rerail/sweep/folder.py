@@ -11,13 +11,11 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 import rerail
 from rerail.errors import InputError
 from rerail.files import write_json
 from rerail.processes import this_process
-from rerail.sweep.work import Described
+from rerail.run.task import SweepCell
 
 log = logging.getLogger(__name__)
 
@@ -59,11 +57,11 @@ def new_sweep(out: Path) -> Path:
 
 
 def write_cells(
-    path: Path, cells: Sequence[tuple[Described, str]], executor: str, cluster: str = ""
+    path: Path, cells: Sequence[tuple[SweepCell, str]], executor: str, cluster: str = ""
 ) -> None:
     """Write cells.json: every cell of the sweep and its state now, also those that need no job.
 
-    A state is that of `Described`, or `active`: an earlier job of the cell is on its way.
+    A state is that of the cell, or `active`: an earlier job of the cell is on its way.
     """
     out = path.parent.parent
     listed = [
@@ -71,7 +69,7 @@ def write_cells(
             "n": n,
             "folder": os.path.relpath(Path(cell.out) / cell.folder, out),
             "key": cell.key,
-            "command": cell.held["command"],
+            "command": cell.command,
             "state": state,
         }
         for n, (cell, state) in enumerate(cells)
@@ -85,14 +83,6 @@ def write_cells(
             "cells": listed,
         },
     )
-
-
-def write_held(path: Path, n: int, held: Mapping[str, Any]) -> Path:
-    """Write and return cells/<n>.yaml, what a job needs to know of its cell."""
-    file = path / "cells" / f"{n}.yaml"
-    file.parent.mkdir(exist_ok=True)
-    file.write_text(yaml.safe_dump(dict(held), sort_keys=False), encoding="utf-8")
-    return file
 
 
 def write_jobs(path: Path, jobs: Mapping[int, str]) -> None:
