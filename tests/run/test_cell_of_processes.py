@@ -27,8 +27,8 @@ def words(model_folder, *more):
         *(f"calibration.sources.0.paths={text}", "evaluation=file", "samples.count=16"),
         *(f"evaluation.texts.file.sources.0.paths={text}", "evaluation.texts.file.samples=6"),
         *("calibration.block=16", "evaluation.texts.file.block=16", "evaluation.new_tokens=4"),
-        *("++evaluation.batch_size=2", "++distill.batch_size=4", "++distill.epochs=2"),
-        *("++distill.evaluations=2", *more),
+        *("++evaluation.batch_size=2", "++calibration.batch_size=2", "++distill.batch_size=4"),
+        *("++distill.epochs=2", "++distill.evaluations=2", *more),
     ]
 
 

@@ -126,6 +126,19 @@ def test_a_damaged_artefact_is_noticed_and_made_again(cell, tmp_path, caplog, na
     assert "damaged" in caplog.text
 
 
+def test_the_calibration_text_has_a_batch_size_of_its_own(cell, tmp_path, monkeypatch):
+    sizes, collect = [], api.collect_statistics
+
+    def counted(model, batches, *rest):
+        sizes.append([len(ids) for ids, _ in batches])
+        return collect(model, batches, *rest)
+
+    monkeypatch.setattr(api, "collect_statistics", counted)
+    words = ("evaluation.batch_size=3", "++calibration.batch_size=5", "distill=none")
+    runner.run_cell(cell(*words), tmp_path / "out")
+    assert sizes == [[5, 5, 5, 1]]
+
+
 def test_other_weights_in_the_same_folder_are_another_input(cell, tmp_path, model_folder):
     copy = tmp_path / "copy"
     shutil.copytree(model_folder, copy)
