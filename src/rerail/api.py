@@ -137,8 +137,8 @@ def collect(
         recorder: hears of them.
     """
     wanted: list[Statistic] = []
-    for one in what:
-        wanted += [one] if isinstance(one, Statistic) else as_method(one).requires
+    for item in what:
+        wanted += [item] if isinstance(item, Statistic) else as_method(item).requires
     blocks = as_blocks(teacher, text)
     batches = list(blocks.batches(batch_size))
 
@@ -196,9 +196,9 @@ def plan(  # noqa: PLR0913
         if filled is None and compressor.requires:
             blocks = needed_text(teacher, text, compressor)
             filled = collect(teacher, blocks, compressor, batch_size=batch_size, recorder=recorder)
-        held = filled or StatisticSet()
-        check_statistics(teacher, compressor, held)
-        return alone(lambda: make_plan(compressor, layers, held, *choices))
+        known = filled or StatisticSet()
+        check_statistics(teacher, compressor, known)
+        return alone(lambda: make_plan(compressor, layers, known, *choices))
 
     return recorder.plan(teacher, make)
 

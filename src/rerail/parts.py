@@ -154,22 +154,25 @@ def as_budget(budget: Budget | float | None, method: Compressor) -> Budget:
     return cast(Budget, kind(budget))
 
 
-def as_blocks(teacher: LanguageModel, given: Text) -> TokenBlocks:
+def as_blocks(teacher: LanguageModel, text: Text) -> TokenBlocks:
     """Return text as blocks.
 
     Raises:
         InputError: it is the name of a preset, or too short.
     """
-    if isinstance(given, TokenBlocks):
-        return given
-    if isinstance(given, str):
-        raise InputError(f"text={given!r} is one string; give api.text(teacher, 'mix') or a list")
-    return blocks_of_strings(teacher.tokenizer, given)
+    if isinstance(text, TokenBlocks):
+        return text
+    if isinstance(text, str):
+        raise InputError(f"text={text!r} is one string; give api.text(teacher, 'mix') or a list")
+    return blocks_of_strings(teacher.tokenizer, text)
 
 
 def blocks_of_strings(tokenizer: Any, strings: Sequence[str], block: int = BLOCK) -> TokenBlocks:
     """Return one block a string, cut after `block` tokens and padded to the longest."""
-    rows = [tokenizer(one, add_special_tokens=False, verbose=False)["input_ids"] for one in strings]
+    rows = [
+        tokenizer(string, add_special_tokens=False, verbose=False)["input_ids"]
+        for string in strings
+    ]
     rows = [row[:block] for row in rows if len(row) >= 2]
     if not rows:
         raise InputError(
@@ -184,14 +187,14 @@ def blocks_of_strings(tokenizer: Any, strings: Sequence[str], block: int = BLOCK
     return TokenBlocks(ids, mask, digest([ids.tolist(), mask.tolist()]))
 
 
-def needed_text(teacher: LanguageModel, given: Text | None, method: Compressor) -> TokenBlocks:
+def needed_text(teacher: LanguageModel, text: Text | None, method: Compressor) -> TokenBlocks:
     """Return the text that a method must be measured on."""
-    if given is None:
+    if text is None:
         raise InputError(
             f"{type(method).__name__} measures the model on calibration text and there is none; "
             "give text, e.g. api.text(teacher), or statistics where the method is not sequential"
         )
-    return as_blocks(teacher, given)
+    return as_blocks(teacher, text)
 
 
 def check_statistics(teacher: LanguageModel, method: Compressor, filled: StatisticSet) -> None:

@@ -31,7 +31,7 @@ def test_it_names_the_process_and_the_job(status):
 def test_the_items_of_a_bar_are_progress(status, monkeypatch):
     monkeypatch.setattr(artefacts, "EVERY", 0.0)
     status.write("running", "evaluate teacher")
-    with progress.told_to(status):
+    with progress.reporting_to(status):
         items = progress.bar("teacher on docs")(["a", "b", "c"])
         seen = [read(status)["progress"] for _ in items]
     assert seen == [{"label": "teacher on docs", "done": n, "of": 3} for n in range(3)]

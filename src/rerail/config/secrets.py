@@ -32,12 +32,12 @@ def without_secrets(
     if isinstance(value, Mapping):
         return {
             str(key): without_secrets(
-                one, str(key), references=references, where=f"{where}.{key}".strip(".")
+                item, str(key), references=references, where=f"{where}.{key}".strip(".")
             )
-            for key, one in value.items()
+            for key, item in value.items()
         }
     if isinstance(value, list | tuple):
-        return [without_secrets(one, name, references=references, where=where) for one in value]
+        return [without_secrets(item, name, references=references, where=where) for item in value]
     if not isinstance(value, str):
         return value
     for variable, secret in _known():
@@ -61,7 +61,7 @@ def _known() -> list[tuple[str, str]]:
 def escaped(value: Any) -> Any:
     """Return resolved choices with `${` escaped, so that OmegaConf reads them back as they are."""
     if isinstance(value, Mapping):
-        return {key: escaped(one) for key, one in value.items()}
+        return {key: escaped(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [escaped(one) for one in value]
+        return [escaped(item) for item in value]
     return value.replace("${", r"\${") if isinstance(value, str) else value

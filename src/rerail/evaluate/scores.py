@@ -88,14 +88,14 @@ class Scores:
             BeartypeCallHintViolation: a field is of the wrong type.
         """
         texts = {}
-        for name, one in data.items():
-            layers = [LayerRouting(**layer) for layer in one["layers"]]
-            texts[name] = TextScores(**{**one, "layers": layers})
+        for name, fields in data.items():
+            layers = [LayerRouting(**layer) for layer in fields["layers"]]
+            texts[name] = TextScores(**{**fields, "layers": layers})
         return cls(texts, tensors)
 
     def plain(self) -> dict[str, Any]:
         """Return all but the tensors as JSON has it."""
-        return {name: dataclasses.asdict(one) for name, one in self.texts.items()}
+        return {name: dataclasses.asdict(scores) for name, scores in self.texts.items()}
 
     def pooled(self, name: str) -> NDArray[np.float64]:
         """Return the sums of all blocks of all texts, in the order of the texts' names."""
@@ -135,12 +135,12 @@ class Scores:
     @property
     def active_experts(self) -> float:
         """Experts computed for a token and layer, on average over all tokens."""
-        return float(self._weighted([one.active for one in self.texts.values()]))
+        return float(self._weighted([scores.active for scores in self.texts.values()]))
 
     def _weighted(self, values: Sequence[Any]) -> Any:
-        weights = [sum(one.tokens) for one in self.texts.values()]
-        found = np.average(np.array(values, float), axis=0, weights=weights)
-        return found if found.ndim else float(found)
+        weights = [sum(scores.tokens) for scores in self.texts.values()]
+        mean = np.average(np.array(values, float), axis=0, weights=weights)
+        return mean if mean.ndim else float(mean)
 
     def layers(self) -> list[LayerRouting]:
         """Return the routing of every layer, weighted over the texts by their tokens."""
@@ -156,7 +156,7 @@ class Scores:
                 if parts[0].routing_changed is None
                 else self._weighted([part.routing_changed for part in parts]),
             )
-            for parts in zip(*(one.layers for one in self.texts.values()), strict=True)
+            for parts in zip(*(scores.layers for scores in self.texts.values()), strict=True)
         ]
 
     def __repr__(self) -> str:
@@ -196,16 +196,16 @@ def score_texts(
     tensors: dict[str, Tensor] = {}
     for name, text in texts.items():
         states = None if reference is None else reference.tensors[f"{name}.hidden"]
-        found = score_blocks(model, list(text.batches(batch_size)), states, progress(name))
+        scores = score_blocks(model, list(text.batches(batch_size)), states, progress(name))
         if reference is None:
-            assert found.hidden is not None
-            tensors[f"{name}.hidden"] = found.hidden
-            tensors |= {f"{name}.chosen.{i}": found.routing.of(i) for i in found.routing.chosen}
-            layers = [_routing(found.routing, i, {}, n) for i, n in found.routing.rows.items()]
+            assert scores.hidden is not None
+            tensors[f"{name}.hidden"] = scores.hidden
+            tensors |= {f"{name}.chosen.{i}": scores.routing.of(i) for i in scores.routing.chosen}
+            layers = [_routing(scores.routing, i, {}, n) for i, n in scores.routing.rows.items()]
         else:
-            layers = _moved(name, found.routing, reference, rows)
-        sums = {n: getattr(found, n).tolist() for n in ("nll", "tokens", "kl", "agree")}
-        scored[name] = TextScores(**sums, active=found.active, layers=layers)
+            layers = _moved(name, scores.routing, reference, rows)
+        sums = {n: getattr(scores, n).tolist() for n in ("nll", "tokens", "kl", "agree")}
+        scored[name] = TextScores(**sums, active=scores.active, layers=layers)
     return Scores(scored, tensors)
 
 
@@ -226,5 +226,5 @@ def _moved(
     """Return how a student routes a text, beside the teacher's choices."""
     chosen = {i: [reference.tensors[f"{name}.chosen.{i}"]] for i in routing.chosen}
     moved = changed(Routing(chosen, dict(routing.rows)), routing, rows)
-    slots = {one.layer: len(one.load) for one in reference.texts[name].layers}
+    slots = {layer.layer: len(layer.load) for layer in reference.texts[name].layers}
     return [_routing(routing, i, rows, slots[i], moved[i]) for i in moved]

@@ -17,7 +17,7 @@ from rerail.parallel import alone, check_processes, first, is_first, join, world
 from rerail.run.artefacts import Status
 from rerail.run.cell import Cell
 from rerail.run.mirror import Live, Mirror
-from rerail.run.progress import told_to
+from rerail.run.progress import reporting_to
 from rerail.run.provenance import provenance
 from rerail.run.recorder import CellRecorder
 from rerail.run.results import Row, read_rows, write_rows
@@ -45,7 +45,7 @@ def run_cell(cell: Cell, out: Path, mirror: Mirror | None = None) -> list[Row]:
     status = Status(folder)
     live = _live(cell, folder, mirror)
     try:
-        with told_to(status):
+        with reporting_to(status):
             rows = _run(cell, folder, status, live)
     except SystemExit:
         raise  # preempted: the next start of the job goes on from here
@@ -187,7 +187,7 @@ def _run(cell: Cell, folder: Path, status: Status, live: Live) -> list[Row]:
 
 def _texts(cell: Cell, tokenizer: Any) -> tuple[dict[str, TokenBlocks], TokenBlocks | None]:
     """Return the held-out texts, and the calibration text unless the teacher must write it."""
-    texts = {name: api.text(tokenizer, one) for name, one in cell.evaluation.texts.items()}
+    texts = {name: api.text(tokenizer, text) for name, text in cell.evaluation.texts.items()}
     written = cell.calibration.needs_model
     return texts, None if written else api.text(tokenizer, cell.calibration)
 

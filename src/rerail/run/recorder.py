@@ -24,7 +24,7 @@ from rerail.plan.plan import Plan
 from rerail.run.artefacts import peak_memory, saved, start_peak
 from rerail.run.cell import Cell
 from rerail.run.mirror import Live
-from rerail.run.progress import bar, tell
+from rerail.run.progress import bar, report_progress
 from rerail.statistics.statistic import Statistic, StatisticSet
 from rerail.statistics.store import StatisticStore, merge_sets
 from rerail.teacher.teacher import cached_states
@@ -69,7 +69,7 @@ class CellRecorder(Recorder):
         """Show a point, and tell the status file how far the fit is."""
         self.live.point(point)
         if "batch_kl" in point:
-            tell("step", int(point["step"]), steps)
+            report_progress("step", int(point["step"]), steps)
 
     def statistics(
         self,

@@ -82,7 +82,7 @@ def stage_row(
     """
     means = {name: scores.mean(name) for name in ("nll", "kl", "agree")}
     sizes, before, layers = student.sizes, teacher.sizes, scores.layers()
-    moved = [one.routing_changed for one in layers if one.routing_changed is not None]
+    moved = [layer.routing_changed for layer in layers if layer.routing_changed is not None]
     columns = {
         "stage": stage,
         "granularity": "fine" if teacher.model.fine_grained else "coarse",
@@ -95,8 +95,10 @@ def stage_row(
         "agreement_se": means["agree"][1],
         "tokens": scores.tokens,
         "routing_changed": float(np.mean(moved)) if moved else None,
-        "load_entropy": float(np.mean([one.load_entropy for one in layers])) if layers else None,
-        "layers": [layer_column(one) for one in layers] or None,
+        "load_entropy": float(np.mean([layer.load_entropy for layer in layers]))
+        if layers
+        else None,
+        "layers": [layer_column(layer) for layer in layers] or None,
         "evaluation_seconds": cost.seconds,
         "bytes": sizes.bytes,
         "expert_bytes": sizes.routed_bytes,
@@ -143,9 +145,9 @@ def resident(model: MoEModel) -> int:
 def by_text(scores: Scores) -> dict[str, dict[str, Any]]:
     """Return NLL, error and count of each text on its own."""
     columns = {}
-    for name, one in scores.texts.items():
-        mean, se = mean_and_se(one.nll, one.tokens)
-        columns[name] = {"nll": mean, "se": se, "tokens": int(sum(one.tokens))}
+    for name, text in scores.texts.items():
+        mean, se = mean_and_se(text.nll, text.tokens)
+        columns[name] = {"nll": mean, "se": se, "tokens": int(sum(text.tokens))}
     return columns
 
 

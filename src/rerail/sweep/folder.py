@@ -108,11 +108,11 @@ def sweeps_of(out: Path, notes: list[str]) -> Iterator[Sweep]:
         if not file.exists():
             continue  # a sweep that is being described, or was stopped then
         try:
-            held = read_mapping(file)
+            content = read_mapping(file)
             jobs = read_mapping(path / "jobs.json") if (path / "jobs.json").exists() else {}
-            cells = [{"n": c["n"], "folder": str(c["folder"]), **c} for c in held["cells"]]
-            names = str(held["executor"]), str(held["cluster"])
-            yield Sweep(path, cells, dict(held["process"]), jobs, *names)
+            cells = [{"n": c["n"], "folder": str(c["folder"]), **c} for c in content["cells"]]
+            names = str(content["executor"]), str(content["cluster"])
+            yield Sweep(path, cells, dict(content["process"]), jobs, *names)
         except InputError as error:
             notes.append(str(error))
         except (KeyError, TypeError, ValueError) as error:
@@ -126,9 +126,9 @@ def read_mapping(file: Path) -> dict[str, Any]:
         InputError: the file is damaged, foreign or cannot be read.
     """
     try:
-        held = json.loads(file.read_text(encoding="utf-8"))
+        content = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise InputError(f"{file} cannot be read ({error}); it is left as it is") from error
-    if not isinstance(held, dict):
+    if not isinstance(content, dict):
         raise InputError(f"{file} holds no JSON object; it is left as it is")
-    return held
+    return content
