@@ -158,11 +158,11 @@ def _run(cell: Cell, folder: Path, status: Status, live: Live) -> list[Row]:
         from rerail.run import exporting  # an import that only those who export should wait for
 
         exporting.check_export(cell, student)
-    rows = Rows(cell, teacher, texts, recorder)
+    results = ResultRows(cell, teacher, texts, recorder)
     step("evaluate teacher")
-    rows.add("teacher", teacher)
+    results.add("teacher", teacher)
     step("evaluate compressed")
-    rows.add("compressed", student, **plan_columns(recorder.costs["plan"]))
+    results.add("compressed", student, **plan_columns(recorder.costs["plan"]))
     if cell.distill.enabled:
         step("repair")
         repaired = api.repair(
@@ -177,12 +177,12 @@ def _run(cell: Cell, folder: Path, status: Status, live: Live) -> list[Row]:
         )
         student = repaired.student
         step("evaluate repaired")
-        rows.add("repaired", student, **repair_columns(repaired.fit, recorder.costs["repair"]))
+        results.add("repaired", student, **repair_columns(repaired.fit, recorder.costs["repair"]))
     if exports:
         step("export")
-        alone(lambda: exporting.export(cell, student, texts, folder, rows.rows))
-        alone(lambda: exporting.add_disk_bytes(cell, folder, rows.rows))
-    return rows.rows
+        alone(lambda: exporting.export(cell, student, texts, folder, results.rows))
+        alone(lambda: exporting.add_disk_bytes(cell, folder, results.rows))
+    return results.rows
 
 
 def _texts(cell: Cell, tokenizer: Any) -> tuple[dict[str, TokenBlocks], TokenBlocks | None]:
@@ -192,7 +192,7 @@ def _texts(cell: Cell, tokenizer: Any) -> tuple[dict[str, TokenBlocks], TokenBlo
     return texts, None if written else api.text(tokenizer, cell.calibration)
 
 
-class Rows:
+class ResultRows:
     """Scores the stages of a cell one after another, and shows their rows.
 
     Args:
