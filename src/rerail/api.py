@@ -13,14 +13,14 @@ that keeps what they make.
 """
 
 import dataclasses
+import logging
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
-from torch import Tensor
-
 import rerail.auto  # noqa: F401  (package checkpoints load like any other)
-from rerail.compress.base import check, make_plan
+from rerail.compress.base import Compressor, Remeasure, make_plan
 from rerail.compress.sequential import sequential
 from rerail.compress.templates.skipping import Skipper, check_fitted, without_policies
 from rerail.config.presets import preset
@@ -28,11 +28,10 @@ from rerail.distill import repair as fitting
 from rerail.distill.points import Points
 from rerail.distill.schedule import Schedule
 from rerail.distill.settings import RouterKD
-from rerail.errors import InputError
 from rerail.evaluate.scores import Scores, score_texts
 from rerail.moe.model import MoEModel
 from rerail.moe.source import ModelSource
-from rerail.parallel import alone, joined
+from rerail.parallel import alone, is_first, joined
 from rerail.parts import (
     SILENT,
     LanguageModel,
@@ -43,6 +42,7 @@ from rerail.parts import (
     as_blocks,
     as_budget,
     as_method,
+    as_settings,
     blocks_of_strings,
     check_statistics,
     needed_text,
@@ -55,6 +55,10 @@ from rerail.statistics.collect import collect as collect_statistics
 from rerail.statistics.statistic import Statistic, StatisticSet
 from rerail.teacher.teacher import CachedTeacher, LiveTeacher, Teacher, speak
 from rerail.text.calibration import BATCH_SIZE, Calibration, TokenBlocks, check_vocabulary
+
+log = logging.getLogger(__name__)
+
+QUIET = {"accelerator": "auto", "devices": 1, "enable_progress_bar": False}  # of Lightning
 
 __all__ = [
     "Bits",
@@ -185,22 +189,46 @@ def plan(  # noqa: PLR0913
     layers, choices = teacher.model.layers, (asked, shared or Uniform())
 
     def make() -> Plan | None:
-        if asked.removed == 0:
-            return make_plan(compressor, layers, StatisticSet(), *choices)
-        check(compressor, layers, *choices)
-        if compressor.driver == "sequential":
-            batches = list(needed_text(teacher, text, compressor).batches(batch_size))
-            remeasure = sequential(teacher.model, batches, compressor.requires, recorder.progress)
-            return make_plan(compressor, layers, StatisticSet(), *choices, remeasure)
-        filled = statistics
-        if filled is None and compressor.requires:
-            blocks = needed_text(teacher, text, compressor)
-            filled = collect(teacher, blocks, compressor, batch_size=batch_size, recorder=recorder)
-        known = filled or StatisticSet()
-        check_statistics(teacher, compressor, known)
-        return alone(lambda: make_plan(compressor, layers, known, *choices))
+        filled, remeasure = StatisticSet(), None
+        if asked.removed != 0:
+            compressor.check(layers, *choices)
+            source = (teacher, text, batch_size, recorder)
+            filled, remeasure = _measurements(compressor, statistics, *source)
+        decide = partial(make_plan, compressor, layers, filled, *choices, remeasure)
+        made = alone(decide) if remeasure is None else decide()
+        _log_notes(made)
+        return made
 
     return recorder.plan(teacher, make)
+
+
+def _measurements(
+    method: Compressor,
+    statistics: StatisticSet | None,
+    teacher: LanguageModel,
+    text: Text | None,
+    batch_size: int,
+    recorder: Recorder,
+) -> tuple[StatisticSet, Remeasure | None]:
+    """Return what a method plans from: the teacher's statistics, or what measures each scope."""
+    if method.driver == "sequential":
+        batches = list(needed_text(teacher, text, method).batches(batch_size))
+        return StatisticSet(), sequential(
+            teacher.model, batches, method.requires, recorder.progress
+        )
+    if statistics is None and method.requires:
+        blocks = needed_text(teacher, text, method)
+        statistics = collect(teacher, blocks, method, batch_size=batch_size, recorder=recorder)
+    filled = statistics or StatisticSet()
+    check_statistics(teacher, method, filled)
+    return filled, None
+
+
+def _log_notes(made: Plan | None) -> None:
+    """Log what a user should know of a plan, once in a group of processes."""
+    if made is not None and is_first():
+        for note in made.lineage.get("notes", ()):
+            log.warning("%s", note)
 
 
 def apply(
@@ -276,25 +304,18 @@ def repair(  # noqa: PLR0913
     Raises:
         InputError: too little text, gate weights without gradient, or a KL that is not finite.
     """
-    settings = distill
-    if not isinstance(settings, RouterKD):
-        settings = cast(RouterKD, preset("distill", settings, **fields))
-    if not settings.enabled:
-        raise InputError(f"distill={distill!r} repairs nothing; name other settings")
+    settings = as_settings(distill, **fields)
     blocks = as_blocks(teacher, text)
     batches = list(blocks.batches(teacher_batch_size))
-
-    def states() -> Tensor:
-        return speak(teacher.model, batches, recorder.progress("teacher"))
 
     def make() -> fitting.Repair:
         source: Teacher = LiveTeacher(teacher.model)
         if settings.teacher == "cached":
-            source = CachedTeacher(recorder.states(teacher, blocks, states))
-        quiet = {"accelerator": "auto", "devices": 1, "enable_progress_bar": False}
-        asked = dict(quiet if trainer is None else trainer)
+            speaking = partial(speak, teacher.model, batches, recorder.progress("teacher"))
+            source = CachedTeacher(recorder.states(teacher, blocks, speaking))
         steps = Schedule.of(len(blocks), settings, joined()[1]).steps
         points = Points(lambda point: recorder.point(point, steps))
+        asked = dict(QUIET if trainer is None else trainer)
         asked["callbacks"] = [*asked.get("callbacks", []), points]
         trainee = student.model.with_shared_parameters()
         return fitting.repair(trainee, source, blocks, settings, asked, seed, recorder.folder)

@@ -11,6 +11,7 @@ from torch import Tensor
 from rerail.compress.base import Compressor
 from rerail.config.presets import preset
 from rerail.distill.repair import Repair
+from rerail.distill.settings import RouterKD
 from rerail.errors import InputError, OutOfReach
 from rerail.evaluate.perplexity import Progress
 from rerail.evaluate.scores import Scores
@@ -152,6 +153,18 @@ def as_budget(budget: Budget | float | None, method: Compressor) -> Budget:
             f"{name} is swept by {kind.__name__}, not by {budget!r}; give {_EXAMPLE[kind]}"
         )
     return cast(Budget, kind(budget))
+
+
+def as_settings(distill: str | RouterKD, **fields: Any) -> RouterKD:
+    """Return the settings of a repair, by the name of their preset or as they are.
+
+    Raises:
+        InputError: there is no such preset, or it repairs nothing.
+    """
+    settings = preset("distill", distill, **fields) if isinstance(distill, str) else distill
+    if not settings.enabled:
+        raise InputError(f"distill={distill!r} repairs nothing; name other settings")
+    return cast(RouterKD, settings)
 
 
 def as_blocks(teacher: LanguageModel, text: Text) -> TokenBlocks:

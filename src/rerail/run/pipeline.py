@@ -133,7 +133,6 @@ def _run(cell: Cell, folder: Path, status: Status, live: Live) -> list[Row]:
         status.write("running", name)
 
     recorder = CellRecorder(cell, folder, live)
-    batch_size = cell.calibration.batch_size
     step("text")
     tokenizer = cell.model.tokenizer()
     check_vocabulary(tokenizer, cell.model.meta().vocab_size)
@@ -144,14 +143,9 @@ def _run(cell: Cell, folder: Path, status: Status, live: Live) -> list[Row]:
         blocks = first(lambda: api.text(teacher, cell.calibration))
     step("plan")
     choices = cell.compressor, cell.budget
-    plan = api.plan(
-        teacher,
-        *choices,
-        blocks,
-        allocation=cell.allocation,
-        batch_size=batch_size,
-        recorder=recorder,
-    )
+    options: dict[str, Any] = {"allocation": cell.allocation, "recorder": recorder}
+    options |= {"batch_size": cell.calibration.batch_size}
+    plan = api.plan(teacher, *choices, blocks, **options)
     step("apply")
     student = api.apply(teacher, plan, *choices)
     if exports := cell.export.form != "none":
@@ -165,16 +159,9 @@ def _run(cell: Cell, folder: Path, status: Status, live: Live) -> list[Row]:
     results.add("compressed", student, **plan_columns(recorder.costs["plan"]))
     if cell.distill.enabled:
         step("repair")
-        repaired = api.repair(
-            student,
-            teacher,
-            blocks,
-            cell.distill,
-            trainer=cell.trainer,
-            seed=cell.seed,
-            teacher_batch_size=batch_size,
-            recorder=recorder,
-        )
+        options = {"trainer": cell.trainer, "seed": cell.seed, "recorder": recorder}
+        options |= {"teacher_batch_size": cell.calibration.batch_size}
+        repaired = api.repair(student, teacher, blocks, cell.distill, **options)
         student = repaired.student
         step("evaluate repaired")
         results.add("repaired", student, **repair_columns(repaired.fit, recorder.costs["repair"]))

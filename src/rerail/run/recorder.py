@@ -5,7 +5,6 @@ cell of the same model; the others in the cell's folder.
 """
 
 import dataclasses
-import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -29,8 +28,6 @@ from rerail.statistics.statistic import Statistic, StatisticSet
 from rerail.statistics.store import StatisticStore, merge_sets
 from rerail.teacher.teacher import cached_states
 from rerail.text.calibration import TokenBlocks
-
-log = logging.getLogger(__name__)
 
 SCORES = 4  # version of what a cached scoring holds
 
@@ -114,8 +111,6 @@ class CellRecorder(Recorder):
             made, cost = measurement
             assert made is not None  # on the first process
             made.save(path)
-            for note in made.lineage.get("notes", ()):
-                log.warning("%s", note)
             write_sealed(beside, dataclasses.asdict(cost))
             return made, cost
 
