@@ -286,9 +286,7 @@ def repair(  # noqa: PLR0913
     recorder: Recorder = SILENT,
     **fields: Any,
 ) -> Repaired:
-    """Fit the student's router rows by Router KD, and a skipper's policies on the router after it.
-
-    The best step is kept.
+    """Fit router rows by Router KD (the best step is kept), and a skipper's policies after it.
 
     Args:
         student: the compressed model; it is left as it is.

@@ -80,25 +80,11 @@ def stage_row(
         teacher: the original model.
         extra: further columns; they win.
     """
-    means = {name: scores.mean(name) for name in ("nll", "kl", "agree")}
-    sizes, before, layers = student.sizes, teacher.sizes, scores.layers()
-    moved = [layer.routing_changed for layer in layers if layer.routing_changed is not None]
+    sizes, before = student.sizes, teacher.sizes
     columns = {
         "stage": stage,
         "granularity": "fine" if teacher.model.fine_grained else "coarse",
-        "nll": means["nll"][0],
-        "nll_se": means["nll"][1],
-        "perplexity": scores.perplexity,
-        "kl": means["kl"][0],
-        "kl_se": means["kl"][1],
-        "agreement": means["agree"][0],
-        "agreement_se": means["agree"][1],
-        "tokens": scores.tokens,
-        "routing_changed": float(np.mean(moved)) if moved else None,
-        "load_entropy": float(np.mean([layer.load_entropy for layer in layers]))
-        if layers
-        else None,
-        "layers": [layer_column(layer) for layer in layers] or None,
+        **score_columns(scores),
         "evaluation_seconds": cost.seconds,
         "bytes": sizes.bytes,
         "expert_bytes": sizes.routed_bytes,
@@ -109,9 +95,26 @@ def stage_row(
         "memory_bytes": resident(student.model),
         "seconds": 0.0,
         "peak_memory": cost.peak_memory,
-        "nll_by": by_text(scores),
     }
     return new_row(**identity(cell), **{**columns, **extra})
+
+
+def score_columns(scores: Scores) -> dict[str, Any]:
+    """Return means over all held-out tokens with their errors, and means over the layers."""
+    columns: dict[str, Any] = {"tokens": scores.tokens, "perplexity": scores.perplexity}
+    for column, name in (("nll", "nll"), ("kl", "kl"), ("agreement", "agree")):
+        columns[column], columns[f"{column}_se"] = scores.mean(name)
+    layers = scores.layers()
+    moved = [layer.routing_changed for layer in layers if layer.routing_changed is not None]
+    return {
+        **columns,
+        "routing_changed": float(np.mean(moved)) if moved else None,
+        "load_entropy": float(np.mean([layer.load_entropy for layer in layers]))
+        if layers
+        else None,
+        "layers": [layer_column(layer) for layer in layers] or None,
+        "nll_by": by_text(scores),
+    }
 
 
 def layer_column(routing: LayerRouting) -> dict[str, Any]:
