@@ -17,37 +17,37 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--columns", default="", metavar="NAME,NAME", help="further columns of the overview"
     )
-    options = parser.parse_args(words)
+    given = parser.parse_args(words)
     try:
-        path, problems = _write(options)
+        path, said = _made(given)
     except InputError as error:
         sys.stderr.write(f"rerail-report: {error}\n")
         sys.exit(2)
-    for sentence in problems:
+    for sentence in said:
         sys.stderr.write(f"rerail-report: {sentence}\n")
     print(f"report: {path}")
 
 
-def _write(options: argparse.Namespace) -> tuple[Path, list[str]]:
+def _made(given: argparse.Namespace) -> tuple[Path, list[str]]:
     from rerail.report.folders import below, unstarted
     from rerail.report.report import check_columns, write_report
     from rerail.run.results import gather
 
-    columns = [name.strip() for name in options.columns.split(",") if name.strip()]
+    columns = [name.strip() for name in given.columns.split(",") if name.strip()]
     check_columns(columns)
-    folder = options.folder
-    rows, problems = gather(folder)
-    problems += unstarted(folder)
+    folder = given.folder
+    rows, said = gather(folder)
+    said += unstarted(folder)
     if not rows:
-        raise InputError(_no_rows(options.folder, problems))
-    out = options.out or (folder if folder.is_dir() else folder.parent) / "report.html"
+        raise InputError(_nothing(given.folder, said))
+    out = given.out or (folder if folder.is_dir() else folder.parent) / "report.html"
     if out.is_dir():
         raise InputError(f"--out {out} is a folder; give the name of a file")
-    title = options.title or folder.absolute().name
-    return write_report(rows, out, title, below(folder, problems), columns), problems
+    title = given.title or folder.absolute().name
+    return write_report(rows, out, title, below(folder, said), columns), said
 
 
-def _no_rows(folder: Path, problems: Sequence[str]) -> str:
+def _nothing(folder: Path, said: Sequence[str]) -> str:
     """Return why there is no page: what was looked for, and what is there instead."""
     there = (
         sorted(p.name for p in folder.iterdir() if not p.name.startswith("."))
@@ -55,7 +55,7 @@ def _no_rows(folder: Path, problems: Sequence[str]) -> str:
         else []
     )
     names = ", ".join(there[:8]) + (f" and {len(there) - 8} more" if len(there) > 8 else "")
-    unread = f"; {len(problems)} could not be read, the first: {problems[0]}" if problems else ""
+    unread = f"; {len(said)} could not be read, the first: {said[0]}" if said else ""
     return f"{folder} has no result rows (it holds {names or 'nothing'}){unread}"
 
 
