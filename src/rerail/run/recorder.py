@@ -131,9 +131,8 @@ class CellRecorder(Recorder):
             made = make()
             data = {f.name: getattr(made, f.name) for f in dataclasses.fields(made)}
             rows = {side: data.pop(side) for side in ("before", "after")}
-            return data, {
-                f"{side}.{n}": t for side, named in rows.items() for n, t in named.items()
-            }
+            tensors = {f"{side}.{n}": t for side in rows for n, t in rows[side].items()}
+            return data, tensors
 
         data, tensors = self._kept("repair", self.folder / "repair.json", plain)
         rows: dict[str, dict[str, Tensor]] = {"before": {}, "after": {}}
