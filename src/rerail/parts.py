@@ -144,15 +144,17 @@ _EXAMPLE = {Ratio: "Ratio(0.5), or 0.5", Bits: "Bits(4), or 4", Skip: "Skip(0.25
 
 def as_budget(budget: Budget | float | None, method: Compressor) -> Budget:
     """Return what a number means to a method: the removed share, bits, or the skipped share."""
-    kind = method.budget
-    if isinstance(budget, kind):
-        return cast(Budget, budget)
-    name = type(method).__name__
-    if isinstance(budget, Ratio | Bits | Skip) or (budget is None and kind is not Skip):
-        raise OutOfReach(
-            f"{name} is swept by {kind.__name__}, not by {budget!r}; give {_EXAMPLE[kind]}"
-        )
-    return cast(Budget, kind(budget))
+    kind: Any = method.budget
+    asked: Any = budget
+    if not isinstance(asked, kind):
+        if isinstance(asked, Ratio | Bits | Skip) or (asked is None and kind is not Skip):
+            raise OutOfReach(
+                f"{type(method).__name__} is swept by {kind.__name__}, not by {asked!r}; "
+                f"give {_EXAMPLE[kind]}"
+            )
+        asked = kind(asked)
+    made: Budget = asked
+    return made
 
 
 def as_settings(distill: str | RouterKD, **fields: Any) -> RouterKD:
