@@ -24,16 +24,16 @@ def sweep(out: Path, names: list[str], jobs: dict[int, str] | None = None, **cha
     write_cells(path, cells, "here" if jobs is None else "slurm")
     if jobs is not None:
         write_jobs(path, jobs)
-    held = json.loads((path / "cells.json").read_text())
-    (path / "cells.json").write_text(json.dumps({**held, **changed}))
+    content = json.loads((path / "cells.json").read_text())
+    (path / "cells.json").write_text(json.dumps({**content, **changed}))
     return path
 
 
 def status(out: Path, name: str, state: str, **more: Any) -> None:
     folder = out / name
     folder.mkdir(parents=True, exist_ok=True)
-    held = {"state": state, "stage": "", "reason": "", "time": 1.0, "job": None, "progress": None}
-    (folder / "status.json").write_text(json.dumps({**held, **this_process(), **more}))
+    content = {"state": state, "stage": "", "reason": "", "time": 1.0, "job": None, "progress": None}
+    (folder / "status.json").write_text(json.dumps({**content, **this_process(), **more}))
 
 
 def result(out: Path, name: str, state: str = "done", reason: str | None = None) -> None:

@@ -123,8 +123,8 @@ def test_cancel_stops_the_process_of_a_local_sweep_and_no_other(command, tmp_pat
         sweep(out, ["a"], process=mine)
         status(out, "a", "running", stage="plan", **mine)
         sweep(out, ["b"], process={**recycled, "started": 1.0})
-        code, said, _ = command("cancel", str(out))
-        assert (code, said) == (0, f"stopped process {mine['pid']}\n")
+        code, message, _ = command("cancel", str(out))
+        assert (code, message) == (0, f"stopped process {mine['pid']}\n")
         assert children[0].wait(timeout=20) < 0
         assert children[1].poll() is None
         assert "lost" in command("status", str(out))[1]
@@ -144,9 +144,9 @@ def test_cancel_names_exactly_the_jobs_of_this_folder_that_are_not_over(
     monkeypatch.setattr(queue, "ended", lambda *_: {})
     monkeypatch.setattr(queue, "cancel", lambda ids, _="": cancelled.extend(ids) or True)
     sweep(tmp_path, ["a", "b"], {0: "7_0", 1: "7_1"})
-    code, said, _ = command("cancel", str(tmp_path))
+    code, message, _ = command("cancel", str(tmp_path))
     assert (code, cancelled) == (0, ["7_1"])
-    assert "7_1" in said
+    assert "7_1" in message
 
 
 def test_cancel_without_slurm_says_that_nothing_was_cancelled(command, tmp_path, monkeypatch):

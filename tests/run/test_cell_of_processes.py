@@ -53,9 +53,9 @@ def test_two_processes_run_a_cell_as_one_does(
             "trainer.enable_progress_bar=false",
         ),
     }
-    for folder, held in chosen.items():
+    for folder, content in chosen.items():
         folder.mkdir()
-        (folder / "words.json").write_text(json.dumps(held), encoding="utf-8")
+        (folder / "words.json").write_text(json.dumps(content), encoding="utf-8")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     monkeypatch.setenv("RERAIL_CACHE", str(tmp_path / "cache one"))
     alone = rank_programs.cell(one)

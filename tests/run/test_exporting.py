@@ -76,11 +76,11 @@ def test_the_model_goes_out_in_the_dtype_of_its_parent_and_is_proved_against_its
     proof = read_sealed(stage.folder / "reload.json")
     assert proof["max_logit_difference"] == 0
     assert proof["max_logit_rounding"] == 0, "all of it came from a bfloat16 checkpoint"
-    held = read_manifest(path)
-    assert held["parent"]["fingerprint"] == stage.cell.model.fingerprint()
-    assert held["choices"] == {"seed": 3}
-    assert [row["nll"] for row in held["evaluation"]] == [1.0, 1.5]
-    assert held["evaluation"][1]["recovery"] == 0.4
+    manifest = read_manifest(path)
+    assert manifest["parent"]["fingerprint"] == stage.cell.model.fingerprint()
+    assert manifest["choices"] == {"seed": 3}
+    assert [row["nll"] for row in manifest["evaluation"]] == [1.0, 1.5]
+    assert manifest["evaluation"][1]["recovery"] == 0.4
 
 
 def test_a_package_is_opened_again_as_a_model_like_any_other_by_command_line_and_api(stage):

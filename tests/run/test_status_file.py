@@ -23,9 +23,9 @@ def read(status: Status) -> dict:
 
 def test_it_names_the_process_and_the_job(status):
     status.write("running", "plan")
-    held = read(status)
-    assert (held["state"], held["stage"], held["job"]) == ("running", "plan", "12_3")
-    assert found(held).pid == os.getpid()
+    content = read(status)
+    assert (content["state"], content["stage"], content["job"]) == ("running", "plan", "12_3")
+    assert found(content).pid == os.getpid()
 
 
 def test_the_items_of_a_bar_are_progress(status, monkeypatch):

@@ -60,14 +60,14 @@ def test_what_a_job_reads_is_the_cell_that_was_described_and_it_is_done_once(
 
 
 def test_a_choice_that_cannot_be_used_is_a_row_before_anything_runs(composed, tmp_path):
-    for words, state, said in (
+    for words, state, message in (
         (["ratio.removed=1.5"], "failed", "outside"),
         (["ratio.removed=0.9"], "not_applicable", "allowed ratios"),
         (["calibration.sources.0.paths=[/nowhere.txt]"], "failed", "nowhere"),
     ):
         described = task.describe(composed(*words))
         assert described.state == state
-        assert said in described.reason
+        assert message in described.reason
         [row] = json.loads((tmp_path / "out" / described.folder / "result.json").read_text())
         assert (row["status"], row["reason"]) == (state, described.reason)
 
@@ -88,8 +88,8 @@ def test_a_failing_cell_leaves_its_traceback_until_it_succeeds(composed, tmp_pat
         state, reason = task.run(described)
     assert (state, reason) == ("failed", "ZeroDivisionError: division by zero")
     folder = tmp_path / "out" / described.folder
-    held = json.loads((folder / "status.json").read_text())
-    assert (held["state"], held["stage"], held["pid"]) == ("failed", "plan", os.getpid())
+    content = json.loads((folder / "status.json").read_text())
+    assert (content["state"], content["stage"], content["pid"]) == ("failed", "plan", os.getpid())
     assert "make_plan" in (folder / "traceback.txt").read_text()
     assert task.run(described)[0] == "done"
     assert not (folder / "traceback.txt").exists()
@@ -130,9 +130,9 @@ def test_two_processes_on_the_same_cell_both_end_well_with_the_same_rows(compose
         with (tmp_path / name).open("w") as file:
             children.append(subprocess.Popen(command, stdout=file, stderr=file, env=env))
     codes = [child.wait(timeout=200) for child in children]
-    said = [(tmp_path / name).read_text() for name in "ab"]
-    assert codes == [0, 0], said
-    assert all("('done', '')" in one for one in said), said
+    message = [(tmp_path / name).read_text() for name in "ab"]
+    assert codes == [0, 0], message
+    assert all("('done', '')" in one for one in message), message
     folder = tmp_path / "out" / described.folder
     assert json.loads((folder / "status.json").read_text())["state"] == "done"
     left = [p.name for p in folder.rglob("*") if p.suffix in (".tmp", ".old", ".ckpt")]
@@ -160,8 +160,8 @@ def test_a_preempted_cell_is_not_called_failed(composed, tmp_path, monkeypatch):
     with pytest.raises(SystemExit):
         task.run(described)
     folder = tmp_path / "out" / described.folder
-    held = json.loads((folder / "status.json").read_text())
-    assert (held["state"], held["stage"]) == ("running", "plan")
+    content = json.loads((folder / "status.json").read_text())
+    assert (content["state"], content["stage"]) == ("running", "plan")
     assert not (folder / "result.json").exists()
 
 

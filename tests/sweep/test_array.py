@@ -89,10 +89,11 @@ def test_a_refusal_of_sbatch_is_a_sentence_and_leaves_nothing(sbatch, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("changed", "said"), [({"nodelst": "n1"}, "nodelist"), ({"timeout_min": "long"}, "timeout_min")]
+    ("changed", "message"),
+    [({"nodelst": "n1"}, "nodelist"), ({"timeout_min": "long"}, "timeout_min")],
 )
-def test_a_field_that_submitit_does_not_take_is_a_sentence(sbatch, tmp_path, changed, said):
-    with pytest.raises(InputError, match=said):
+def test_a_field_that_submitit_does_not_take_is_a_sentence(sbatch, tmp_path, changed, message):
+    with pytest.raises(InputError, match=message):
         launched(tmp_path, [cell(tmp_path, "a")], **changed)
     assert list(sweeps_of(tmp_path, [])) == []
 
@@ -140,9 +141,9 @@ def test_a_job_imports_the_snapshot_whatever_becomes_of_the_checkout(tmp_path):
 
 
 def python(code: str, path: Path) -> str:
-    held = {**os.environ, "PYTHONPATH": str(path)}
+    content = {**os.environ, "PYTHONPATH": str(path)}
     done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env=held, check=False
+        [sys.executable, "-c", code], capture_output=True, text=True, env=content, check=False
     )
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
