@@ -98,3 +98,7 @@ def collect(options: argparse.Namespace) -> int:
     finish(out)
     table.console().print(table.counts(view), highlight=False)
     return view.exit_code
+
+
+if __name__ == "__main__":
+    main()
