@@ -63,7 +63,7 @@ class Bench:
             assert done.code == 0, done.said
 
     def sweep(self, *words: str) -> Done:
-        command = [sys.executable, "-m", "rerail.sweep", *words]
+        command = [sys.executable, "-m", "rerail.cli.sweep", *words]
         done = subprocess.run(
             command, cwd=self.home, env=self.env, capture_output=True, text=True, check=False
         )

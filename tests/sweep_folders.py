@@ -2,49 +2,45 @@
 
 import json
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from rerail.processes import this_process
 from rerail.run.results import new_row, write_rows
+from rerail.run.task import SweepCell
 from rerail.sweep.folder import new_sweep, write_cells, write_jobs
 
 GONE = {**this_process(), "started": 1.0}
 ELSEWHERE = {**this_process(), "host": "elsewhere"}
 
 
-class Asked(NamedTuple):
-    """A described cell."""
-
-    held: dict[str, Any]
-    out: str
-    folder: str
-    key: str = "k"
-    state: str = "open"
-    reason: str = ""
-
-
-def asked(out: Path, name: str, state: str = "open", reason: str = "") -> Asked:
-    held = {"command": f"rerail {name}", "folder": name, "config": {}, "names": {}}
-    return Asked(held, str(out), name, f"key-{name}", state, reason)
+def cell(out: Path, name: str, state: str = "open", reason: str = "") -> SweepCell:
+    return SweepCell(str(out), name, f"key-{name}", f"rerail {name}", state=state, reason=reason)
 
 
 def sweep(out: Path, names: list[str], jobs: dict[int, str] | None = None, **changed: Any) -> Path:
     """Write a sweep: in this process, or as jobs."""
     path = new_sweep(out)
-    cells = [(asked(out, name), "open") for name in names]
+    cells = [(cell(out, name), "open") for name in names]
     write_cells(path, cells, "here" if jobs is None else "slurm")
     if jobs is not None:
         write_jobs(path, jobs)
-    held = json.loads((path / "cells.json").read_text())
-    (path / "cells.json").write_text(json.dumps({**held, **changed}))
+    content = json.loads((path / "cells.json").read_text())
+    (path / "cells.json").write_text(json.dumps({**content, **changed}))
     return path
 
 
 def status(out: Path, name: str, state: str, **more: Any) -> None:
     folder = out / name
     folder.mkdir(parents=True, exist_ok=True)
-    held = {"state": state, "stage": "", "reason": "", "time": 1.0, "job": None, "progress": None}
-    (folder / "status.json").write_text(json.dumps({**held, **this_process(), **more}))
+    content = {
+        "state": state,
+        "stage": "",
+        "reason": "",
+        "time": 1.0,
+        "job": None,
+        "progress": None,
+    }
+    (folder / "status.json").write_text(json.dumps({**content, **this_process(), **more}))
 
 
 def result(out: Path, name: str, state: str = "done", reason: str | None = None) -> None:

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from rerail import code_version
-from rerail.code_version import version_of
+from rerail import code_version as module
+from rerail.code_version import code_version
 from rerail.statistics.routed import Count, Moment
 
 PACKAGE = {
@@ -70,11 +70,11 @@ class Edited:
         for name in [n for n in sys.modules if n.partition(".")[0] == "mended"]:
             del sys.modules[name]
         importlib.invalidate_caches()
-        for cached in (code_version._file, code_version._source):
+        for cached in (module._file, module._source):
             cached.cache_clear()
         things = {"first": "First", "second": "Second", "alone": "alone"}
         return {
-            module: version_of(getattr(importlib.import_module(f"mended.{module}"), name))
+            module: code_version(getattr(importlib.import_module(f"mended.{module}"), name))
             for module, name in things.items()
         }
 
@@ -98,7 +98,7 @@ def package(tmp_path, monkeypatch):
     yield Edited(tmp_path)
     for name in [n for n in sys.modules if n.partition(".")[0] == "mended"]:
         del sys.modules[name]
-    for cached in (code_version._file, code_version._source):
+    for cached in (module._file, module._source):
         cached.cache_clear()
 
 
@@ -141,18 +141,18 @@ def test_the_place_of_a_definition_does_not_count(package):
 
 
 def test_another_release_of_a_package_that_is_used_counts(monkeypatch):
-    before = version_of(Count)
+    before = code_version(Count)
     monkeypatch.setattr(code_version, "_release", lambda package: f"{package} 0")
-    assert version_of(Count) != before
+    assert code_version(Count) != before
 
 
 def test_things_differ_and_the_function_around_stands_for_what_is_made_in_it():
     def inner():
         return 1
 
-    assert len({version_of(Count), version_of(Moment), version_of(Count, Moment)}) == 3
+    assert len({code_version(Count), code_version(Moment), code_version(Count, Moment)}) == 3
     this = test_things_differ_and_the_function_around_stands_for_what_is_made_in_it
-    assert version_of(inner) == version_of(functools.partial(inner)) == version_of(this)
+    assert code_version(inner) == code_version(functools.partial(inner)) == code_version(this)
 
 
 def test_what_has_no_source_is_never_taken_for_something_old():
@@ -160,6 +160,6 @@ def test_what_has_no_source_is_never_taken_for_something_old():
     exec("def typed():\n    return 1", console.__dict__)
     sys.modules["console"] = console
     try:
-        assert version_of(console.typed) != version_of(console.typed)
+        assert code_version(console.typed) != code_version(console.typed)
     finally:
         del sys.modules["console"]

@@ -97,7 +97,7 @@ def test_other_code_makes_the_artefact_again(tmp_path, monkeypatch, caplog):
     path = tmp_path / "a.json"
     get(path, lambda: MADE, [other])
     get(path, never, [other])
-    monkeypatch.setattr(store, "version_of", lambda *_: "mended")
+    monkeypatch.setattr(store, "code_version", lambda *_: "mended")
     new = Artefact({}, {"a": torch.ones(1)})
     with caplog.at_level(logging.WARNING):
         assert same(get(path, lambda: new, [other]), new)
@@ -107,7 +107,7 @@ def test_other_code_makes_the_artefact_again(tmp_path, monkeypatch, caplog):
 
 def test_the_function_around_is_the_code_unless_another_is_named(tmp_path, monkeypatch):
     versions = []
-    monkeypatch.setattr(store, "version_of", lambda *code: versions.append(code) or "v")
+    monkeypatch.setattr(store, "code_version", lambda *code: versions.append(code) or "v")
     get(tmp_path / "a.json", never_made := (lambda: Artefact(1)))
     get(tmp_path / "b.json", lambda: Artefact(1), [other, Artefact])
     assert versions == [(never_made,), (other, Artefact)]

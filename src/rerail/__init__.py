@@ -1,15 +1,34 @@
 """Compress Mixture-of-Experts language models and re-align their routers.
 
-Importing this package costs nothing; `from rerail import api` loads the functions for notebooks.
+Importing this package costs nothing: `rerail.load(...)` imports what it needs when it is called.
+The functions `text`, `plan`, `compress` and `evaluate` share their names with packages of this one,
+so they are reached by `from rerail import api`, as all the others are, too.
 """
 
 import importlib
 from typing import Any
 
-__all__ = ["api"]
+__all__ = [
+    "Bits",
+    "LanguageModel",
+    "Plan",
+    "Ratio",
+    "Recorder",
+    "Repaired",
+    "Scores",
+    "Skip",
+    "api",
+    "apply",
+    "collect",
+    "load",
+    "preset",
+    "repair",
+    "save",
+]
 
 
 def __getattr__(name: str) -> Any:
-    if name != "api":
+    if name not in __all__:
         raise AttributeError(f"module 'rerail' has no attribute {name!r}")
-    return importlib.import_module("rerail.api")
+    api = importlib.import_module("rerail.api")
+    return api if name == "api" else getattr(api, name)

@@ -1,135 +1,422 @@
-"""The Python door: the steps of a run as functions, for notebooks and scripts.
+"""The algorithm as functions, for notebooks, scripts, and the runner of cells.
+
+    teacher = load("zoo:tiny_fine")
+    calibration = text(teacher, samples=64)
+    student = compress(teacher, "reap", 0.5, calibration)
+    repaired = repair(student, teacher, calibration)
+    print(evaluate(repaired.student, teacher, text(teacher, samples=64, split="heldout")))
+    save(repaired.student, "smaller")
 
 Names of presets are those of the command line (`reap`, `mix`, `router_kd`); objects of the classes
-that the presets name are taken as well.
+that the presets name are taken as well. The command line calls these functions with a `Recorder`
+that keeps what they make.
 """
 
-from collections.abc import Mapping
+import dataclasses
+import logging
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import rerail.auto  # noqa: F401  (package checkpoints load like any other)
-from rerail.compress.base import Compressor, make_plan
+from rerail.compress.base import Compressor, Remeasure, make_plan
+from rerail.compress.sequential import sequential
+from rerail.compress.templates.skipper import Skipper, check_fitted, without_policies
 from rerail.config.presets import preset
-from rerail.distill import repair as fit
-from rerail.evaluate.estimates import mean_and_se
-from rerail.evaluate.perplexity import score_blocks
+from rerail.distill import repair as fitting
+from rerail.distill.schedule import Schedule
+from rerail.distill.settings import RouterKD
+from rerail.evaluate.scores import Scores, score_texts
 from rerail.moe.model import MoEModel
 from rerail.moe.source import ModelSource
+from rerail.parallel import group_rank_and_size, is_first, run_on_first
+from rerail.parts import (
+    SILENT,
+    LanguageModel,
+    Method,
+    Recorder,
+    Repaired,
+    Text,
+    as_blocks,
+    as_budget,
+    as_method,
+    as_settings,
+    blocks_of_strings,
+    check_statistics,
+    needed_text,
+)
 from rerail.plan.allocation import Allocation, Uniform
 from rerail.plan.apply import apply_plan
-from rerail.plan.budget import Ratio
+from rerail.plan.budget import Bits, Budget, Ratio, Skip
 from rerail.plan.plan import Plan
-from rerail.plan.sizes import Sizes
 from rerail.statistics.collect import collect as collect_statistics
-from rerail.statistics.statistic import StatisticSet
-from rerail.teacher.hidden_states import CachedTeacher, final_hidden_states
-from rerail.text.calibration import Calibration, TokenBlocks, check_vocabulary
+from rerail.statistics.statistic import Statistic, StatisticSet
+from rerail.teacher.hidden_states import CachedTeacher, LiveTeacher, Teacher, final_hidden_states
+from rerail.text.calibration import BATCH_SIZE, Calibration, TokenBlocks, check_vocabulary
 
-__all__ = ["Loaded", "collect", "compress", "evaluate", "load", "preset", "repair", "save", "text"]
+log = logging.getLogger(__name__)
 
-BATCH = 16
+QUIET = {"accelerator": "auto", "devices": 1, "enable_progress_bar": False}  # of Lightning
+
+__all__ = [
+    "Bits",
+    "LanguageModel",
+    "Plan",
+    "Ratio",
+    "Recorder",
+    "Repaired",
+    "Scores",
+    "Skip",
+    "apply",
+    "collect",
+    "compress",
+    "evaluate",
+    "load",
+    "plan",
+    "preset",
+    "repair",
+    "save",
+    "text",
+]
 
 
-class Loaded(NamedTuple):
-    """A model with its tokenizer and, for a student, the plan that made it."""
+def load(path_or_id: str | ModelSource, **options: Any) -> LanguageModel:
+    """Load a frozen MoE model and its tokenizer.
 
-    model: MoEModel
-    tokenizer: Any
-    source: ModelSource
-    plan: Plan | None = None
+    Args:
+        path_or_id: a folder, a hub id, `zoo:tiny_fine`, or a source.
+        options: further fields of `ModelSource`, such as dtype and device.
 
-
-def load(path_or_id: str, **options: Any) -> Loaded:
-    """Load a frozen MoE model and its tokenizer: a folder, a hub id, or `zoo:tiny_fine`."""
-    source = ModelSource(path_or_id, **options)
-    loaded = Loaded(source.load(), source.tokenizer(), source)
+    Raises:
+        InputError: it cannot be loaded, or is not supported.
+    """
+    source = path_or_id
+    if not isinstance(source, ModelSource):
+        source = ModelSource(source, **options)
+    loaded = LanguageModel(source.load(), source.tokenizer(), source)
     check_vocabulary(loaded.tokenizer, loaded.model.vocab_size)
     return loaded
 
 
-def text(teacher: Loaded, calibration: str | Calibration = "mix", **fields: Any) -> TokenBlocks:
-    """Return blocks of calibration text, e.g. `text(teacher, samples=64, split="heldout")`."""
-    made = calibration
-    if isinstance(made, str):
-        made = cast(Calibration, preset("calibration", made, **fields))
-    return made.blocks(teacher.tokenizer, teacher.model.model if made.needs_model else None)
+def text(
+    teacher: LanguageModel | Any,
+    calibration: str | Calibration | Sequence[str] = "mix",
+    **fields: Any,
+) -> TokenBlocks:
+    """Return blocks of text, e.g. `text(teacher, samples=64, split="heldout")`.
+
+    Args:
+        teacher: the model, or its tokenizer where the text is not written by the model itself.
+        calibration: a preset, a `Calibration`, or strings; each string becomes one block.
+        fields: of the preset; for strings `block`, the tokens after which they are cut.
+
+    Raises:
+        InputError: there is no such preset, or it gives too little text.
+    """
+    tokenizer: Any = teacher.tokenizer if isinstance(teacher, LanguageModel) else teacher
+    if isinstance(calibration, str):
+        calibration = cast(Calibration, preset("calibration", calibration, **fields))
+    if isinstance(calibration, Calibration):
+        whole = isinstance(teacher, LanguageModel) and calibration.needs_model
+        return calibration.blocks(tokenizer, teacher.model.model if whole else None)
+    return blocks_of_strings(tokenizer, calibration, **fields)
 
 
-def _compressor(method: str | Compressor) -> Compressor:
-    made = preset("compressor", method) if isinstance(method, str) else method
-    assert isinstance(made, Compressor)
-    return made
+def collect(
+    teacher: LanguageModel,
+    text: Text,
+    *what: Method | Statistic,
+    batch_size: int = BATCH_SIZE,
+    recorder: Recorder = SILENT,
+) -> StatisticSet:
+    """Collect, in one pass, the statistics that all the methods need.
+
+    Args:
+        teacher: the original model.
+        text: calibration text.
+        what: methods, or statistics themselves.
+        batch_size: blocks a forward.
+        recorder: hears of them.
+    """
+    wanted: list[Statistic] = []
+    for item in what:
+        wanted += [item] if isinstance(item, Statistic) else as_method(item).requires
+    blocks = as_blocks(teacher, text)
+    batches = list(blocks.batches(batch_size))
+
+    def make(missing: Sequence[Statistic]) -> StatisticSet:
+        return collect_statistics(teacher.model, batches, missing, recorder.progress("statistics"))
+
+    return recorder.statistics(teacher, blocks, tuple(dict.fromkeys(wanted)), make)
 
 
-def collect(teacher: Loaded, blocks: TokenBlocks, *methods: str | Compressor) -> StatisticSet:
-    """Collect, in one pass, the statistics that all the methods need."""
-    wanted = [s for method in methods for s in _compressor(method).requires]
-    return collect_statistics(teacher.model, list(blocks.batches(BATCH)), wanted)
+def plan(  # noqa: PLR0913
+    teacher: LanguageModel,
+    method: Method,
+    budget: Budget | float | None,
+    text: Text | None = None,
+    *,
+    statistics: StatisticSet | None = None,
+    allocation: Allocation | str | None = None,
+    batch_size: int = BATCH_SIZE,
+    recorder: Recorder = SILENT,
+) -> Plan:
+    """Decide what becomes of every layer; no weight moves.
+
+    A sequential method (camera, naee_progressive) measures each scope on the student of the plan so
+    far, so it needs the text whatever statistics there are.
+
+    Args:
+        teacher: the original model.
+        method: a preset or a compressor.
+        budget: `Ratio(0.5)`, `Bits(4)`, `Skip(0.25)`, or the number alone: the method says what it
+            counts. None is a skipper's own rule.
+        text: calibration text.
+        statistics: what `collect` returned, instead of the text.
+        allocation: how layers share the budget; evenly by default.
+        batch_size: blocks a forward.
+        recorder: hears of the plan.
+
+    Raises:
+        InputError: the budget is of another kind or out of reach, or the method must measure
+            something and there is no text.
+    """
+    compressor = as_method(method)
+    asked = as_budget(budget, compressor)
+    shared = preset("allocation", allocation) if isinstance(allocation, str) else allocation
+    layers, choices = teacher.model.layers, (asked, shared or Uniform())
+
+    def make() -> Plan | None:
+        filled, remeasure = StatisticSet(), None
+        if asked.removed != 0:
+            compressor.check(layers, *choices)
+            source = (teacher, text, batch_size, recorder)
+            filled, remeasure = _measurements(compressor, statistics, *source)
+        decide = partial(make_plan, compressor, layers, filled, *choices, remeasure)
+        made = run_on_first(decide) if remeasure is None else decide()
+        _log_notes(made)
+        return made
+
+    return recorder.plan(teacher, make)
+
+
+def _measurements(
+    method: Compressor,
+    statistics: StatisticSet | None,
+    teacher: LanguageModel,
+    text: Text | None,
+    batch_size: int,
+    recorder: Recorder,
+) -> tuple[StatisticSet, Remeasure | None]:
+    """Return what a method plans from: the teacher's statistics, or what measures each scope."""
+    if method.driver == "sequential":
+        batches = list(needed_text(teacher, text, method).batches(batch_size))
+        return StatisticSet(), sequential(
+            teacher.model, batches, method.requires, recorder.progress
+        )
+    if statistics is None and method.requires:
+        blocks = needed_text(teacher, text, method)
+        statistics = collect(teacher, blocks, method, batch_size=batch_size, recorder=recorder)
+    filled = statistics or StatisticSet()
+    check_statistics(teacher, method, filled)
+    return filled, None
+
+
+def _log_notes(made: Plan | None) -> None:
+    """Log what a user should know of a plan, once in a group of processes."""
+    if made is not None and is_first():
+        for note in made.lineage.get("notes", ()):
+            log.warning("%s", note)
+
+
+def apply(
+    teacher: LanguageModel,
+    plan: Plan,
+    method: Method | None = None,
+    budget: Budget | float | None = None,
+) -> LanguageModel:
+    """Return the student; it shares every Parameter that does not change with the teacher.
+
+    Args:
+        teacher: the original model.
+        plan: of its layers.
+        method, budget: what made the plan; a skipper's policies are fitted anew by them once the
+            student is repaired.
+
+    Raises:
+        InputError: the plan does not fit the model.
+    """
+    made = None if method is None else as_method(method)
+    asked = None if made is None else as_budget(budget, made)
+    student = apply_plan(teacher.model, plan)
+    return dataclasses.replace(teacher, model=student, plan=plan, method=made, budget=asked)
 
 
 def compress(
-    teacher: Loaded,
-    method: str | Compressor,
-    ratio: float,
-    statistics: StatisticSet | None = None,
-    allocation: Allocation | None = None,
-) -> Loaded:
-    """Plan and apply; the student shares every Parameter that does not change with the teacher."""
-    plan = make_plan(
-        _compressor(method),
-        teacher.model.layers,
-        statistics or StatisticSet(),
-        Ratio(ratio),
-        allocation or Uniform(),
-    )
-    return teacher._replace(model=apply_plan(teacher.model, plan), plan=plan)
+    teacher: LanguageModel,
+    method: Method,
+    budget: Budget | float | None,
+    text: Text | None = None,
+    **options: Any,
+) -> LanguageModel:
+    """Plan and apply.
+
+    Args:
+        teacher, method, budget, text: as for `plan`.
+        options: further arguments of `plan`: statistics, allocation, batch_size, recorder.
+
+    Raises:
+        InputError: as `plan`.
+    """
+    made = as_method(method)
+    return apply(teacher, plan(teacher, made, budget, text, **options), made, budget)
 
 
-def repair(
-    student: Loaded, teacher: Loaded, blocks: TokenBlocks, distill: str = "router_kd", **fields: Any
-) -> fit.Repair:
-    """Fit the student's router rows in place by Router KD; the best step is kept."""
-    settings = preset("distill", distill, **fields)
-    states = CachedTeacher(final_hidden_states(teacher.model, list(blocks.batches(BATCH))))
-    quiet = {"accelerator": "auto", "devices": 1, "enable_progress_bar": False}
-    return fit.repair(student.model, states, blocks, settings, quiet, seed=0)
+def repair(  # noqa: PLR0913
+    student: LanguageModel,
+    teacher: LanguageModel,
+    text: Text,
+    distill: str | RouterKD = "router_kd",
+    *,
+    trainer: Mapping[str, Any] | None = None,
+    seed: int = 0,
+    teacher_batch_size: int = BATCH_SIZE,
+    recorder: Recorder = SILENT,
+    **fields: Any,
+) -> Repaired:
+    """Fit router rows by Router KD (the best step is kept), and a skipper's policies after it.
+
+    Args:
+        student: the compressed model; it is left as it is.
+        teacher: the original model.
+        text: calibration text; its last share validates.
+        distill: a preset, or settings.
+        trainer: further arguments of lightning.Trainer.
+        seed: of the order of the blocks.
+        teacher_batch_size: blocks a forward of the teacher, and of what policies are fitted on.
+        recorder: hears of the parts.
+        fields: of the preset, as in `epochs=1, batch_size=4`.
+
+    Raises:
+        InputError: too little text, gate weights without gradient, or a KL that is not finite.
+    """
+    settings = as_settings(distill, **fields)
+    blocks = as_blocks(teacher, text)
+    batches = list(blocks.batches(teacher_batch_size))
+
+    def make() -> fitting.Repair:
+        source: Teacher = LiveTeacher(teacher.model)
+        if settings.teacher == "cached":
+            bar = recorder.progress("teacher")
+            states = partial(final_hidden_states, teacher.model, batches, bar)
+            source = CachedTeacher(recorder.states(teacher, blocks, states))
+        steps = Schedule.of(len(blocks), settings, group_rank_and_size()[1]).steps
+        asked = dict(QUIET if trainer is None else trainer)
+        trainee = student.model.with_shared_parameters()
+        where = (seed, recorder.folder, lambda point: recorder.point(point, steps))
+        return fitting.repair(trainee, source, blocks, settings, asked, *where)
+
+    fit = recorder.fit(make)
+    model = student.model.with_shared_parameters()
+    fitting.set_router_rows(model, fit.after)
+    repaired = dataclasses.replace(student, model=model)
+    return _with_policies(repaired, fit, blocks, teacher_batch_size, recorder)
 
 
-def evaluate(student: Loaded, teacher: Loaded, blocks: TokenBlocks) -> Mapping[str, Any]:
-    """Return NLL and KL a token (nats) with standard errors, agreement, and sizes in bytes."""
-    batches = list(blocks.batches(BATCH))
-    spoken = score_blocks(teacher.model, batches)
-    scores = score_blocks(student.model, batches, spoken.hidden)
-    nll, nll_se = mean_and_se(scores.nll, scores.tokens)
-    kl, kl_se = mean_and_se(scores.kl, scores.tokens)
-    sizes = Sizes.of(student.model, teacher.source.itemsize())
-    return {
-        "nll": nll,
-        "nll_se": nll_se,
-        "kl": kl,
-        "kl_se": kl_se,
-        "agreement": mean_and_se(scores.agree, scores.tokens)[0],
-        "tokens": int(scores.tokens.sum()),
-        "bytes": sizes.bytes,
-    }
+def evaluate(  # noqa: PLR0913
+    student: LanguageModel,
+    teacher: LanguageModel,
+    texts: Text | Mapping[str, TokenBlocks],
+    *,
+    reference: Scores | None = None,
+    stage: str = "student",
+    batch_size: int = BATCH_SIZE,
+    recorder: Recorder = SILENT,
+) -> Scores:
+    """Return NLL and KL from the teacher, agreement, and how routing moved, on held-out text.
+
+    Args:
+        student: what is scored; `evaluate(teacher, teacher, texts)` scores the teacher.
+        teacher: the original model.
+        texts: one text, or several by name.
+        reference: the teacher's scores of the same texts; they are made where they are missing.
+        stage: what the student is called for the recorder: `compressed` or `repaired`.
+        batch_size: blocks a forward.
+        recorder: hears of the scores.
+    """
+    named = texts if isinstance(texts, Mapping) else {"text": as_blocks(teacher, texts)}
+
+    def scored(model: LanguageModel, name: str, against: Scores | None) -> Scores:
+        def make() -> Scores:
+            bars = {text: recorder.progress(f"{name} on {text}") for text in named}
+            return score_texts(
+                model.model, named, against, model.plan, batch_size, bars.__getitem__
+            )
+
+        return recorder.scores(name, model, named, make)
+
+    reference = reference or scored(teacher, "teacher", None)
+    return reference if student.model is teacher.model else scored(student, stage, reference)
 
 
-def save(student: Loaded, path: str | Path, form: str = "native", densify: bool = False) -> Path:
-    """Write a checkpoint: `native` (stock transformers), `package` or `remote`.
+def save(
+    student: LanguageModel,
+    path: str | Path,
+    form: str = "native",
+    densify: bool = False,
+    facts: Mapping[str, Any] | None = None,
+) -> Path:
+    """Write a checkpoint in the dtype of the teacher's.
+
+    Args:
+        student: repaired or not.
+        path: a new or empty folder, or an earlier export, which is replaced.
+        form: `native` (stock transformers), `package` (after `import rerail.auto`) or `remote`.
+        densify: turn every stored form into plain experts first.
+        facts: further entries of its `compression.json`.
 
     Raises:
         InputError: the form cannot hold the student.
     """
     from rerail.export.targets import export_student
 
+    source = student.source
+    parent = {"model": source.path_or_id, "fingerprint": source.fingerprint()}
     return export_student(
         student.model,
         student.plan or Plan(),
         Path(path),
         form=form,
         tokenizer=student.tokenizer,
-        manifest={"parent": student.source.fingerprint()},
+        manifest={"parent": parent, **(facts or {})},
         densify=densify,
-        dtype=student.source.stored_dtype(),
+        dtype=source.stored_dtype(),
     )
+
+
+def _with_policies(
+    student: LanguageModel,
+    fit: fitting.Repair,
+    blocks: TokenBlocks,
+    batch_size: int,
+    recorder: Recorder,
+) -> Repaired:
+    """Fit a skipper's policies anew on the router as it now is; other students need nothing.
+
+    Raises:
+        InputError: the student has policies and does not say which method and budget made them.
+    """
+    method, budget = student.method, student.budget
+    if not isinstance(method, Skipper) or not isinstance(budget, Skip) or budget.removed == 0:
+        check_fitted(student.model)
+        return Repaired(student, fit)
+    batches = list(blocks.batches(batch_size))
+
+    def measure(model: MoEModel) -> StatisticSet:
+        return collect_statistics(model, batches, method.requires, recorder.progress("gate ratios"))
+
+    policies = recorder.policies(lambda: method.refit(student.model, measure, budget))
+    model = apply_plan(without_policies(student.model), policies)
+    check_fitted(model)
+    return Repaired(dataclasses.replace(student, model=model), fit, policies)

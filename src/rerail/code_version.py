@@ -33,7 +33,7 @@ _DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Assign,
 _IMPORTS = (ast.Import, ast.ImportFrom)
 
 
-def version_of(*things: type | Callable[..., Any]) -> str:
+def code_version(*things: type | Callable[..., Any]) -> str:
     """Return 16 hex digits that stand for all the code that functions and classes reach.
 
     Sources are read once a process. A thing without a source file (typed into a console) has

@@ -14,7 +14,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from rerail.code_version import version_of
+from rerail.code_version import code_version
 from rerail.files import digest, file_digest, whole_file, write_json
 from rerail.parallel import read_or_make
 
@@ -44,7 +44,7 @@ def get(path: Path, make: Callable[[], Artefact | None], code: Sequence[Code] = 
         code: the functions and classes that decide what is made; by default the function around
             `make` with all that it reaches.
     """
-    version = version_of(*(code or (make,)))
+    version = code_version(*(code or (make,)))
     return read_or_make(lambda: read(path, version), make, lambda made: write(path, made, version))
 
 

@@ -41,7 +41,7 @@ def rerail(tmp_path, monkeypatch, capfd):
 
 
 @pytest.mark.parametrize(
-    ("word", "said"),
+    ("word", "message"),
     [
         ("compresor=reap", "did you mean compressor?"),
         ("compressor=reapp", "hc_smoe"),
@@ -61,10 +61,10 @@ def rerail(tmp_path, monkeypatch, capfd):
         ("compressor.bases=3", "bases does not exist"),
     ],
 )
-def test_bad_words_get_a_sentence_and_exit_status_2(rerail, tmp_path, word, said):
+def test_bad_words_get_a_sentence_and_exit_status_2(rerail, tmp_path, word, message):
     done = rerail(word, "out=here")
     assert done.code == 2, done.err
-    assert said in done.err
+    assert message in done.err
     assert "Traceback" not in done.err
     assert not list(tmp_path.glob("here/*"))
 
@@ -72,17 +72,17 @@ def test_bad_words_get_a_sentence_and_exit_status_2(rerail, tmp_path, word, said
 def test_help_comes_without_torch_and_a_real_process_exits_with_2(tmp_path):
     for name in ("torch", "transformers", "lightning"):
         (tmp_path / f"{name}.py").write_text(f"raise SystemExit('{name} was imported')")
-    held = os.environ | {"PYTHONPATH": f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"}
-    for words, code, said in (
+    environment = os.environ | {"PYTHONPATH": f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"}
+    for words, code, message in (
         (["--help"], 0, "compressor"),
         (["compresor=reap"], 2, "did you mean"),
     ):
         command = [sys.executable, "-m", "rerail", *words]
         done = subprocess.run(
-            command, capture_output=True, text=True, cwd=tmp_path, env=held, check=False
+            command, capture_output=True, text=True, cwd=tmp_path, env=environment, check=False
         )
         assert done.returncode == code, done.stderr
-        assert said in done.stdout + done.stderr
+        assert message in done.stdout + done.stderr
 
 
 def test_a_grid_runs_on_after_a_bad_cell_and_exits_with_2(rerail, tmp_path):

@@ -11,7 +11,7 @@ import pytest
 
 from rerail.cli import sweep as cli
 from rerail.sweep import queue, table
-from rerail.sweep.states import Cell, View
+from rerail.sweep.states import CellState, View
 from sweep_folders import GONE, result, status, sweep
 
 
@@ -77,9 +77,9 @@ def test_a_wrong_folder_is_a_sentence_and_exit_status_2(command, tmp_path):
 
 def test_watching_ends_when_nothing_is_open_and_says_every_change_once(capsys):
     views = [
-        View([Cell("a", "pending"), Cell("b", "running", "plan")]),
-        View([Cell("a", "running", "load"), Cell("b", "running", "repair")]),
-        View([Cell("a", "done"), Cell("b", "failed", "no luck")]),
+        View([CellState("a", "pending"), CellState("b", "running", "plan")]),
+        View([CellState("a", "running", "load"), CellState("b", "running", "repair")]),
+        View([CellState("a", "done"), CellState("b", "failed", "no luck")]),
     ]
     pages = iter(views)
     assert table.watch(lambda: next(pages), every=0).exit_code == 1
@@ -91,9 +91,11 @@ def test_watching_ends_when_nothing_is_open_and_says_every_change_once(capsys):
 
 
 def test_a_cell_that_seems_lost_is_looked_at_again_before_it_is_given_up(capsys):
-    pages = iter([View([Cell("a", "lost", "its job is gone")])] * 2 + [View([Cell("a", "done")])])
+    pages = iter(
+        [View([CellState("a", "lost", "its job is gone")])] * 2 + [View([CellState("a", "done")])]
+    )
     assert table.watch(lambda: next(pages), every=0).exit_code == 0
-    assert table.watch(lambda: View([Cell("a", "lost")]), every=0).exit_code == 1
+    assert table.watch(lambda: View([CellState("a", "lost")]), every=0).exit_code == 1
     assert "1 lost" in capsys.readouterr().out
 
 
@@ -121,8 +123,8 @@ def test_cancel_stops_the_process_of_a_local_sweep_and_no_other(command, tmp_pat
         sweep(out, ["a"], process=mine)
         status(out, "a", "running", stage="plan", **mine)
         sweep(out, ["b"], process={**recycled, "started": 1.0})
-        code, said, _ = command("cancel", str(out))
-        assert (code, said) == (0, f"stopped process {mine['pid']}\n")
+        code, message, _ = command("cancel", str(out))
+        assert (code, message) == (0, f"stopped process {mine['pid']}\n")
         assert children[0].wait(timeout=20) < 0
         assert children[1].poll() is None
         assert "lost" in command("status", str(out))[1]
@@ -142,9 +144,9 @@ def test_cancel_names_exactly_the_jobs_of_this_folder_that_are_not_over(
     monkeypatch.setattr(queue, "ended", lambda *_: {})
     monkeypatch.setattr(queue, "cancel", lambda ids, _="": cancelled.extend(ids) or True)
     sweep(tmp_path, ["a", "b"], {0: "7_0", 1: "7_1"})
-    code, said, _ = command("cancel", str(tmp_path))
+    code, message, _ = command("cancel", str(tmp_path))
     assert (code, cancelled) == (0, ["7_1"])
-    assert "7_1" in said
+    assert "7_1" in message
 
 
 def test_cancel_without_slurm_says_that_nothing_was_cancelled(command, tmp_path, monkeypatch):

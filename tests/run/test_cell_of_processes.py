@@ -27,8 +27,8 @@ def words(model_folder, *more):
         *(f"calibration.sources.0.paths={text}", "evaluation=file", "samples.count=16"),
         *(f"evaluation.texts.file.sources.0.paths={text}", "evaluation.texts.file.samples=6"),
         *("calibration.block=16", "evaluation.texts.file.block=16", "evaluation.new_tokens=4"),
-        *("++evaluation.batch_size=2", "++distill.batch_size=4", "++distill.epochs=2"),
-        *("++distill.evaluations=2", *more),
+        *("++evaluation.batch_size=2", "++calibration.batch_size=2", "++distill.batch_size=4"),
+        *("++distill.epochs=2", "++distill.evaluations=2", *more),
     ]
 
 
@@ -53,9 +53,9 @@ def test_two_processes_run_a_cell_as_one_does(
             "trainer.enable_progress_bar=false",
         ),
     }
-    for folder, held in chosen.items():
+    for folder, content in chosen.items():
         folder.mkdir()
-        (folder / "words.json").write_text(json.dumps(held), encoding="utf-8")
+        (folder / "words.json").write_text(json.dumps(content), encoding="utf-8")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     monkeypatch.setenv("RERAIL_CACHE", str(tmp_path / "cache one"))
     alone = rank_programs.cell(one)

@@ -12,12 +12,12 @@ from hydra.core.global_hydra import GlobalHydra
 
 from checkpoints import checkpoint
 from families import tiny
+from rerail import api
 from rerail.config.presets import config_root
 from rerail.errors import InputError, OutOfReach
 from rerail.run import pipeline as runner
-from rerail.run import stages
+from rerail.run import status as status_file
 from rerail.run.compose import to_cell
-from rerail.run.status import Status
 
 SAME = ("host", "time", "seconds", "evaluation_seconds", "peak_memory", "revision")
 
@@ -83,7 +83,7 @@ STEPS += ["evaluate repaired", "done"]
 def test_a_run_killed_at_any_step_ends_with_the_same_numbers(cell, tmp_path, monkeypatch, step):
     undisturbed = comparable(runner.run_cell(cell(), tmp_path / "whole"))
     monkeypatch.setenv("RERAIL_CACHE", str(tmp_path / "cache2"))
-    write = Status.write
+    write = status_file.Status.write
 
     def die(self, state, stage="", reason=""):
         write(self, state, stage, reason)
@@ -91,7 +91,7 @@ def test_a_run_killed_at_any_step_ends_with_the_same_numbers(cell, tmp_path, mon
             raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr(Status, "write", die)
+        patch.setattr(status_file.Status, "write", die)
         with pytest.raises(Killed):
             runner.run_cell(cell(), tmp_path / "out")
     assert comparable(runner.run_cell(cell(), tmp_path / "out")) == undisturbed
@@ -106,8 +106,9 @@ def test_finished_stages_are_not_run_again(cell, tmp_path, monkeypatch):
     def refuse(*_, **__):
         raise AssertionError("this stage was finished")
 
-    for name in ("collect", "make_plan", "repair"):
-        monkeypatch.setattr(stages, name, refuse)
+    for name in ("collect_statistics", "make_plan"):
+        monkeypatch.setattr(api, name, refuse)
+    monkeypatch.setattr(api.fitting, "repair", refuse)
     assert len(runner.run_cell(cell(), tmp_path / "out")) == 3
 
 
@@ -125,6 +126,19 @@ def test_a_damaged_artefact_is_noticed_and_made_again(cell, tmp_path, caplog, na
     assert "damaged" in caplog.text
 
 
+def test_the_calibration_text_has_a_batch_size_of_its_own(cell, tmp_path, monkeypatch):
+    sizes, collect = [], api.collect_statistics
+
+    def counted(model, batches, *rest):
+        sizes.append([len(ids) for ids, _ in batches])
+        return collect(model, batches, *rest)
+
+    monkeypatch.setattr(api, "collect_statistics", counted)
+    words = ("evaluation.batch_size=3", "++calibration.batch_size=5", "distill=none")
+    runner.run_cell(cell(*words), tmp_path / "out")
+    assert sizes == [[5, 5, 5, 1]]
+
+
 def test_other_weights_in_the_same_folder_are_another_input(cell, tmp_path, model_folder):
     copy = tmp_path / "copy"
     shutil.copytree(model_folder, copy)
@@ -135,13 +149,13 @@ def test_other_weights_in_the_same_folder_are_another_input(cell, tmp_path, mode
 
 
 def test_the_teacher_is_asked_once_for_all_cells_of_a_model(cell, tmp_path, monkeypatch):
-    asked, ask = [], stages.continuation
+    asked, ask = [], runner.continuation
 
-    def counted(cell, model, tokenizer):
+    def counted(model, *words):
         asked.append(model)
-        return ask(cell, model, tokenizer)
+        return ask(model, *words)
 
-    monkeypatch.setattr(stages, "continuation", counted)
+    monkeypatch.setattr(runner, "continuation", counted)
     first = runner.run_cell(cell("distill=none"), tmp_path / "out")
     assert len(asked) == 2
     second = runner.run_cell(cell("distill=none", "ratio=quarter"), tmp_path / "out")
@@ -207,7 +221,7 @@ def test_in_a_sweep_it_is_a_row_that_says_why(cell, tmp_path):
 
 
 def test_in_a_sweep_a_crash_is_a_failed_row_with_its_traceback(cell, tmp_path, monkeypatch):
-    monkeypatch.setattr(stages, "make_plan", lambda *_: 1 / 0)
+    monkeypatch.setattr(api, "make_plan", lambda *_: 1 / 0)
     [row] = runner.run_or_record(cell(), tmp_path / "out")
     assert row["status"] == "failed"
     assert "ZeroDivisionError" in row["reason"]
@@ -236,16 +250,6 @@ def test_an_exported_model_lies_beside_the_rows_and_was_reloaded(cell, tmp_path)
 
 
 def test_what_cannot_be_exported_is_refused_before_the_repair(cell, tmp_path, monkeypatch):
-    monkeypatch.setattr(stages, "repair", lambda *_: 1 / 0)
+    monkeypatch.setattr(api, "repair", lambda *_: 1 / 0)
     with pytest.raises(InputError, match="densify"):
         runner.run_cell(cell("export=native", "compressor=hc_smoe"), tmp_path / "out")
-
-
-def test_a_cell_of_other_code_is_made_again(cell, tmp_path, monkeypatch, caplog):
-    before = comparable(runner.run_cell(cell(), tmp_path / "out"))
-    monkeypatch.setattr("rerail.run.cell.version_of", lambda *_: "mended")
-    assert comparable(runner.run_cell(cell(), tmp_path / "out")) == before
-    assert "is made again" in caplog.text
-    caplog.clear()
-    runner.run_cell(cell(), tmp_path / "out")
-    assert "is made again" not in caplog.text

@@ -1,6 +1,6 @@
 import subprocess
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,6 +14,7 @@ from rerail.experts.base import BankSpec
 from rerail.export.checkpoint import read_manifest
 from rerail.export.targets import export_student
 from rerail.moe.source import ModelSource
+from rerail.parts import LanguageModel
 from rerail.plan.apply import apply_plan
 from rerail.plan.plan import LayerPlan, Plan
 from rerail.run import exporting
@@ -45,7 +46,7 @@ def stage(tmp_path, monkeypatch):
     parent = export_student(tiny("qwen3_moe"), Plan(), tmp_path / "parent", dtype=torch.bfloat16)
     cell = FakeCell(ModelSource(str(parent)))
     plan = kept((0, 2, 3))
-    student = apply_plan(cell.model.load(), plan)
+    student = LanguageModel(apply_plan(cell.model.load(), plan), None, cell.model, plan)
     seen = []
 
     def check(path, ids, model, form):
@@ -57,7 +58,7 @@ def stage(tmp_path, monkeypatch):
     texts = {"held": SimpleNamespace(input_ids=tokens(5, 12))}
 
     def run(rows=ROWS):
-        return exporting.export(cell, student, plan, None, texts, tmp_path / "run", rows)
+        return exporting.export(cell, student, texts, tmp_path / "run", rows)
 
     return SimpleNamespace(run=run, seen=seen, cell=cell, student=student, folder=tmp_path / "run")
 
@@ -75,14 +76,14 @@ def test_the_model_goes_out_in_the_dtype_of_its_parent_and_is_proved_against_its
     proof = read(stage.folder / "reload.json").data
     assert proof["max_logit_difference"] == 0
     assert proof["max_logit_rounding"] == 0, "all of it came from a bfloat16 checkpoint"
-    held = read_manifest(path)
-    assert held["parent"]["fingerprint"] == stage.cell.model.fingerprint()
-    assert held["choices"] == {"seed": 3}
-    assert [row["nll"] for row in held["evaluation"]] == [1.0, 1.5]
-    assert held["evaluation"][1]["recovery"] == 0.4
+    manifest = read_manifest(path)
+    assert manifest["parent"]["fingerprint"] == stage.cell.model.fingerprint()
+    assert manifest["choices"] == {"seed": 3}
+    assert [row["nll"] for row in manifest["evaluation"]] == [1.0, 1.5]
+    assert manifest["evaluation"][1]["recovery"] == 0.4
 
 
-def test_a_package_is_opened_again_as_a_model_like_any_other_by_command_line_and_door(stage):
+def test_a_package_is_opened_again_as_a_model_like_any_other_by_command_line_and_api(stage):
     stage.cell.export = Export("package")
     path = stage.run()
     script = "import sys, importlib; importlib.import_module(sys.argv[1]); "
@@ -97,7 +98,7 @@ def test_a_package_is_opened_again_as_a_model_like_any_other_by_command_line_and
 def test_bytes_on_disk_are_those_of_the_weights_files(stage):
     rows = [{"stage": "teacher"}, {"stage": "repaired"}]
     path = stage.run()
-    exporting.weigh(stage.cell, stage.folder, rows)
+    exporting.add_disk_bytes(stage.cell, stage.folder, rows)
     parent = Path(stage.cell.model.location)
     assert [row["disk_bytes"] for row in rows] == [
         (folder / "model.safetensors").stat().st_size for folder in (parent, path)
@@ -106,7 +107,7 @@ def test_bytes_on_disk_are_those_of_the_weights_files(stage):
 
 
 def test_a_trained_row_is_moved_by_rounding_and_the_record_says_so(stage):
-    stage.student.layers[0].router_rows.add_(1e-3)
+    stage.student.model.layers[0].router_rows.add_(1e-3)
     stage.run()
     assert read(stage.folder / "reload.json").data["max_logit_rounding"] > 0
 
@@ -124,7 +125,7 @@ def test_a_proved_export_is_used_and_a_stale_or_broken_one_is_made_again(stage):
 
 
 def test_a_form_that_cannot_be_exported_is_refused_when_the_student_is_made(stage):
-    uneven = apply_plan(tiny("qwen3_moe"), kept((0, 2, 3), layers=(0,)))
+    uneven = replace(stage.student, model=apply_plan(tiny("qwen3_moe"), kept((0, 2, 3), (0,))))
     with pytest.raises(InputError, match="layer 1: it keeps 8 experts and layer 0 keeps 3"):
         exporting.check_export(stage.cell, uneven)
     exporting.check_export(FakeCell(stage.cell.model, Export("none")), uneven)
@@ -132,7 +133,7 @@ def test_a_form_that_cannot_be_exported_is_refused_when_the_student_is_made(stag
 
 
 def test_counts_by_layer_go_out_as_a_package_or_with_their_own_code(stage):
-    uneven = apply_plan(tiny("qwen3_moe"), kept((0, 2, 3), layers=(0,)))
+    uneven = replace(stage.student, model=apply_plan(tiny("qwen3_moe"), kept((0, 2, 3), (0,))))
     for form in ("package", "remote"):
         exporting.check_export(FakeCell(stage.cell.model, Export(form)), uneven)
         exporting.check_export(FakeCell(stage.cell.model, Export(form, densify=True)), uneven)

@@ -7,7 +7,8 @@ import pytest
 
 from rerail.processes import running_process
 from rerail.run import progress
-from rerail.run.status import EVERY, Status
+from rerail.run import status as status_file
+from rerail.run.status import Status
 
 
 @pytest.fixture
@@ -23,15 +24,15 @@ def read(status: Status) -> dict:
 
 def test_it_names_the_process_and_the_job(status):
     status.write("running", "plan")
-    held = read(status)
-    assert (held["state"], held["stage"], held["job"]) == ("running", "plan", "12_3")
-    assert running_process(held).pid == os.getpid()
+    content = read(status)
+    assert (content["state"], content["stage"], content["job"]) == ("running", "plan", "12_3")
+    assert running_process(content).pid == os.getpid()
 
 
 def test_the_items_of_a_bar_are_progress(status, monkeypatch):
-    monkeypatch.setattr("rerail.run.status.EVERY", 0.0)
+    monkeypatch.setattr(status_file, "EVERY", 0.0)
     status.write("running", "evaluate teacher")
-    with progress.told_to(status):
+    with progress.reporting_to(status):
         items = progress.bar("teacher on docs")(["a", "b", "c"])
         seen = [read(status)["progress"] for _ in items]
     assert seen == [{"label": "teacher on docs", "done": n, "of": 3} for n in range(3)]
@@ -46,7 +47,7 @@ def test_progress_is_written_seldom_and_a_state_at_once(status):
     assert read(status)["progress"] is None
     status.write("running", "apply")
     assert read(status)["stage"] == "apply"
-    status._written -= EVERY
+    status._written -= status_file.EVERY
     status.progress("statistics", 2, 9)
     assert read(status)["progress"] == {"label": "statistics", "done": 2, "of": 9}
 
@@ -58,6 +59,6 @@ def test_a_failure_keeps_the_stage(status):
 
 
 def test_only_the_first_of_several_processes_writes(status, monkeypatch):
-    monkeypatch.setattr("rerail.run.status.is_first", lambda: False)
+    monkeypatch.setattr(status_file, "is_first", lambda: False)
     status.write("running", "plan")
     assert not status.path.exists()

@@ -38,9 +38,9 @@ def check(folder: Path) -> None:
             if column.kind not in (dict, list):
                 assert merged.get(f"{row['stage']}/{name}") == row[name], name
         for layer in row["layers"] or []:
-            held = sent.records[f"{row['stage']}/layers/{layer['layer']}"]
+            content = sent.records[f"{row['stage']}/layers/{layer['layer']}"]
             plain = {n: v for n, v in layer.items() if n != "load"}
-            assert held == {f"{row['stage']}/layers/{n}": v for n, v in plain.items()}
+            assert content == {f"{row['stage']}/layers/{n}": v for n, v in plain.items()}
             assert sum(share or 0 for share in layer["load"]) == pytest.approx(1, abs=1e-4)
     points = [r for n, r in sent.records.items() if n.startswith("repair/validation")]
     assert points == [{f"repair/{n}": v for n, v in p.items()} for p in rows[2]["curve"]]

@@ -4,14 +4,16 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
+from omegaconf import OmegaConf
 
-from rerail.config import secrets as holding
 from rerail.config.presets import config_root
+from rerail.config.secrets import escaped, without_secrets
 from rerail.errors import InputError
 from rerail.run import task
 
@@ -36,18 +38,21 @@ def composed(tmp_path, monkeypatch):
     return make
 
 
-def read_back(held):
-    return yaml.safe_load(yaml.safe_dump(held))
+@pytest.fixture
+def read_back(tmp_path):
+    return lambda cell: task.SweepCell.load(cell.save(tmp_path / "cell.yaml"))
 
 
-def test_what_a_job_reads_is_the_cell_that_was_described_and_it_is_done_once(composed, tmp_path):
+def test_what_a_job_reads_is_the_cell_that_was_described_and_it_is_done_once(
+    composed, read_back, tmp_path
+):
     described = task.describe(composed("seed=3"))
     assert (described.state, described.reason) == ("open", "")
     assert described.folder.endswith(described.key[:8])
-    held = read_back(described.held)
-    assert held["names"]["compressor"] == "reap"
-    assert held["command"].startswith("rerail distill=none")
-    assert task.run(held) == ("done", "")
+    cell = read_back(described)
+    assert cell.names["compressor"] == "reap"
+    assert cell.command.startswith("rerail distill=none")
+    assert task.run(cell) == ("done", "")
     folder = tmp_path / "out" / described.folder
     assert json.loads((folder / "status.json").read_text())["state"] == "done"
     again = task.describe(composed("seed=3"))
@@ -55,62 +60,62 @@ def test_what_a_job_reads_is_the_cell_that_was_described_and_it_is_done_once(com
 
 
 def test_a_choice_that_cannot_be_used_is_a_row_before_anything_runs(composed, tmp_path):
-    for words, state, said in (
+    for words, state, message in (
         (["ratio.removed=1.5"], "failed", "outside"),
         (["ratio.removed=0.9"], "not_applicable", "allowed ratios"),
         (["calibration.sources.0.paths=[/nowhere.txt]"], "failed", "nowhere"),
     ):
         described = task.describe(composed(*words))
         assert described.state == state
-        assert said in described.reason
+        assert message in described.reason
         [row] = json.loads((tmp_path / "out" / described.folder / "result.json").read_text())
         assert (row["status"], row["reason"]) == (state, described.reason)
 
 
-def test_choices_that_read_back_as_others_are_not_run(composed):
-    held = read_back(task.describe(composed()).held)
-    held["config"]["seed"] = 4
+def test_choices_that_read_back_as_others_are_not_run(composed, read_back):
+    cell = read_back(task.describe(composed()))
+    other = replace(cell, config={**cell.config, "seed": 4})
     with pytest.raises(InputError, match="submit the sweep again"):
-        task.run(held)
+        task.run(other)
 
 
 def test_a_failing_cell_leaves_its_traceback_until_it_succeeds(composed, tmp_path, monkeypatch):
-    from rerail.run import stages
+    from rerail import api
 
     described = task.describe(composed())
     with monkeypatch.context() as patch:
-        patch.setattr(stages, "make_plan", lambda *_: 1 / 0)
-        state, reason = task.run(described.held)
+        patch.setattr(api, "make_plan", lambda *_: 1 / 0)
+        state, reason = task.run(described)
     assert (state, reason) == ("failed", "ZeroDivisionError: division by zero")
     folder = tmp_path / "out" / described.folder
-    held = json.loads((folder / "status.json").read_text())
-    assert (held["state"], held["stage"], held["pid"]) == ("failed", "plan", os.getpid())
+    content = json.loads((folder / "status.json").read_text())
+    assert (content["state"], content["stage"], content["pid"]) == ("failed", "plan", os.getpid())
     assert "make_plan" in (folder / "traceback.txt").read_text()
-    assert task.run(described.held)[0] == "done"
+    assert task.run(described)[0] == "done"
     assert not (folder / "traceback.txt").exists()
 
 
 def test_a_cell_that_another_process_finished_meanwhile_is_done(composed, tmp_path, monkeypatch):
-    from rerail.run import stages
+    from rerail import api
 
     described = task.describe(composed())
-    plan = stages.plan
+    plan = api.plan
 
-    def late(*args):
+    def late(*_, **__):
         with monkeypatch.context() as patch:
-            patch.setattr(stages, "plan", plan)
-            assert task.run(described.held)[0] == "done"
+            patch.setattr(api, "plan", plan)
+            assert task.run(described)[0] == "done"
         raise FileNotFoundError("what the other one has removed at its end")
 
-    monkeypatch.setattr(stages, "plan", late)
-    assert task.run(described.held) == ("done", "")
+    monkeypatch.setattr(api, "plan", late)
+    assert task.run(described) == ("done", "")
     folder = tmp_path / "out" / described.folder
     assert json.loads((folder / "status.json").read_text())["state"] == "done"
     assert {row["status"] for row in json.loads((folder / "result.json").read_text())} == {"done"}
 
 
-RUN = "import sys, yaml; from rerail.run.task import run"
-RUN += "; print(run(yaml.safe_load(open(sys.argv[1]))))"
+RUN = "import sys; from pathlib import Path; from rerail.run.task import SweepCell, run"
+RUN += "; print(run(SweepCell.load(Path(sys.argv[1]))))"
 VOLATILE = ("host", "time", "seconds", "evaluation_seconds", "peak_memory", "choices")
 
 
@@ -118,26 +123,22 @@ VOLATILE = ("host", "time", "seconds", "evaluation_seconds", "peak_memory", "cho
 def test_two_processes_on_the_same_cell_both_end_well_with_the_same_rows(composed, tmp_path):
     words = ("distill=router_kd", "++distill.batch_size=4", "++distill.epochs=8")
     described = task.describe(composed(*words, "samples.count=16"))
-    (tmp_path / "held.yaml").write_text(yaml.safe_dump(described.held))
-    command = [sys.executable, "-c", RUN, str(tmp_path / "held.yaml")]
+    command = [sys.executable, "-c", RUN, str(described.save(tmp_path / "cell.yaml"))]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}  # as many as in this process
     children = []
     for name in "ab":
         with (tmp_path / name).open("w") as file:
             children.append(subprocess.Popen(command, stdout=file, stderr=file, env=env))
     codes = [child.wait(timeout=200) for child in children]
-    said = [(tmp_path / name).read_text() for name in "ab"]
-    assert codes == [0, 0], said
-    assert all("('done', '')" in one for one in said), said
+    message = [(tmp_path / name).read_text() for name in "ab"]
+    assert codes == [0, 0], message
+    assert all("('done', '')" in one for one in message), message
     folder = tmp_path / "out" / described.folder
     assert json.loads((folder / "status.json").read_text())["state"] == "done"
     left = [p.name for p in folder.rglob("*") if p.suffix in (".tmp", ".old", ".ckpt")]
     assert left == []
-    alone = {
-        **described.held,
-        "config": {**described.held["config"], "out": str(tmp_path / "other")},
-    }
-    assert task.run(alone) == ("done", "")
+    config = {**described.config, "out": str(tmp_path / "other")}
+    assert task.run(replace(described, config=config)) == ("done", "")
     rows, others = (
         [{n: v for n, v in row.items() if n not in VOLATILE} for row in json.loads(text)]
         for text in (
@@ -148,34 +149,47 @@ def test_two_processes_on_the_same_cell_both_end_well_with_the_same_rows(compose
 
 
 def test_a_preempted_cell_is_not_called_failed(composed, tmp_path, monkeypatch):
-    from rerail.run import stages
+    from rerail import api
 
     described = task.describe(composed())
 
-    def preempted(*_):
+    def preempted(*_, **__):
         raise SystemExit(-1)  # as submitit does after it has requeued the job
 
-    monkeypatch.setattr(stages, "plan", preempted)
+    monkeypatch.setattr(api, "plan", preempted)
     with pytest.raises(SystemExit):
-        task.run(described.held)
+        task.run(described)
     folder = tmp_path / "out" / described.folder
-    held = json.loads((folder / "status.json").read_text())
-    assert (held["state"], held["stage"]) == ("running", "plan")
+    content = json.loads((folder / "status.json").read_text())
+    assert (content["state"], content["stage"]) == ("running", "plan")
     assert not (folder / "result.json").exists()
 
 
 def test_a_secret_stays_in_the_environment_and_nothing_else_changes(monkeypatch):
     monkeypatch.setenv("HUB_API_KEY", "s3cret-value")
     config = {"url": "https://s3cret-value@hub", "prompt": "${seed} costs $5", "n": 1e-5}
-    held = holding.without_secret_values({"command": "rerail x=s3cret-value", "config": config})
-    assert "s3cret-value" not in yaml.safe_dump(held)
-    from omegaconf import OmegaConf
-
-    back = OmegaConf.to_container(OmegaConf.create(read_back(held)["config"]), resolve=True)
-    assert back == config
+    written = without_secrets(escaped(config), references=True)
+    assert "s3cret-value" not in yaml.safe_dump(written)
+    read = yaml.safe_load(yaml.safe_dump(written))
+    assert OmegaConf.to_container(OmegaConf.create(read), resolve=True) == config
+    assert without_secrets("rerail x=s3cret-value") == "rerail x=(hidden)"
 
 
 def test_a_secret_that_was_typed_is_refused():
     with pytest.raises(InputError, match=r"model\.api_key is a secret") as refused:
-        holding.without_secret_values({"config": {"model": {"api_key": "typed-by-hand"}}})
+        without_secrets({"model": {"api_key": "typed-by-hand"}}, references=True)
     assert "typed-by-hand" not in str(refused.value)
+
+
+def test_the_choices_of_rows_and_exports_hide_secrets(composed, monkeypatch):
+    monkeypatch.setenv("HUB_API_KEY", "s3cret-value")
+    cell = task.describe(composed("prompt=s3cret-value"))
+    assert cell.config["prompt"] == "${oc.env:HUB_API_KEY}"
+    from rerail.run.compose import to_cell
+
+    bare = composed("prompt=s3cret-value")
+    bare = OmegaConf.masked_copy(bare, [name for name in bare if name != "hydra"])
+    typed = to_cell(bare, "rerail prompt=s3cret-value", {})
+    assert typed.prompt == "s3cret-value"
+    assert typed.choices["prompt"] == "(hidden)"
+    assert typed.choices["command"] == "rerail prompt=(hidden)"

@@ -44,9 +44,9 @@ def fake(tmp_path, monkeypatch):
 def refused(**asked) -> str:
     with pytest.raises(InputError) as caught:
         check_cluster(**{"partition": "low", "timeout_min": 60, **asked})
-    said = str(caught.value)
-    assert "\n" not in said
-    return said
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
 
 
 @pytest.mark.parametrize(
@@ -67,22 +67,22 @@ def test_what_the_cluster_offers_passes(fake, asked):
 @pytest.mark.parametrize("name", COMMANDS)
 def test_a_missing_command_is_named_with_the_way_to_a_local_cluster(fake, name):
     fake(**{name: None})
-    said = refused()
-    assert said.startswith(f"{name} not found")
-    assert "make slurm-up" in said
+    message = refused()
+    assert message.startswith(f"{name} not found")
+    assert "make slurm-up" in message
 
 
 def test_a_controller_that_does_not_answer_is_named(fake):
     fake(sinfo="echo 'slurm_load_partitions: Unable to contact slurm controller' >&2; exit 1")
-    said = refused()
-    assert "controller does not answer" in said
-    assert "Unable to contact" in said
+    message = refused()
+    assert "controller does not answer" in message
+    assert "Unable to contact" in message
 
 
 def test_a_cluster_without_accounting_is_refused_since_submitit_would_wait_for_ever(fake):
     fake(sacct="echo 'Slurm accounting storage is disabled' >&2; exit 1")
-    said = refused()
-    assert said == "sacct does not work on this cluster: Slurm accounting storage is disabled"
+    message = refused()
+    assert message == "sacct does not work on this cluster: Slurm accounting storage is disabled"
 
 
 def test_a_sacct_of_another_kind_is_refused(fake):
@@ -92,8 +92,8 @@ def test_a_sacct_of_another_kind_is_refused(fake):
 
 def test_an_unknown_partition_gets_the_list_of_those_that_exist(fake):
     fake()
-    said = refused(partition="hgih")
-    assert "hgih does not exist; allowed: big, cpu, high, low" in said
+    message = refused(partition="hgih")
+    assert "hgih does not exist; allowed: big, cpu, high, low" in message
 
 
 def test_no_partition_without_a_default_gets_the_list(fake):
@@ -104,9 +104,9 @@ def test_no_partition_without_a_default_gets_the_list(fake):
 @pytest.mark.parametrize(("partition", "most"), [("low", 1440), ("high", 60)])
 def test_a_walltime_above_the_limit_of_the_partition_is_refused(fake, partition, most):
     fake()
-    said = refused(partition=partition, timeout_min=1441)
-    assert "timeout_min=1441" in said
-    assert f"at most {most}" in said
+    message = refused(partition=partition, timeout_min=1441)
+    assert "timeout_min=1441" in message
+    assert f"at most {most}" in message
 
 
 @pytest.mark.parametrize(("limit", "delay", "least"), [(10, 90, 11), (19, 600, 22), (1, 0, 11)])
@@ -132,7 +132,7 @@ def test_a_job_of_the_shortest_walltime_is_preempted_and_not_timed_out_for_submi
 
 
 @pytest.mark.parametrize(
-    ("partition", "gpus", "nodes", "said"),
+    ("partition", "gpus", "nodes", "message"),
     [
         ("low", 3, 1, "have up to 2 GPUs"),
         ("low", 2, 3, "has 2 such"),
@@ -140,9 +140,9 @@ def test_a_job_of_the_shortest_walltime_is_preempted_and_not_timed_out_for_submi
         ("cpu", 1, 1, "have up to 0 GPUs"),
     ],
 )
-def test_gpus_or_nodes_that_are_not_there_are_refused(fake, partition, gpus, nodes, said):
+def test_gpus_or_nodes_that_are_not_there_are_refused(fake, partition, gpus, nodes, message):
     fake()
-    assert said in refused(partition=partition, gpus_per_node=gpus, nodes=nodes)
+    assert message in refused(partition=partition, gpus_per_node=gpus, nodes=nodes)
 
 
 @pytest.mark.parametrize(
@@ -165,11 +165,11 @@ def test_the_local_cluster_is_found_only_while_it_answers(fake, tmp_path, monkey
     with pytest.raises(InputError, match=f"no local cluster is running in {home}.*make slurm-up"):
         local_environment()
     (home / "slurm.conf").touch()
-    found = local_environment()
-    assert found["SLURM_CONF"] == str(home / "slurm.conf")
-    assert found["PATH"] == f"{home}/bin:{os.environ['PATH']}"
-    monkeypatch.setenv("PATH", found["PATH"])
-    assert local_environment() == found, "asked twice it is the same"
+    variables = local_environment()
+    assert variables["SLURM_CONF"] == str(home / "slurm.conf")
+    assert variables["PATH"] == f"{home}/bin:{os.environ['PATH']}"
+    monkeypatch.setenv("PATH", variables["PATH"])
+    assert local_environment() == variables, "asked twice it is the same"
     fake(scontrol=f'{answers} DOWN"; exit 1')
     with pytest.raises(InputError, match="no local cluster is running"):
         local_environment()

@@ -11,7 +11,6 @@ from submitit import AutoExecutor, SlurmExecutor
 
 from rerail.config.presets import config_root
 from rerail.parallel import check_processes
-from rerail.run import task
 from rerail.sweep import launcher, submit
 from rerail.sweep.cluster import check_walltime
 
@@ -30,7 +29,7 @@ def profile(request):
 
 def test_it_is_one_of_our_launchers_and_says_what_it_is_for(profile):
     path, config = profile
-    launcher.register(task)
+    launcher.register()
     made = Plugins.instance()._instantiate(config.hydra.launcher)
     assert isinstance(made, launcher.SweepLauncher)
     assert (made.executor, made.wait) == ("slurm", True)

@@ -112,9 +112,9 @@ def test_a_failed_cell_that_was_submitted_again_is_pending(tmp_path, slurm):
 def test_a_cell_that_a_later_sweep_found_on_its_way_keeps_its_job(tmp_path, slurm):
     sweep(tmp_path, ["a"], {0: "7"})
     path = sweep(tmp_path, ["a"], {})
-    held = json.loads((path / "cells.json").read_text())
-    held["cells"][0]["state"] = "active"
-    (path / "cells.json").write_text(json.dumps(held))
+    content = json.loads((path / "cells.json").read_text())
+    content["cells"][0]["state"] = "active"
+    (path / "cells.json").write_text(json.dumps(content))
     slurm[0]["7"] = "RUNNING"
     assert [(c.state, c.job) for c in look(tmp_path).cells] == [("running", "7")]
 

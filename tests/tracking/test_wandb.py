@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 import rerail.tracking.wandb as mirror
-from rerail.config.redaction import without_secrets
+from rerail.config.secrets import without_secrets
 from rerail.run.mirror import Live
 from rerail.run.results import COLUMNS, Row, write_rows
 from rerail.tracking.journal import Journal

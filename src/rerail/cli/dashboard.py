@@ -18,9 +18,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--project", default=os.environ.get("WANDB_PROJECT", "rerail"))
     parser.add_argument("--claim", help="show the runs of one claim only")
     parser.add_argument("--spec", type=Path, metavar="FILE", help="write JSON, save nothing")
-    given = parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
     try:
-        for line in _made(given):
+        for line in _lines(options):
             print(line)
     except InputError as error:
         sys.stderr.write(f"rerail-dashboard: {error}\n")
@@ -28,22 +28,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _made(given: argparse.Namespace) -> list[str]:
+def _lines(options: argparse.Namespace) -> list[str]:
     folders = (config_root() / "experiments", Path.cwd() / "experiments")
     claims = sorted({path.stem for folder in folders for path in folder.glob("*.yaml")})
-    if given.claim is not None and given.claim not in claims:
-        raise InputError(f"--claim {given.claim} does not exist; allowed: {', '.join(claims)}")
-    if not given.entity and not given.spec:
+    if options.claim is not None and options.claim not in claims:
+        raise InputError(f"--claim {options.claim} does not exist; allowed: {', '.join(claims)}")
+    if not options.entity and not options.spec:
         raise InputError(
             "--entity is missing: give the user or team that owns the project, or set WANDB_ENTITY"
         )
     from rerail.tracking import dashboard
 
-    if given.spec:
-        made = dashboard.specification(given.entity or "", given.project, given.claim)
-        write_json(given.spec, made)
-        return [f"specification: {given.spec}"]
-    return dashboard.save(given.entity, given.project, given.claim, Path("rerail-dashboard.json"))
+    if options.spec:
+        made = dashboard.specification(options.entity or "", options.project, options.claim)
+        write_json(options.spec, made)
+        return [f"specification: {options.spec}"]
+    return dashboard.save(
+        options.entity, options.project, options.claim, Path("rerail-dashboard.json")
+    )
 
 
 if __name__ == "__main__":

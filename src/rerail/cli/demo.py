@@ -27,14 +27,14 @@ def demo(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="rerail demo", description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("outputs/demo"))
     parser.add_argument("overrides", nargs="*", help="further Hydra overrides, as in debug=fast")
-    given = parser.parse_args(arguments)
-    out = given.out.absolute()
+    options = parser.parse_args(arguments)
+    out = options.out.absolute()
     out.mkdir(parents=True, exist_ok=True)
     with _progress() as progress:
         task = progress.add_task("reading the text of the installed packages", total=1)
         Docs().documents("calibration")
         progress.update(task, completed=1, description="text")
-        children = {m: _start(m, out, given.overrides) for m in MODELS}
+        children = {m: _start(m, out, options.overrides) for m in MODELS}
         bars = {m: progress.add_task(m, total=len(METHODS) * len(STEPS)) for m in MODELS}
         while any(child.poll() is None for child in children.values()):
             for model in MODELS:
@@ -78,12 +78,12 @@ def _show(progress: Progress, bar: TaskID, model: str, out: Path) -> None:
     done, label = 0, model
     for path in sorted(out.glob(f"{model}-*/status.json")):
         try:
-            held = json.loads(path.read_text(encoding="utf-8"))
+            status = json.loads(path.read_text(encoding="utf-8"))
         except ValueError:
             continue
-        if held["state"] != "running":
+        if status["state"] != "running":
             done += len(STEPS)
-        elif held["stage"] in STEPS:
-            done += STEPS.index(held["stage"])
-            label = f"{path.parent.name.rsplit('-r', 1)[0]}: {held['stage']}"
+        elif status["stage"] in STEPS:
+            done += STEPS.index(status["stage"])
+            label = f"{path.parent.name.rsplit('-r', 1)[0]}: {status['stage']}"
     progress.update(bar, completed=done, description=label)

@@ -38,9 +38,9 @@ def main() -> None:
     from rerail.config import search_path as searching
     from rerail.sweep import launcher
 
-    task.quiet()
+    task.set_up_logging()
     searching.register()
-    launcher.register(task)
+    launcher.register()
     sys.argv[1:] = map(_forced, sys.argv[1:])
     folder = str(config_root() / "conf")
     try:

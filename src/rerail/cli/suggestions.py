@@ -22,13 +22,13 @@ def hints(overrides: Sequence[str], root: Path) -> list[str]:
         return []  # Hydra's own message points at the word already
     groups = [p.name for p in sorted((root / "conf").iterdir()) if p.is_dir()]
     chosen = [str(o.input_line) for o in parsed if o.key_or_group in groups]
-    held = _defaults(root, chosen)
-    found = [
-        _missing(o.key_or_group, held, "")
+    composed = _defaults(root, chosen)
+    sentences = [
+        _missing(o.key_or_group, composed, "")
         for o in parsed
         if not (o.is_add() or o.is_force_add() or o.is_delete()) and o.key_or_group not in groups
     ]
-    return [sentence for sentence in found if sentence]
+    return [sentence for sentence in sentences if sentence]
 
 
 def _defaults(root: Path, chosen: Sequence[str]) -> Mapping[str, Any]:
@@ -42,8 +42,8 @@ def _defaults(root: Path, chosen: Sequence[str]) -> Mapping[str, Any]:
         GlobalHydra.instance().clear()
         try:
             with initialize_config_dir(str(root / "conf"), version_base="1.3"):
-                held = OmegaConf.to_container(compose("config", overrides))
-            return {str(k): v for k, v in held.items()} if isinstance(held, dict) else {}
+                composed = OmegaConf.to_container(compose("config", overrides))
+            return {str(k): v for k, v in composed.items()} if isinstance(composed, dict) else {}
         except HydraException:
             continue
     return {}

@@ -18,9 +18,9 @@ CODES = "exit status: 0 all done, 1 something failed or was lost, 3 something wa
 def main(words: Sequence[str] | None = None) -> None:
     """Entry point; exit status 2 where an argument cannot be used."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    given = _parser().parse_args(words)
+    options = _parser().parse_args(words)
     try:
-        code = int(given.action(given))
+        code = int(options.action(options))
     except InputError as error:
         sys.stderr.write(f"rerail-sweep: {error}\n")
         code = 2
@@ -37,44 +37,44 @@ def _parser() -> argparse.ArgumentParser:
         ("cancel", cancel, "cancel the jobs and stop the processes of the sweeps in OUT"),
         ("collect", collect, "write results.csv and report.html from the rows that are there"),
     ):
-        one = actions.add_parser(name, help=text, description=text, epilog=CODES)
-        one.add_argument("out", nargs="?", type=Path, default=Path("outputs"), metavar="OUT")
-        one.set_defaults(action=action)
+        command = actions.add_parser(name, help=text, description=text, epilog=CODES)
+        command.add_argument("out", nargs="?", type=Path, default=Path("outputs"), metavar="OUT")
+        command.set_defaults(action=action)
         if name == "status":
-            one.add_argument("--watch", action="store_true", help="until nothing waits or runs")
-            one.add_argument("--exit-code", action="store_true", help=CODES)
+            command.add_argument("--watch", action="store_true", help="until nothing waits or runs")
+            command.add_argument("--exit-code", action="store_true", help=CODES)
     return parser
 
 
-def status(given: argparse.Namespace) -> int:
+def status(options: argparse.Namespace) -> int:
     """Show the cells once or until the sweep is over."""
-    out = given.out.absolute()
+    out = options.out.absolute()
     screen = table.console()
-    if given.watch:
+    if options.watch:
         view = table.watch(lambda: look(out), screen)
     else:
         view = look(out)
         screen.print(table.rendered(view), highlight=False)
-    return view.exit_code if given.exit_code else 0
+    return view.exit_code if options.exit_code else 0
 
 
-def cancel(given: argparse.Namespace) -> int:
+def cancel(options: argparse.Namespace) -> int:
     """Cancel what waits or runs: the jobs of the sweeps in OUT, and processes on this host."""
-    out = given.out.absolute()
+    out = options.out.absolute()
     view = look(out)
     notes: list[str] = list(view.notes)
     sweeps = list(sweeps_of(out, notes))
     jobs = [job for sweep in sweeps for job in _cancelled(sweep)]
     started = [sweep.process for sweep in sweeps if sweep.executor == "here"]
     started += [status_of(out / c.folder) for c in view.cells if c.state == "running" and not c.job]
-    processes = {p.pid: p for one in started if (p := running_process(one))}
+    processes = {p.pid: p for status in started if (p := running_process(status))}
     for process in processes.values():
         process.terminate()
     for note in notes:
         sys.stderr.write(f"rerail-sweep: {note}\n")
-    said = [f"cancelled {len(jobs)} jobs ({', '.join(jobs)})"] if jobs else []
-    said += [f"stopped process {pid}" for pid in processes]
-    table.console().print("; ".join(said) or "nothing waits or runs here", highlight=False)
+    sentences = [f"cancelled {len(jobs)} jobs ({', '.join(jobs)})"] if jobs else []
+    sentences += [f"stopped process {pid}" for pid in processes]
+    table.console().print("; ".join(sentences) or "nothing waits or runs here", highlight=False)
     return 0
 
 
@@ -89,12 +89,16 @@ def _cancelled(sweep: Sweep) -> list[str]:
     return jobs
 
 
-def collect(given: argparse.Namespace) -> int:
+def collect(options: argparse.Namespace) -> int:
     """Write results.csv and report.html, and print the summary."""
     from rerail.cli.screen import finish
 
-    out = given.out.absolute()
+    out = options.out.absolute()
     view = look(out)
     finish(out)
     table.console().print(table.counts(view), highlight=False)
     return view.exit_code
+
+
+if __name__ == "__main__":
+    main()

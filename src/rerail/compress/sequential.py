@@ -33,7 +33,7 @@ def sequential(
         student = apply_plan(teacher, plan) if plan.layers else teacher
         indices = [layer.index for layer in layers]
         label = f"statistics of layers {indices[0]}-{indices[-1]}"
-        found = collect(student, batches, moving, bar(label), layers=indices)
-        return join_sets([found, fixed])
+        measured = collect(student, batches, moving, bar(label), layers=indices)
+        return join_sets([measured, fixed])
 
     return remeasure

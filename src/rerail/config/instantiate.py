@@ -33,10 +33,10 @@ def build(config: Any, where: str) -> Any:
             cause = cause.__cause__
         raise cause or InputError(f"{where}: {str(error).splitlines()[0]}") from error
     except OmegaConfBaseException as error:
-        raise InputError(f"{where}: {_said(str(error).splitlines()[0])}") from error
+        raise InputError(f"{where}: {_sentence(str(error).splitlines()[0])}") from error
 
 
-def _said(message: str) -> str:
+def _sentence(message: str) -> str:
     """Return OmegaConf's message as a sentence for users."""
     if unset := re.search(r"Environment variable '(\w+)' not found", message):
         return f"the environment variable {unset[1]} is not set; set it to the data folder"
@@ -48,8 +48,8 @@ def _said(message: str) -> str:
 def _check_fields(node: Any, where: str) -> None:
     """Check keys and plain values against the class that `_target_` names, all the way down."""
     if isinstance(node, list):
-        for i, one in enumerate(node):
-            _check_fields(one, f"{where}.{i}")
+        for i, item in enumerate(node):
+            _check_fields(item, f"{where}.{i}")
     if not isinstance(node, Mapping):
         return
     if target := node.get("_target_"):
@@ -58,13 +58,13 @@ def _check_fields(node: Any, where: str) -> None:
         for name, hint in get_type_hints(made).items():
             if name in node:
                 check_value(node[name], hint, f"{where}.{name}")
-    for name, one in node.items():
-        _check_fields(one, f"{where}.{name}")
+    for name, item in node.items():
+        _check_fields(item, f"{where}.{name}")
 
 
-def check_names(given: Iterable[Any], allowed: Sequence[str], where: str) -> None:
+def check_names(names: Iterable[Any], allowed: Sequence[str], where: str) -> None:
     """Raise InputError for a name that is not allowed; it names the nearest and lists all."""
-    for name in sorted(set(map(str, given)) - set(allowed)):
+    for name in sorted(set(map(str, names)) - set(allowed)):
         close = difflib.get_close_matches(name, allowed, 1)
         hint = f"did you mean {close[0]}? " if close else ""
         raise InputError(f"{where}.{name} does not exist; {hint}allowed: {', '.join(allowed)}")
@@ -75,7 +75,7 @@ def check_value(value: Any, hint: Any, where: str) -> None:
     if isinstance(value, list | dict) or is_bearable(value, hint, conf=_NUMBERS):
         return
     if get_origin(hint) is Literal:
-        said = f"one of {', '.join(map(str, get_args(hint)))}"
+        expected = f"one of {', '.join(map(str, get_args(hint)))}"
     else:
-        said = getattr(hint, "__name__", None) or str(hint)
-    raise InputError(f"{where}={value!r} is not {said}")
+        expected = getattr(hint, "__name__", None) or str(hint)
+    raise InputError(f"{where}={value!r} is not {expected}")

@@ -1,61 +1,67 @@
-"""A cell's choices as a file holds them: secrets stay in the environment."""
+"""Secrets stay out of what is written or sent: one redaction for every writer."""
 
 import os
+import re
 from collections.abc import Mapping
 from typing import Any
 
-from rerail.config.redaction import without_secrets
 from rerail.errors import InputError
 
+HIDDEN = "(hidden)"
+_TELLING = re.compile(r"secret|passw|credential|api_?key|access_?key|(^|_)token$", re.I)
 _SHORTEST = 8  # a shorter value would be found in ordinary words
 
 
-def without_secret_values(held: Mapping[str, Any]) -> dict[str, Any]:
-    """Return plain data in which values of secret variables are `${oc.env:NAME}` again.
+def without_secrets(
+    value: Any, name: str = "", *, references: bool = False, where: str = ""
+) -> Any:
+    """Return plain data without secrets: all values of a telling name, and known ones anywhere.
 
-    Any other `${` in `config` is escaped, so that OmegaConf reads the rest back as it is.
+    Known are the values of environment variables of a telling name.
+
+    Args:
+        value: mappings, lists and plain values.
+        name: of the value.
+        references: write a known secret as `${oc.env:VARIABLE}`, from which OmegaConf reads it back
+            in the same environment, and refuse a secret that is in no variable.
+        where: the names around the value, for the sentence.
 
     Raises:
-        InputError: a value of a telling name is in no variable.
+        InputError: with `references`, a value of a telling name is in no variable.
     """
-    telling = {n: v for n, v in os.environ.items() if without_secrets({n: "x"}) != {n: "x"}}
-    secrets = {value: name for name, value in telling.items() if len(value) >= _SHORTEST}
-    made: dict[str, Any] = _replaced({**held, "config": _escaped(held["config"])}, secrets)
-    if name := _first_hidden(made, without_secrets(made)):
-        raise InputError(
-            f"{name} is a secret; put it into an environment variable and write "
-            f"{name}='${{oc.env:VARIABLE}}'"
-        )
-    return made
-
-
-def _escaped(value: Any) -> Any:
     if isinstance(value, Mapping):
-        return {key: _escaped(one) for key, one in value.items()}
+        return {
+            str(key): without_secrets(
+                item, str(key), references=references, where=f"{where}.{key}".strip(".")
+            )
+            for key, item in value.items()
+        }
     if isinstance(value, list | tuple):
-        return [_escaped(one) for one in value]
-    return value.replace("${", r"\${") if isinstance(value, str) else value
-
-
-def _replaced(value: Any, secrets: Mapping[str, str]) -> Any:
-    if isinstance(value, Mapping):
-        return {str(key): _replaced(one, secrets) for key, one in value.items()}
-    if isinstance(value, list | tuple):
-        return [_replaced(one, secrets) for one in value]
+        return [without_secrets(item, name, references=references, where=where) for item in value]
     if not isinstance(value, str):
         return value
-    for secret in sorted(secrets, key=len, reverse=True):
-        value = value.replace(secret, f"${{oc.env:{secrets[secret]}}}")
-    return value
+    for variable, secret in _known():
+        value = value.replace(secret, f"${{oc.env:{variable}}}" if references else HIDDEN)
+    if not _TELLING.search(name) or (references and value.startswith("${oc.env:")):
+        return value
+    if references:
+        raise InputError(
+            f"{where} is a secret; put it into an environment variable and write "
+            f"{where}='${{oc.env:VARIABLE}}'"
+        )
+    return HIDDEN
 
 
-def _first_hidden(value: Any, hidden: Any, where: str = "") -> str:
-    """Return the name of the first value that a row would not show, but for references."""
+def _known() -> list[tuple[str, str]]:
+    """Return secret variables with their values, the longest value first."""
+    telling = [(n, v) for n, v in os.environ.items() if _TELLING.search(n) and len(v) >= _SHORTEST]
+    return sorted(telling, key=lambda variable: -len(variable[1]))
+
+
+def escaped(value: Any) -> Any:
+    """Return resolved choices with `${` escaped, so that OmegaConf reads them back as they are."""
     if isinstance(value, Mapping):
-        parts = [(f"{where}.{n}".strip("."), value[n], hidden[n]) for n in value]
-    elif isinstance(value, list):
-        parts = [(where, *pair) for pair in zip(value, hidden, strict=True)]
-    else:
-        reference = isinstance(value, str) and value.startswith("${oc.env:")
-        return "" if value == hidden or reference else where.removeprefix("config.")
-    return next((n for one in parts if (n := _first_hidden(one[1], one[2], one[0]))), "")
+        return {key: escaped(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [escaped(item) for item in value]
+    return value.replace("${", r"\${") if isinstance(value, str) else value

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from rerail.code_version import version_of
+from rerail.code_version import code_version
 from rerail.distill.schedule import Schedule
 from rerail.distill.settings import RouterKD
 from rerail.distill.sharding import private_copy
@@ -96,7 +96,7 @@ def repair(  # noqa: PLR0913
     with master_copies(trainee, settings.trains) as trained:
         before = {n: p.detach().to("cpu", copy=True) for n, p in trained.items()}
         module = RouterDistillation(trainee, teacher, settings, trained, schedule.steps, scale)
-        code = version_of(RouterDistillation, Rounds)
+        code = code_version(RouterDistillation, Rounds)
         choices = [dataclasses.asdict(settings), seed, blocks.fingerprint, ranks, code]
         held = None if folder is None else folder / _name(choices, before)
         data = Rounds(blocks, schedule, seed, settings.average, rank)

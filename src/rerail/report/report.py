@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from rerail.config.redaction import without_secrets
+from rerail.config.secrets import without_secrets
 from rerail.errors import InputError
 from rerail.files import whole_file
 from rerail.report import drawing, paper, sections, tables

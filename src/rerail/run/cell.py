@@ -1,12 +1,11 @@
 """One cell of a sweep: its choices as typed values."""
 
-import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import rerail.auto  # noqa: F401  (package checkpoints load like any other)
-from rerail.code_version import version_of
+from rerail.code_version import code_version
 from rerail.compress.base import Compressor, make_plan
 from rerail.distill.repair import repair
 from rerail.distill.schedule import Schedule
@@ -14,7 +13,7 @@ from rerail.distill.settings import RouterKD
 from rerail.distill.trainable import check_router_gradients
 from rerail.distill.trainer import check_strategy
 from rerail.errors import InputError
-from rerail.evaluate.perplexity import score_blocks
+from rerail.evaluate.scores import score_texts
 from rerail.export.targets import FORMS
 from rerail.files import digest
 from rerail.moe.families import experts_implementation
@@ -27,6 +26,29 @@ from rerail.plan.budget import Bits, Budget, Ratio, Skip
 from rerail.run.evaluation import Evaluation
 from rerail.text.calibration import Calibration
 from rerail.versions import package_version
+
+# Choices by name: fields of `Cell`, and arguments of lightning.Trainer. Each is in one list.
+IN_KEY = (
+    *("model", "compressor", "ratio", "skip", "allocation", "calibration", "distill"),
+    *("evaluation", "export", "seed", "prompt", "names"),
+    *("trainer.accelerator", "trainer.strategy", "trainer.devices", "trainer.num_nodes"),
+    *("trainer.precision", "trainer.callbacks", "trainer.plugins", "trainer.fast_dev_run"),
+    *("trainer.max_epochs", "trainer.min_epochs", "trainer.max_steps", "trainer.min_steps"),
+    *("trainer.max_time", "trainer.limit_train_batches", "trainer.limit_val_batches"),
+    *("trainer.overfit_batches", "trainer.val_check_interval", "trainer.check_val_every_n_epoch"),
+    *("trainer.num_sanity_val_steps", "trainer.accumulate_grad_batches"),
+    *("trainer.gradient_clip_val", "trainer.gradient_clip_algorithm", "trainer.deterministic"),
+    *("trainer.benchmark", "trainer.inference_mode", "trainer.use_distributed_sampler"),
+    *("trainer.sync_batchnorm", "trainer.reload_dataloaders_every_n_epochs"),
+)
+NOT_IN_KEY = (
+    "choices",  # what the key is made from
+    *("trainer.logger", "trainer.log_every_n_steps", "trainer.enable_progress_bar"),
+    *("trainer.enable_model_summary", "trainer.enable_checkpointing", "trainer.profiler"),
+    *("trainer.enable_autolog_hparams", "trainer.default_root_dir", "trainer.model_registry"),
+    *("trainer.detect_anomaly", "trainer.barebones"),
+    *("trainer.limit_test_batches", "trainer.limit_predict_batches"),  # a fit has neither
+)
 
 
 @dataclass(frozen=True)
@@ -84,11 +106,13 @@ class Cell:
 
     @property
     def key(self) -> str:
-        """A hash of all choices that can change a number."""
+        """A hash of all choices that can change a number: those of `IN_KEY`."""
+        trainer = {n: v for n, v in self.trainer.items() if f"trainer.{n}" not in NOT_IN_KEY}
         if self.choices:
-            return digest({k: v for k, v in self.choices.items() if k != "command"})
-        fields = {f.name: repr(getattr(self, f.name)) for f in dataclasses.fields(self)}
-        return digest(fields)
+            chosen = {n: v for n, v in self.choices.items() if n != "command"}
+            return digest({**chosen, "trainer": trainer})
+        fields = {n: repr(getattr(self, n)) for n in IN_KEY if not n.startswith("trainer.")}
+        return digest({**fields, "trainer": repr(trainer)})
 
     @property
     def folder(self) -> str:
@@ -99,10 +123,9 @@ class Cell:
         return "-".join([*names, *numbers, self.key[:8]])
 
     def inputs(self) -> dict[str, Any]:
-        """Return fingerprints of what the choices only name: weights, texts, and code.
+        """Return fingerprints of what the choices only name: weights, texts, and this package.
 
-        An artefact made from other inputs is not used again: all that lies in the cell's folder is
-        made by the same code.
+        An artefact made from other inputs is not used again.
         """
         tokenizer = self.model.tokenizer()
         texts = {n: text.fingerprint(tokenizer) for n, text in self.evaluation.texts.items()}
@@ -111,13 +134,13 @@ class Cell:
             "calibration": self.calibration.fingerprint(tokenizer),
             "texts": texts,
             "rerail": package_version("rerail"),
-            "code": version_of(
+            "code": code_version(
                 type(self.compressor),
                 type(self.allocation),
                 make_plan,
                 apply_plan,
                 repair,
-                score_blocks,
+                score_texts,
             ),
         }
 
@@ -127,7 +150,7 @@ class Cell:
         Dtype, kind of device and experts implementation all decide what comes out.
         """
         weight = next(model.model.parameters())
-        experts = experts_implementation(model.config)
+        experts = experts_implementation(model.config) or "eager"
         runs = [experts, str(weight.dtype), weight.device.type]
         return digest([self.model.fingerprint(), runs, *what])
 

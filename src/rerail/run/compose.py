@@ -6,6 +6,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from rerail.config.instantiate import build, check_names, check_value
+from rerail.config.secrets import without_secrets
 from rerail.distill.trainer import trainer_argument_names
 from rerail.run.cell import Cell
 
@@ -42,12 +43,13 @@ def to_cell(config: DictConfig, command: str = "", names: Mapping[str, str] | No
     if names is None:
         named = dict(HydraConfig.get().runtime.choices) if HydraConfig.initialized() else {}
         names = {str(g): str(c) for g, c in named.items() if c is not None and "/" not in g}
-    kept = {str(k): v for k, v in choices.items() if k not in _VOLATILE}
+    decided = {str(k): v for k, v in choices.items() if k not in _VOLATILE}
+    shown = {"names": {n: names.get(n) for n in GROUPS}, "command": command}
     return Cell(
         **parts,
         trainer=dict(choices["trainer"]),
         seed=int(config.seed),
         prompt=str(config.prompt),
         names=dict(names),
-        choices=kept | {"names": {n: names.get(n) for n in GROUPS}, "command": command},
+        choices=without_secrets(decided | shown),
     )

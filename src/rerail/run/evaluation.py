@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from rerail.errors import InputError
 from rerail.evaluate.harness import Harness
-from rerail.text.calibration import Calibration
+from rerail.text.calibration import BATCH_SIZE, Calibration
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class Evaluation:
     """
 
     texts: Mapping[str, Calibration]
-    batch_size: int = 16
+    batch_size: int = BATCH_SIZE
     new_tokens: int = 48
     tasks: Harness | None = None
 
@@ -35,5 +35,10 @@ class Evaluation:
         for name, text in self.texts.items():
             if text.split != "heldout":
                 raise InputError(f"evaluation.texts.{name}.split={text.split!r} must be 'heldout'")
+            if text.batch_size != BATCH_SIZE:
+                raise InputError(
+                    f"evaluation.texts.{name}.batch_size={text.batch_size} is not read: held-out "
+                    "texts share evaluation.batch_size"
+                )
         if self.tasks is not None:
             self.tasks.check()

@@ -1,15 +1,16 @@
 """Write the repaired model and prove that it loads."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rerail.api import save
 from rerail.export.checkpoint import is_whole
 from rerail.export.reload import check_reload, logits_of
-from rerail.export.targets import as_written, check_student, export_student
+from rerail.export.targets import as_written, check_student
 from rerail.files import digest
-from rerail.moe.model import MoEModel
+from rerail.parts import LanguageModel
 from rerail.plan.plan import Plan
 from rerail.run.cell import Cell
 from rerail.run.results import Row
@@ -19,28 +20,26 @@ from rerail.text.calibration import TokenBlocks
 log = logging.getLogger(__name__)
 
 
-def check_export(cell: Cell, student: MoEModel) -> None:
+def check_export(cell: Cell, student: LanguageModel) -> None:
     """Check that the student can be written in the chosen form, before it is scored and repaired.
 
     Raises:
         InputError: it cannot.
     """
     if cell.export.form != "none":
-        check_student(student, cell.export.form, cell.export.densify)
+        check_student(student.model, cell.export.form, cell.export.densify)
 
 
-def weigh(cell: Cell, folder: Path, rows: Sequence[Row]) -> None:
-    """Put the bytes on disk of the teacher (where it is a local folder) and of the export down."""
+def add_disk_bytes(cell: Cell, folder: Path, rows: Sequence[Row]) -> None:
+    """Fill in the bytes on disk of the teacher (where it is a local folder) and of the export."""
     for row, path in ((rows[0], Path(cell.model.location)), (rows[-1], folder / "model")):
         row["disk_bytes"] = sum(p.stat().st_size for p in path.glob("*.safetensors")) or None
 
 
-def export(  # noqa: PLR0913
+def export(
     cell: Cell,
-    student: MoEModel,
-    plan: Plan,
-    tokenizer: Any,
-    texts: dict[str, TokenBlocks],
+    student: LanguageModel,
+    texts: Mapping[str, TokenBlocks],
     folder: Path,
     rows: Sequence[Row],
 ) -> Path:
@@ -49,22 +48,18 @@ def export(  # noqa: PLR0913
     An export of the same plan and choices that was proved to reload is used, not made again.
     """
     path, proof = folder / "model", folder / "reload.json"
+    plan = student.plan or Plan()
     key = digest([cell.key, plan.fingerprint(), [row["nll"] for row in rows]])
     proved = read(proof)
     if proved is not None and proved.data["key"] == key and is_whole(path):
         return path
-    dtype, form, densify = cell.model.stored_dtype(), cell.export.form, cell.export.densify
-    manifest = {
-        "choices": dict(cell.choices),
-        "parent": {"model": cell.model.path_or_id, "fingerprint": cell.model.fingerprint()},
-        "evaluation": [_numbers(row) for row in rows],
-    }
-    options: dict[str, Any] = {"form": form, "densify": densify, "dtype": dtype}
-    export_student(student, plan, path, tokenizer=tokenizer, manifest=manifest, **options)
+    form, densify = cell.export.form, cell.export.densify
+    facts = {"choices": dict(cell.choices), "evaluation": [_numbers(row) for row in rows]}
+    save(student, path, form, densify, facts)
     ids = next(iter(texts.values())).input_ids[:2, :64]
-    written = as_written(student, **options)
+    written = as_written(student.model, cell.model.stored_dtype(), densify, form)
     difference = check_reload(path, ids, written, form)
-    rounding = float((logits_of(written, ids) - logits_of(student, ids)).abs().max())
+    rounding = float((logits_of(written, ids) - logits_of(student.model, ids)).abs().max())
     record = {"key": key, "max_logit_difference": difference, "max_logit_rounding": rounding}
     write(proof, Artefact(record))
     message = "%s reloads with a largest logit difference of %g; rounding to its dtype moved %g"

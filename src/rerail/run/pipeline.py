@@ -1,17 +1,18 @@
-"""Run one cell, one line a step (design, section 5)."""
+"""Run one cell, one line a step: `rerail.api` behind a recorder, and the rows."""
 
 import contextlib
-import functools
 import logging
 import shutil
 import traceback
 import uuid
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from rerail import api
 from rerail.errors import InputError, OutOfReach
+from rerail.evaluate.continuation import continuation
 from rerail.files import digest, whole_file, write_json
-from rerail.moe.model import MoEModel
 from rerail.parallel import (
     broadcast_from_first,
     check_processes,
@@ -20,13 +21,13 @@ from rerail.parallel import (
     rank_and_size,
     run_on_first,
 )
-from rerail.plan.apply import apply_plan
-from rerail.run import stages
 from rerail.run.cell import Cell
 from rerail.run.mirror import Live, Mirror
-from rerail.run.progress import told_to
+from rerail.run.progress import reporting_to
+from rerail.run.provenance import provenance
+from rerail.run.recorder import CellRecorder
 from rerail.run.results import Row, read_rows, write_rows
-from rerail.run.rows import failed_row, provenance, recovery_columns, stage_row
+from rerail.run.rows import failed_row, plan_columns, recovery_columns, repair_columns, stage_row
 from rerail.run.status import Status
 from rerail.store import Artefact, read, write
 from rerail.text.calibration import TokenBlocks, check_vocabulary
@@ -34,7 +35,6 @@ from rerail.text.calibration import TokenBlocks, check_vocabulary
 log = logging.getLogger(__name__)
 
 INPUTS, TRACEBACK = "inputs.json", "traceback.txt"
-REPAIR_COLUMNS = ("kl_first", "kl_best", "kl_last", "curve", "seconds", "peak_memory")
 
 
 def run_cell(cell: Cell, out: Path, mirror: Mirror | None = None) -> list[Row]:
@@ -55,7 +55,7 @@ def run_cell(cell: Cell, out: Path, mirror: Mirror | None = None) -> list[Row]:
     status = Status(folder)
     live = _live(cell, folder, mirror)
     try:
-        with told_to(status):
+        with reporting_to(status):
             rows = _run(cell, folder, status, live)
     except SystemExit:
         raise  # preempted: the next start of the job goes on from here
@@ -147,76 +147,109 @@ def _run(cell: Cell, folder: Path, status: Status, live: Live) -> list[Row]:
         log.info("%s: %s", folder.name, name)
         status.write("running", name)
 
+    recorder = CellRecorder(cell, folder, live)
     step("text")
     tokenizer = cell.model.tokenizer()
     check_vocabulary(tokenizer, cell.model.meta().vocab_size)
     texts, blocks = broadcast_from_first(lambda: _texts(cell, tokenizer))
     step("load")
-    teacher = cell.model.load()
+    teacher = api.load(cell.model)
     if blocks is None:
-        blocks = broadcast_from_first(lambda: cell.calibration.blocks(tokenizer, teacher.model))
+        blocks = broadcast_from_first(lambda: api.text(teacher, cell.calibration))
     step("plan")
-    plan, cost = stages.plan(cell, teacher, blocks, folder)
+    choices = cell.compressor, cell.budget
+    options: dict[str, Any] = {"allocation": cell.allocation, "recorder": recorder}
+    options |= {"batch_size": cell.calibration.batch_size}
+    plan = api.plan(teacher, *choices, blocks, **options)
     step("apply")
-    student = apply_plan(teacher, plan)
+    student = api.apply(teacher, plan, *choices)
     if exports := cell.export.form != "none":
         from rerail.run import exporting  # an import that only those who export should wait for
 
         exporting.check_export(cell, student)
-    heldout = digest({name: text.fingerprint for name, text in texts.items()})
-    row = functools.partial(
-        _row, cell, live, teacher=teacher, tokenizer=tokenizer, folder=folder, heldout=heldout
-    )
+    results = ResultRows(cell, teacher, texts, recorder)
     step("evaluate teacher")
-    spoken = stages.score_teacher(cell, teacher, texts)
-    rows = [row("teacher", spoken[0], teacher)]
+    results.add("teacher", teacher)
     step("evaluate compressed")
-    compressed = stages.score_student(
-        cell, student, texts, spoken, plan, folder / "compressed.json"
-    )
-    rows.append(row("compressed", compressed[0], student, **cost))
+    results.add("compressed", student, **plan_columns(recorder.costs["plan"]))
     if cell.distill.enabled:
         step("repair")
-        mended = stages.repair_student(cell, teacher, student, blocks, folder, live.point)
-        student = stages.refit(cell, student, blocks, folder)
+        options = {"trainer": cell.trainer, "seed": cell.seed, "recorder": recorder}
+        options |= {"teacher_batch_size": cell.calibration.batch_size}
+        repaired = api.repair(student, teacher, blocks, cell.distill, **options)
+        student = repaired.student
         step("evaluate repaired")
-        repaired = stages.score_student(
-            cell, student, texts, spoken, plan, folder / "repaired.json"
-        )
-        extra = {n: mended[0][n] for n in REPAIR_COLUMNS}
-        extra |= recovery_columns(spoken[0], compressed[0], repaired[0])
-        rows.append(row("repaired", repaired[0], student, **extra))
+        results.add("repaired", student, **repair_columns(repaired.fit, recorder.costs["repair"]))
     if exports:
         step("export")
-        run_on_first(lambda: exporting.export(cell, student, plan, tokenizer, texts, folder, rows))
-        run_on_first(lambda: exporting.weigh(cell, folder, rows))
-    return rows
+        run_on_first(lambda: exporting.export(cell, student, texts, folder, results.rows))
+        run_on_first(lambda: exporting.add_disk_bytes(cell, folder, results.rows))
+    return results.rows
 
 
 def _texts(cell: Cell, tokenizer: Any) -> tuple[dict[str, TokenBlocks], TokenBlocks | None]:
-    """Return the held-out texts, and the calibration text unless the teacher must speak it."""
-    texts = {name: text.blocks(tokenizer) for name, text in cell.evaluation.texts.items()}
-    return texts, None if cell.calibration.needs_model else cell.calibration.blocks(tokenizer)
+    """Return the held-out texts, and the calibration text unless the teacher must write it."""
+    texts = {name: api.text(tokenizer, text) for name, text in cell.evaluation.texts.items()}
+    written = cell.calibration.needs_model
+    return texts, None if written else api.text(tokenizer, cell.calibration)
 
 
-def _row(  # noqa: PLR0913
-    cell: Cell,
-    live: Live,
-    stage: str,
-    scores: Any,
-    model: MoEModel,
-    *,
-    teacher: MoEModel,
-    tokenizer: Any,
-    folder: Path,
-    **extra: Any,
-) -> Row:
-    """Add what is looked at rather than counted, and show the row."""
-    seen = stages.seen(cell, stage, model, tokenizer, folder)
-    extra |= {"samples_text": seen["text"], "tasks": seen["tasks"]}
-    found = stage_row(cell, stage, scores, model, teacher, **extra)
-    live.row(found)
-    return found
+class ResultRows:
+    """Scores the stages of a cell one after another, and shows their rows.
+
+    Args:
+        cell: its choices.
+        teacher: the original model.
+        texts: held-out texts by name.
+        recorder: of the cell.
+
+    Attributes:
+        rows: of the stages so far.
+        scores: of the stages so far, by name.
+    """
+
+    def __init__(
+        self,
+        cell: Cell,
+        teacher: api.LanguageModel,
+        texts: Mapping[str, TokenBlocks],
+        recorder: CellRecorder,
+    ):
+        self.cell, self.teacher, self.texts, self.recorder = cell, teacher, texts, recorder
+        self.heldout = digest({name: text.fingerprint for name, text in texts.items()})
+        self.rows: list[Row] = []
+        self.scores: dict[str, api.Scores] = {}
+
+    def add(self, stage: str, student: api.LanguageModel, **extra: Any) -> None:
+        """Score a stage and show its row with these columns."""
+        cell, recorder = self.cell, self.recorder
+        scores = self.scores[stage] = api.evaluate(
+            student,
+            self.teacher,
+            self.texts,
+            reference=self.scores.get("teacher"),
+            stage=stage,
+            batch_size=cell.evaluation.batch_size,
+            recorder=recorder,
+        )
+        if stage == "repaired":
+            extra |= recovery_columns(self.scores["teacher"], self.scores["compressed"], scores)
+        seen = recorder.seen(stage, student, lambda: _seen(cell, student))
+        extra |= {"samples_text": seen["text"], "tasks": seen["tasks"], "heldout": self.heldout}
+        cost = recorder.costs[stage]
+        row = stage_row(cell, stage, scores, cost, student, self.teacher, **extra)
+        recorder.live.row(row)
+        self.rows.append(row)
+
+
+def _seen(cell: Cell, model: api.LanguageModel) -> dict[str, Any]:
+    """Return what is looked at rather than counted: `text` (the continuation) and `tasks`."""
+    choices = cell.evaluation
+    scored = None
+    if choices.tasks is not None:
+        scored = choices.tasks.evaluate(model.model.model, model.tokenizer)
+    words = (cell.prompt, choices.new_tokens, cell.seed)
+    return {"text": continuation(model.model, model.tokenizer, *words), "tasks": scored}
 
 
 def run_or_record(cell: Cell, out: Path, mirror: Mirror | None = None) -> list[Row]:

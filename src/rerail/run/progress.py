@@ -1,4 +1,4 @@
-"""How far a stage is, told to whoever watches the cell."""
+"""How far a step is, for whoever watches the cell."""
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -23,8 +23,8 @@ _listener: ContextVar[Listener | None] = ContextVar("listener", default=None)
 
 
 @contextlib.contextmanager
-def told_to(listener: Listener) -> Iterator[None]:
-    """Tell `listener` of the progress inside the block."""
+def reporting_to(listener: Listener) -> Iterator[None]:
+    """Report progress inside the block to `listener`."""
     token = _listener.set(listener)
     try:
         yield
@@ -32,8 +32,8 @@ def told_to(listener: Listener) -> Iterator[None]:
         _listener.reset(token)
 
 
-def tell(label: str, done: int, of: int) -> None:
-    """Tell the listener, if there is one."""
+def report_progress(label: str, done: int, of: int) -> None:
+    """Report that `done` of `of` parts are behind us, where somebody listens."""
     if (listener := _listener.get()) is not None:
         listener.progress(label, done, of)
 
@@ -45,7 +45,7 @@ def bar(label: str) -> Callable[[Sequence[T]], Iterable[T]]:
         how = {"leave": False, "dynamic_ncols": True, "mininterval": 0.5}
         shown = tqdm(items, desc=label, disable=not is_first(), **how)
         for done, item in enumerate(shown):
-            tell(label, done, len(items))
+            report_progress(label, done, len(items))
             yield item
 
     return over

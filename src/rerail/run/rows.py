@@ -1,9 +1,6 @@
-"""From the numbers of a cell's stages to the rows of result.json."""
+"""From the typed results of a cell's steps to the rows of result.json."""
 
-import math
 import platform
-import subprocess
-from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -11,47 +8,18 @@ from typing import Any
 import numpy as np
 from omegaconf import OmegaConf
 
+from rerail.config.secrets import without_secrets
+from rerail.distill.repair import Repair
 from rerail.evaluate.estimates import mean_and_se, recovery_of
+from rerail.evaluate.scores import LayerRouting, Scores
 from rerail.files import digest
 from rerail.moe.model import MoEModel
+from rerail.parts import LanguageModel
 from rerail.plan.budget import Bits
-from rerail.plan.sizes import Sizes
 from rerail.run.cell import Cell
+from rerail.run.provenance import revision
+from rerail.run.recorder import Cost
 from rerail.run.results import Row, new_row, write_rows
-from rerail.versions import package_version
-
-Scores = Mapping[str, Any]
-
-
-def revision() -> str | None:
-    """Return the git revision of this code, `+` where it was edited; None outside git."""
-    here = Path(__file__).parent
-    snapshot = here.parent / "revision.txt"  # of a sweep: outside git, or in another place of it
-    if snapshot.exists():
-        return snapshot.read_text(encoding="utf-8").strip() or None
-    try:
-        head = subprocess.run(
-            ["git", "-C", here, "rev-parse", "--short=12", "HEAD"],
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout.strip()
-        changed = subprocess.run(
-            ["git", "-C", here, "status", "--porcelain", "--", "."],
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return head + ("+" if changed else "")
-
-
-def provenance() -> dict[str, Any]:
-    """Return the git revision and the versions of the libraries that numbers depend on."""
-    names = ("rerail", "torch", "transformers", "lightning", "numpy", "scipy", "tokenizers")
-    versions = {name: package_version(name) for name in names}
-    return {"revision": revision(), "python": platform.python_version(), "versions": versions}
 
 
 def identity(cell: Cell) -> dict[str, Any]:
@@ -86,58 +54,85 @@ def failed_choice(config: Any, command: str, reason: str, out: Path) -> Row:
     """Write and return the row of a cell whose choices could not be understood."""
     choices = OmegaConf.to_container(config, resolve=False)
     key = digest([choices, command])
-    row = new_row(status="failed", reason=reason, key=key, choices={"command": command})
+    shown = without_secrets({"command": command})
+    row = new_row(status="failed", reason=reason, key=key, choices=shown)
     write_rows(out / f"failed-{key[:8]}", [row])
     return row
 
 
-def pooled(scores: Scores, name: str) -> np.ndarray:
-    """Return the per-block sums of all texts, in the order of their names."""
-    texts = [scores[text] for text in sorted(scores) if isinstance(scores[text], dict)]
-    return np.concatenate([np.asarray(text[name]) for text in texts])
-
-
 def stage_row(
-    cell: Cell, stage: str, scores: Scores, model: MoEModel, teacher: MoEModel, **extra: Any
+    cell: Cell,
+    stage: str,
+    scores: Scores,
+    cost: Cost,
+    student: LanguageModel,
+    teacher: LanguageModel,
+    **extra: Any,
 ) -> Row:
-    """Return the row of one stage: means over all held-out tokens, with block-clustered errors."""
-    tokens = pooled(scores, "tokens")
-    nll, nll_se = mean_and_se(pooled(scores, "nll"), tokens)
-    kl, kl_se = mean_and_se(pooled(scores, "kl"), tokens)
-    agreement, agreement_se = mean_and_se(pooled(scores, "agree"), tokens)
-    sizes, before = (Sizes.of(m, cell.model.itemsize()) for m in (model, teacher))
-    layers = layer_means(scores)
-    moved = [entry["routing_changed"] for entry in layers if "routing_changed" in entry]
-    return new_row(
-        **identity(cell),
-        stage=stage,
-        granularity="fine" if teacher.fine_grained else "coarse",
-        nll=nll,
-        nll_se=nll_se,
-        perplexity=math.exp(nll),
-        kl=kl,
-        kl_se=kl_se,
-        agreement=agreement,
-        agreement_se=agreement_se,
-        tokens=int(tokens.sum()),
-        routing_changed=float(np.mean(moved)) if moved else None,
-        load_entropy=float(np.mean([e["load_entropy"] for e in layers])) if layers else None,
-        layers=layers or None,
-        evaluation_seconds=scores["seconds"],
-        bytes=sizes.bytes,
-        expert_bytes=sizes.routed_bytes,
-        removed_of_experts=sizes.removed_of_experts(before),
-        removed_of_model=sizes.removed_of_model(before),
-        active_parameters=model.parameters_active(active_experts(scores)),
-        active_experts=active_experts(scores),
-        memory_bytes=resident(model),
-        **{
-            "seconds": 0.0,
-            "peak_memory": scores["peak_memory"],
-            "nll_by": by_text(scores),
-            **extra,
-        },
-    )
+    """Return the row of one stage: means over all held-out tokens, with block-clustered errors.
+
+    Args:
+        cell: its choices.
+        stage: teacher, compressed or repaired.
+        scores: of the stage.
+        cost: of scoring.
+        student: the model of the stage.
+        teacher: the original model.
+        extra: further columns; they win.
+    """
+    sizes, before = student.sizes, teacher.sizes
+    columns = {
+        "stage": stage,
+        "granularity": "fine" if teacher.model.fine_grained else "coarse",
+        **score_columns(scores),
+        "evaluation_seconds": cost.seconds,
+        "bytes": sizes.bytes,
+        "expert_bytes": sizes.routed_bytes,
+        "removed_of_experts": sizes.removed_of_experts(before),
+        "removed_of_model": sizes.removed_of_model(before),
+        "active_parameters": student.model.parameters_active(scores.active_experts),
+        "active_experts": scores.active_experts,
+        "memory_bytes": resident(student.model),
+        "seconds": 0.0,
+        "peak_memory": cost.peak_memory,
+    }
+    return new_row(**identity(cell), **{**columns, **extra})
+
+
+def score_columns(scores: Scores) -> dict[str, Any]:
+    """Return means over all held-out tokens with their errors, and means over the layers."""
+    columns: dict[str, Any] = {"tokens": scores.tokens, "perplexity": scores.perplexity}
+    for column, name in (("nll", "nll"), ("kl", "kl"), ("agreement", "agree")):
+        columns[column], columns[f"{column}_se"] = scores.mean(name)
+    layers = scores.layers()
+    moved = [layer.routing_changed for layer in layers if layer.routing_changed is not None]
+    return {
+        **columns,
+        "routing_changed": float(np.mean(moved)) if moved else None,
+        "load_entropy": float(np.mean([layer.load_entropy for layer in layers]))
+        if layers
+        else None,
+        "layers": [layer_column(layer) for layer in layers] or None,
+        "nll_by": by_text(scores),
+    }
+
+
+def layer_column(routing: LayerRouting) -> dict[str, Any]:
+    """Return the routing of a layer as the column `layers` has it."""
+    moved = {} if routing.routing_changed is None else {"routing_changed": routing.routing_changed}
+    shares = {"load_entropy": routing.load_entropy, "load": routing.load}
+    return {"layer": routing.layer, **moved, **shares}
+
+
+def plan_columns(cost: Cost) -> dict[str, Any]:
+    """Return what making the student cost."""
+    return {"seconds": cost.seconds, "peak_memory": cost.peak_memory}
+
+
+def repair_columns(fit: Repair, cost: Cost) -> dict[str, Any]:
+    """Return what a repair reached, and what it cost."""
+    reached = {n: getattr(fit, n) for n in ("kl_first", "kl_best", "kl_last", "curve")}
+    return {**reached, **plan_columns(cost)}
 
 
 def resident(model: MoEModel) -> int:
@@ -150,51 +145,13 @@ def resident(model: MoEModel) -> int:
     return sum(storage.nbytes() for storage in storages.values())
 
 
-def active_experts(scores: Scores) -> float:
-    """Return the experts computed for a token and layer, on average over all held-out tokens."""
-    texts = [s for s in scores.values() if isinstance(s, dict)]
-    return float(
-        np.average([s["active"] for s in texts], weights=[sum(s["tokens"]) for s in texts])
-    )
-
-
 def by_text(scores: Scores) -> dict[str, dict[str, Any]]:
     """Return NLL, error and count of each text on its own."""
-    found = {}
-    for name, held in scores.items():
-        if isinstance(held, dict):
-            mean, se = mean_and_se(held["nll"], held["tokens"])
-            found[name] = {"nll": mean, "se": se, "tokens": int(sum(held["tokens"]))}
-    return found
-
-
-def layer_means(scores: Scores) -> list[dict[str, Any]]:
-    """Return per-layer routing numbers, weighted over the texts by their tokens."""
-    texts = [s for s in scores.values() if isinstance(s, dict)]
-    weights = [sum(s["tokens"]) for s in texts]
-    return [
-        {
-            "layer": parts[0]["layer"],
-            **{
-                name: float(np.average([part[name] for part in parts], weights=weights))
-                for name in ("routing_changed", "load_entropy")
-                if name in parts[0]
-            },
-            **_mean_load(parts, weights),
-        }
-        for parts in zip(*(s["layers"] for s in texts), strict=True)
-    ]
-
-
-def _mean_load(parts: Sequence[Mapping[str, Any]], weights: Sequence[int]) -> dict[str, Any]:
-    """Return the mean of each expert's shares, None for one that is gone.
-
-    Nothing where a part has none: a cell goes on with what an earlier version scored.
-    """
-    if not all("load" in part for part in parts):
-        return {}
-    found = np.average(np.array([part["load"] for part in parts], float), axis=0, weights=weights)
-    return {"load": [None if np.isnan(share) else round(float(share), 6) for share in found]}
+    columns = {}
+    for name, text in scores.texts.items():
+        mean, se = mean_and_se(text.nll, text.tokens)
+        columns[name] = {"nll": mean, "se": se, "tokens": int(sum(text.tokens))}
+    return columns
 
 
 def recovery_columns(teacher: Scores, compressed: Scores, repaired: Scores) -> dict[str, Any]:
@@ -203,11 +160,11 @@ def recovery_columns(teacher: Scores, compressed: Scores, repaired: Scores) -> d
     Both are None where the gap is under two standard errors.
     """
     stages = (teacher, compressed, repaired)
-    first, middle, last = (pooled(s, "nll") for s in stages)
-    found = recovery_of(first, middle, last, pooled(teacher, "tokens"))
+    first, middle, last = (s.pooled("nll") for s in stages)
+    overall = recovery_of(first, middle, last, teacher.pooled("tokens"))
     each = by_text(repaired)
-    for name, held in each.items():
-        first, middle, last = (s[name]["nll"] for s in stages)
-        alone = recovery_of(first, middle, last, teacher[name]["tokens"])
-        held |= {"recovery": alone.value, "recovery_se": alone.se}
-    return {"recovery": found.value, "recovery_se": found.se, "nll_by": each}
+    for name, columns in each.items():
+        first, middle, last = (np.asarray(s.texts[name].nll) for s in stages)
+        alone = recovery_of(first, middle, last, teacher.texts[name].tokens)
+        columns |= {"recovery": alone.value, "recovery_se": alone.se}
+    return {"recovery": overall.value, "recovery_se": overall.se, "nll_by": each}

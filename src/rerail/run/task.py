@@ -3,6 +3,7 @@
 Nothing heavy is imported until it is called, and a job finds every function by its name.
 """
 
+import dataclasses
 import logging
 import os
 import shlex
@@ -13,13 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rerail.parallel import is_first
+import yaml
 
-Held = Mapping[str, Any]
+from rerail.parallel import is_first
 
 
 class Outcome:
-    """What happened so far in this process."""
+    """What happened so far in this process: for the exit status, and for the summary at the end."""
 
     started = False
     failed = False
@@ -27,15 +28,39 @@ class Outcome:
 
 
 @dataclass(frozen=True)
-class Described:
-    """A cell before it runs: see `rerail.sweep.work.Described`."""
+class SweepCell:
+    """A cell of a sweep before it runs: resolved and checked, plain and without secrets.
 
-    held: Held
+    Attributes:
+        out: the folder of all cells, absolute.
+        folder: of this cell, a name below `out`.
+        key: hash of its choices.
+        command: that runs this cell alone.
+        names: the name that was chosen in each group.
+        config: every resolved choice; a secret is the name of its variable.
+        state: `open`, `done`, or why it cannot run: `failed` or `not_applicable`.
+        reason: a sentence where it cannot run.
+    """
+
     out: str
     folder: str
-    key: str = ""
+    key: str
+    command: str
+    names: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    config: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     state: str = "open"
     reason: str = ""
+
+    def save(self, path: Path) -> Path:
+        """Write a file that a job reads, and return its path."""
+        text = yaml.safe_dump(dataclasses.asdict(self), sort_keys=False)
+        path.write_text(text, encoding="utf-8")
+        return path
+
+    @classmethod
+    def load(cls, path: Path) -> "SweepCell":
+        """Read what `save` wrote."""
+        return cls(**yaml.safe_load(path.read_text(encoding="utf-8")))
 
 
 def record(out: Path | None, failed: bool) -> None:
@@ -46,12 +71,12 @@ def record(out: Path | None, failed: bool) -> None:
 
 
 def complain(sentence: str) -> None:
-    """Tell the user what is wrong."""
+    """Write to the user what is wrong."""
     if is_first():
         sys.stderr.write(f"rerail: {sentence}\n")
 
 
-def quiet() -> None:
+def set_up_logging() -> None:
     """Choose what a person wants to see: our own lines and the progress bars."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
@@ -69,7 +94,7 @@ def task(config: Any) -> None:
     from rerail.run.compose import to_cell
     from rerail.run.pipeline import run_cell
 
-    names, command = _typed(HydraConfig.get())
+    names, command = _chosen(HydraConfig.get())
     out = Path(config.out).absolute()
     try:
         cell = to_cell(config, command, names)
@@ -81,7 +106,7 @@ def task(config: Any) -> None:
     record(out, failed=False)
 
 
-def _typed(hydra: Any) -> tuple[dict[str, str], str]:
+def _chosen(hydra: Any) -> tuple[dict[str, str], str]:
     """Return the group names that were chosen, and the command that chooses this cell alone."""
     chosen = {str(g): str(c) for g, c in hydra.runtime.choices.items() if c is not None}
     words = [word.removeprefix("++") for word in hydra.overrides.task]
@@ -89,42 +114,42 @@ def _typed(hydra: Any) -> tuple[dict[str, str], str]:
     return {g: c for g, c in chosen.items() if "/" not in g}, command
 
 
-def describe(config: Any) -> Described:
+def describe(config: Any) -> SweepCell:
     """Resolve and check a cell of a sweep; one that cannot run leaves its row, and the reason."""
     Outcome.started = True
     from omegaconf import OmegaConf
 
     from rerail.config.instantiate import build
-    from rerail.config.secrets import without_secret_values
+    from rerail.config.secrets import escaped, without_secrets
     from rerail.errors import InputError
     from rerail.run import pipeline as runner
     from rerail.run.compose import to_cell
     from rerail.run.rows import failed_choice
 
-    names, command = _typed(config.hydra)
+    names, command = _chosen(config.hydra)
     bare = OmegaConf.masked_copy(config, [str(name) for name in config if name != "hydra"])
     out = Path(config.out).absolute()
     try:
         cell = to_cell(bare, command, names)
         build(config.logger, "logger")
         plain: Any = OmegaConf.to_container(bare, resolve=True)
-        typed = {"folder": cell.folder, "command": command, "names": names}
-        held = without_secret_values({**typed, "config": {**plain, "out": str(out)}})
+        choices = without_secrets(escaped({**plain, "out": str(out)}), references=True)
+        shown = without_secrets(command, references=True)
     except InputError as error:
         row = failed_choice(bare, command, str(error), out)
         name = f"failed-{row['key'][:8]}"
-        return Described({"command": command}, str(out), name, row["key"], "failed", str(error))
+        return SweepCell(str(out), name, row["key"], command, state="failed", reason=str(error))
     state, reason = runner.standing(cell, out)
-    return Described(held, str(out), cell.folder, cell.key, state, reason)
+    return SweepCell(str(out), cell.folder, cell.key, shown, names, choices, state, reason)
 
 
-def run(held: Held) -> tuple[str, str]:
+def run(cell: SweepCell) -> tuple[str, str]:
     """Run or finish a cell of a sweep; its state (done, failed, not_applicable) and the reason.
 
     Raises:
         InputError: a value cannot be used on this machine, or is not what was submitted.
     """
-    quiet()
+    set_up_logging()
     from omegaconf import OmegaConf
 
     from rerail.config.instantiate import build
@@ -132,21 +157,14 @@ def run(held: Held) -> tuple[str, str]:
     from rerail.run.compose import to_cell
     from rerail.run.pipeline import run_or_record
 
-    config = OmegaConf.create(dict(held["config"]))
-    cell = to_cell(config, held["command"], held["names"])
-    if cell.folder != held["folder"]:
+    config = OmegaConf.create(dict(cell.config))
+    typed = to_cell(config, cell.command, cell.names)
+    if typed.folder != cell.folder:
         raise InputError(
-            f"the choices of {held['folder']} read back as {cell.folder}; submit the sweep again"
+            f"the choices of {cell.folder} read back as {typed.folder}; submit the sweep again"
         )
-    rows = run_or_record(cell, Path(config.out), build(config.logger, "logger"))
+    rows = run_or_record(typed, Path(config.out), build(config.logger, "logger"))
     for row in rows:
         if row["status"] != "done":
             return str(row["status"]), str(row["reason"])
     return "done", ""
-
-
-def revision() -> str | None:
-    """Return the git revision of this code, None outside git."""
-    from rerail.run.rows import revision as of_git
-
-    return of_git()

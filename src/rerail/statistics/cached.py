@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from rerail import store
-from rerail.code_version import version_of
+from rerail.code_version import code_version
 from rerail.files import digest
 from rerail.parallel import broadcast_from_first, is_first
 from rerail.statistics.collect import collect
@@ -59,4 +59,4 @@ def _path(folder: Path, statistic: Statistic) -> Path:
 
 
 def _version(statistic: Statistic) -> str:
-    return version_of(type(statistic), collect)
+    return code_version(type(statistic), collect)

@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from rerail.errors import InputError
+from rerail.run.provenance import revision
+from rerail.run.task import SweepCell
 from rerail.sweep import table
 from rerail.sweep.cluster import check_cluster, local_environment
-from rerail.sweep.folder import new_sweep, snapshot, write_cells, write_held, write_jobs
+from rerail.sweep.folder import new_sweep, snapshot, write_cells, write_jobs
 from rerail.sweep.job import Job
 from rerail.sweep.states import OPEN, look
 from rerail.sweep.submit import submit
-from rerail.sweep.work import Described, Work
 
 log = logging.getLogger(__name__)
 
@@ -34,7 +35,7 @@ def check(slurm: Mapping[str, Any]) -> None:
 
 
 def launch(
-    out: Path, cells: Sequence[Described], slurm: Mapping[str, Any], work: Work, conf: Path
+    out: Path, cells: Sequence[SweepCell], slurm: Mapping[str, Any], conf: Path
 ) -> Sequence[str]:
     """Submit the cells that are neither done nor on their way; the folders of all cells.
 
@@ -54,18 +55,19 @@ def launch(
         wanted = {n: c for n, (c, s) in enumerate(zip(cells, states, strict=True)) if s == "open"}
         ids: list[str] = []
         if wanted:
-            code = snapshot(path, conf, work.revision())
-            jobs = [Job(work.run, write_held(path, n, cell.held)) for n, cell in wanted.items()]
+            code = snapshot(path, conf, revision())
+            (path / "cells").mkdir()
+            jobs = [Job(c.save(path / "cells" / f"{n}.yaml")) for n, c in wanted.items()]
             ids = submit(jobs, path / "jobs", code, slurm)
             write_jobs(path, dict(zip(wanted, ids, strict=True)))
     except InputError:
         shutil.rmtree(path)
         raise
-    _say(out, states, ids)
+    _log_counts(out, states, ids)
     return [cell.folder for cell in cells]
 
 
-def _say(out: Path, states: Sequence[str], ids: Sequence[str]) -> None:
+def _log_counts(out: Path, states: Sequence[str], ids: Sequence[str]) -> None:
     counts = {
         "done already": states.count("done"),
         "waiting or running from an earlier start": states.count("active"),

@@ -61,9 +61,9 @@ def check_cluster(
         )
     rows = partitions()
     # what submitit itself asks: where sacct fails, it waits for cancelled jobs for ever
-    said = _ask(*_ASKED_BY_SUBMITIT, failing="sacct does not work on this cluster")
-    if not said.startswith("JobID|State|NodeList"):
-        raise InputError(f"sacct does not answer as Slurm's does: it says {said[:80]!r}")
+    answer = _ask(*_ASKED_BY_SUBMITIT, failing="sacct does not work on this cluster")
+    if not answer.startswith("JobID|State|NodeList"):
+        raise InputError(f"sacct does not answer as Slurm's does: it says {answer[:80]!r}")
     ours = chosen(rows, partition)
     longest = max(row.minutes for row in ours)
     if timeout_min > longest:
@@ -114,9 +114,9 @@ def chosen(rows: Sequence[Partition], partition: str | None) -> list[Partition]:
     wanted = partition.split(",") if partition else [row.name for row in rows if row.default]
     unknown = [name for name in wanted if name not in names]
     if unknown or not wanted:
-        said = ", ".join(unknown) or "none, and the cluster has no default,"
+        named = ", ".join(unknown) or "none, and the cluster has no default,"
         raise InputError(
-            f"hydra.launcher.partition: {said} does not exist; "
+            f"hydra.launcher.partition: {named} does not exist; "
             f"allowed: {', '.join(sorted(names)) or 'nothing, the cluster has no partition'}"
         )
     return [row for row in rows if row.name in wanted]
@@ -129,14 +129,14 @@ def partitions() -> list[Partition]:
         InputError: it does not answer.
     """
     failing = "the Slurm controller does not answer"
-    said = _ask("sinfo", "-h", "-a", "-o", "%P|%l|%D|%G", failing=failing)
-    found = []
-    for line in said.splitlines():
+    answer = _ask("sinfo", "-h", "-a", "-o", "%P|%l|%D|%G", failing=failing)
+    rows = []
+    for line in answer.splitlines():
         name, limit, nodes, gres = line.strip().split("|")
         gpus = sum(int(n) for n in re.findall(r"\bgpu(?::[^:,()]+)?:(\d+)(?=[,(]|$)", gres))
         default = name.endswith("*")
-        found.append(Partition(name.rstrip("*"), default, minutes(limit), int(nodes), gpus))
-    return found
+        rows.append(Partition(name.rstrip("*"), default, minutes(limit), int(nodes), gpus))
+    return rows
 
 
 def minutes(limit: str) -> float:
@@ -160,15 +160,15 @@ def local_environment() -> dict[str, str]:
         InputError: none is running.
     """
     roots = (Path.cwd(), Path(__file__).parents[3])
-    given = os.environ.get("RERAIL_SLURM")
-    homes = [Path(given)] if given else [root / "outputs" / "slurm" for root in roots]
+    chosen_home = os.environ.get("RERAIL_SLURM")
+    homes = [Path(chosen_home)] if chosen_home else [root / "outputs" / "slurm" for root in roots]
     homes = list(dict.fromkeys(home.resolve() for home in homes))
     for home in homes:
         ours = str(home / "bin")
         path = [p for p in os.environ.get("PATH", "").split(":") if p != ours]
-        found = {"SLURM_CONF": str(home / "slurm.conf"), "PATH": ":".join([ours, *path])}
-        if (home / "slurm.conf").exists() and _answers(found):
-            return found
+        variables = {"SLURM_CONF": str(home / "slurm.conf"), "PATH": ":".join([ours, *path])}
+        if (home / "slurm.conf").exists() and _answers(variables):
+            return variables
     raise InputError(
         f"no local cluster is running in {' or '.join(map(str, homes))}; "
         "start one with make slurm-up"
@@ -177,10 +177,15 @@ def local_environment() -> dict[str, str]:
 
 def _answers(variables: Mapping[str, str]) -> bool:
     command = ("scontrol", "ping")
-    given = {**os.environ, **variables}
+    environment = {**os.environ, **variables}
     try:
         done = subprocess.run(
-            command, env=given, capture_output=True, text=True, timeout=_PATIENCE_S, check=False
+            command,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=_PATIENCE_S,
+            check=False,
         )
     except (OSError, subprocess.SubprocessError):
         return False

@@ -11,13 +11,11 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 import rerail
 from rerail.errors import InputError
 from rerail.files import write_json
 from rerail.processes import this_process
-from rerail.sweep.work import Described
+from rerail.run.task import SweepCell
 
 log = logging.getLogger(__name__)
 
@@ -59,11 +57,11 @@ def new_sweep(out: Path) -> Path:
 
 
 def write_cells(
-    path: Path, cells: Sequence[tuple[Described, str]], executor: str, cluster: str = ""
+    path: Path, cells: Sequence[tuple[SweepCell, str]], executor: str, cluster: str = ""
 ) -> None:
     """Write cells.json: every cell of the sweep and its state now, also those that need no job.
 
-    A state is that of `Described`, or `active`: an earlier job of the cell is on its way.
+    A state is that of the cell, or `active`: an earlier job of the cell is on its way.
     """
     out = path.parent.parent
     listed = [
@@ -71,7 +69,7 @@ def write_cells(
             "n": n,
             "folder": os.path.relpath(Path(cell.out) / cell.folder, out),
             "key": cell.key,
-            "command": cell.held["command"],
+            "command": cell.command,
             "state": state,
         }
         for n, (cell, state) in enumerate(cells)
@@ -85,14 +83,6 @@ def write_cells(
             "cells": listed,
         },
     )
-
-
-def write_held(path: Path, n: int, held: Mapping[str, Any]) -> Path:
-    """Write and return cells/<n>.yaml, what a job needs to know of its cell."""
-    file = path / "cells" / f"{n}.yaml"
-    file.parent.mkdir(exist_ok=True)
-    file.write_text(yaml.safe_dump(dict(held), sort_keys=False), encoding="utf-8")
-    return file
 
 
 def write_jobs(path: Path, jobs: Mapping[int, str]) -> None:
@@ -118,11 +108,11 @@ def sweeps_of(out: Path, notes: list[str]) -> Iterator[Sweep]:
         if not file.exists():
             continue  # a sweep that is being described, or was stopped then
         try:
-            held = read_mapping(file)
+            content = read_mapping(file)
             jobs = read_mapping(path / "jobs.json") if (path / "jobs.json").exists() else {}
-            cells = [{"n": c["n"], "folder": str(c["folder"]), **c} for c in held["cells"]]
-            names = str(held["executor"]), str(held["cluster"])
-            yield Sweep(path, cells, dict(held["process"]), jobs, *names)
+            cells = [{"n": c["n"], "folder": str(c["folder"]), **c} for c in content["cells"]]
+            names = str(content["executor"]), str(content["cluster"])
+            yield Sweep(path, cells, dict(content["process"]), jobs, *names)
         except InputError as error:
             notes.append(str(error))
         except (KeyError, TypeError, ValueError) as error:
@@ -136,9 +126,9 @@ def read_mapping(file: Path) -> dict[str, Any]:
         InputError: the file is damaged, foreign or cannot be read.
     """
     try:
-        held = json.loads(file.read_text(encoding="utf-8"))
+        content = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise InputError(f"{file} cannot be read ({error}); it is left as it is") from error
-    if not isinstance(held, dict):
+    if not isinstance(content, dict):
         raise InputError(f"{file} holds no JSON object; it is left as it is")
-    return held
+    return content

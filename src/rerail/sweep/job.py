@@ -1,12 +1,9 @@
 """What a Slurm job does: one cell, from the snapshot of its sweep."""
 
-from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-Run = Callable[[Mapping[str, Any]], tuple[str, str]]
+from rerail.run.task import SweepCell, run
 
 
 class CellFailed(RuntimeError):
@@ -17,12 +14,11 @@ class Job:
     """Runs or finishes one cell; submitit calls it, and submits it again when it is preempted.
 
     Args:
-        run: a function of the package, imported by its name in the job.
-        file: the cell's resolved choices, cells/<n>.yaml of the sweep.
+        file: the resolved cell, cells/<n>.yaml of the sweep.
     """
 
-    def __init__(self, run: Run, file: Path):
-        self.run, self.file = run, file
+    def __init__(self, file: Path):
+        self.file = file
 
     def __call__(self) -> str:
         """Run the cell; its state, done or not_applicable.
@@ -30,7 +26,7 @@ class Job:
         Raises:
             CellFailed: it failed; the reason is in its row, the traceback in its folder.
         """
-        state, reason = self.run(yaml.safe_load(self.file.read_text(encoding="utf-8")))
+        state, reason = run(SweepCell.load(self.file))
         if state == "failed":
             raise CellFailed(reason)
         return state

@@ -9,7 +9,7 @@ import contextlib
 import functools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
@@ -21,8 +21,9 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from rerail.errors import InputError
 from rerail.parallel import is_first
+from rerail.run import task
+from rerail.run.task import SweepCell
 from rerail.sweep.folder import new_sweep, write_cells
-from rerail.sweep.work import Described, Work
 
 EXECUTORS = ("here", "slurm")
 
@@ -30,12 +31,11 @@ EXECUTORS = ("here", "slurm")
 NAME = "hydra_plugins.rerail.SweepLauncher"  # Hydra takes plugins of this package only
 
 
-def register(work: Work) -> None:
+def register() -> None:
     """Make the launcher known to Hydra, as the default too; conf/hydra/launcher/*.yaml name it.
 
     An `override` in config.yaml would make it the default as well, but win against the profiles'.
     """
-    SweepLauncher.work = work
     Plugins.instance().class_name_to_class[NAME] = SweepLauncher
     default = {"_target_": NAME, "executor": "here"}
     ConfigStore.instance().store(group="hydra/launcher", name="basic", node=default)
@@ -50,8 +50,6 @@ class SweepLauncher(Launcher):
         slurm: fields of conf/hydra/launcher/slurm.yaml, and others of submitit's executor.
     """
 
-    work: ClassVar[Work]
-
     def __init__(self, executor: str = "here", wait: bool = True, **slurm: Any):
         self.executor, self.wait = executor, wait
         plain: Any = OmegaConf.to_container(OmegaConf.create(slurm), resolve=True)
@@ -60,7 +58,7 @@ class SweepLauncher(Launcher):
     def setup(
         self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig
     ) -> None:
-        """Take what Hydra knows; the cells run through `Work`, in a job as in this process."""
+        """Take what Hydra knows; `rerail.run.task` runs the cells, in a job as in this process."""
         self.context, self.config = hydra_context, config
 
     def launch(
@@ -79,8 +77,8 @@ class SweepLauncher(Launcher):
                 return self._slurm(out, job_overrides, initial_job_idx)
             return self._here(out, job_overrides, initial_job_idx)
         except InputError as error:
-            self.work.complain(str(error))
-            self.work.record(None, failed=True)
+            task.complain(str(error))
+            task.record(None, failed=True)
             return []
 
     def _here(
@@ -89,7 +87,7 @@ class SweepLauncher(Launcher):
         cells = self._described(job_overrides, first)
         if is_first():
             write_cells(new_sweep(out), [(cell, cell.state) for _, cell in cells], "here")
-        self.work.record(out, failed=False)
+        task.record(out, failed=False)
         return [
             run_job(
                 functools.partial(self._run, out, cell),
@@ -102,11 +100,11 @@ class SweepLauncher(Launcher):
             if cell.state in ("open", "done")
         ]
 
-    def _run(self, out: Path, cell: Described, _: DictConfig) -> str:
-        state, reason = self.work.run(cell.held)
+    def _run(self, out: Path, cell: SweepCell, _: DictConfig) -> str:
+        state, reason = task.run(cell)
         if reason:
-            self.work.complain(reason)
-        self.work.record(out, failed=state == "failed")
+            task.complain(reason)
+        task.record(out, failed=state == "failed")
         return state
 
     def _slurm(
@@ -117,25 +115,25 @@ class SweepLauncher(Launcher):
         array.check(self.slurm)
         cells = [cell for _, cell in self._described(job_overrides, first)]
         [conf] = [s.path for s in self.config.hydra.runtime.config_sources if s.provider == "main"]
-        folders = array.launch(out, cells, self.slurm, self.work, Path(conf))
+        folders = array.launch(out, cells, self.slurm, Path(conf))
         if self.wait:
-            self.work.record(out, failed=array.wait(out, folders) != 0)
+            task.record(out, failed=array.wait(out, folders) != 0)
         return []
 
     def _described(
         self, job_overrides: Sequence[Sequence[str]], first: int
-    ) -> Sequence[tuple[DictConfig, Described]]:
+    ) -> Sequence[tuple[DictConfig, SweepCell]]:
         """Return each cell once, with its config; say what is wrong with those that cannot run."""
-        cells: dict[tuple[str, str], tuple[DictConfig, Described]] = {}
+        cells: dict[tuple[str, str], tuple[DictConfig, SweepCell]] = {}
         for number, overrides in enumerate(job_overrides, first):
             config = self.context.config_loader.load_sweep_config(self.config, list(overrides))
             with open_dict(config):
                 config.hydra.job.id = config.hydra.job.num = number
             with _current(config):
-                cell = self.work.describe(config)
+                cell = task.describe(config)
             if cell.reason:
-                self.work.complain(cell.reason)
-            self.work.record(None, failed=cell.state == "failed")
+                task.complain(cell.reason)
+            task.record(None, failed=cell.state == "failed")
             cells.setdefault((cell.out, cell.folder), (config, cell))
         return list(cells.values())
 

@@ -37,10 +37,10 @@ def environment(cluster: str) -> dict[str, str] | None:
 def active(ids: Iterable[str], cluster: str = "") -> Mapping[str, str] | None:
     """Return the states of those jobs that wait or run; None where Slurm does not answer."""
     wanted = set(ids)
-    said = _ask(cluster, "squeue", "-h", "-r", "-u", getpass.getuser(), "-o", "%i|%T")
-    if said is None:
+    answer = _ask(cluster, "squeue", "-h", "-r", "-u", getpass.getuser(), "-o", "%i|%T")
+    if answer is None:
         return None
-    rows = (line.strip().split("|") for line in said.splitlines() if "|" in line)
+    rows = (line.strip().split("|") for line in answer.splitlines() if "|" in line)
     return {job: state for job, state in rows if job in wanted}
 
 
@@ -50,8 +50,8 @@ def ended(ids: Iterable[str], cluster: str = "") -> Mapping[str, str]:
     numbers = ",".join(sorted({job.partition("_")[0] for job in wanted}))
     if not wanted:
         return {}
-    said = _ask(cluster, "sacct", "-o", "JobID,State", "--parsable2", "-j", numbers)
-    rows = [line.split("|") for line in (said or "").splitlines()[1:] if line.count("|") == 1]
+    answer = _ask(cluster, "sacct", "-o", "JobID,State", "--parsable2", "-j", numbers)
+    rows = [line.split("|") for line in (answer or "").splitlines()[1:] if line.count("|") == 1]
     return {job: state.split()[0] for job, state in rows if job in wanted and state.split()}
 
 
@@ -65,9 +65,9 @@ def _ask(cluster: str, *command: str) -> str | None:
     variables = environment(cluster)
     if variables is None:
         return None
-    given: dict[str, Any] = {"env": {**os.environ, **variables}, "timeout": _PATIENCE}
+    options: dict[str, Any] = {"env": {**os.environ, **variables}, "timeout": _PATIENCE}
     try:
-        done = subprocess.run(command, capture_output=True, text=True, check=True, **given)
+        done = subprocess.run(command, capture_output=True, text=True, check=True, **options)
     except (OSError, subprocess.SubprocessError) as error:
         log.debug("%s: %s", command[0], error)
         return None

@@ -17,7 +17,7 @@ GOOD = ("done", "not_applicable")
 STATES = ("pending", "running", "done", "not_applicable", "failed", "lost", "unreadable")
 
 
-class Cell(NamedTuple):
+class CellState(NamedTuple):
     """How a cell stands.
 
     Attributes:
@@ -40,7 +40,7 @@ class Cell(NamedTuple):
 class View:
     """What was found below OUT: the cells, and sentences about what could not be read."""
 
-    cells: Sequence[Cell]
+    cells: Sequence[CellState]
     notes: Sequence[str] = field(default_factory=list)
 
     def of(self, folders: Sequence[str]) -> "View":
@@ -72,14 +72,14 @@ class _Known(NamedTuple):
     """All that is known of a cell before its state is.
 
     Attributes:
-        said: its status file.
+        status: its status file.
         settled: how it ended, by its rows and status; nothing while it has not.
         asked: the sweep and job that it belongs to.
         job: of that sweep, or the one that its status names.
         queued: Slurm's state of the job, empty where Slurm knows none; None: no answer.
     """
 
-    said: Mapping[str, Any]
+    status: Mapping[str, Any]
     settled: str
     asked: _Asked | None
     job: str
@@ -103,32 +103,32 @@ def look(out: Path) -> View:
     notes: list[str] = []
     asked: dict[str, _Asked] = {}
     for sweep in sweeps_of(out, notes):
-        for one in sweep.cells:
-            job = sweep.jobs.get(str(one["n"]), "")
-            if job or one["folder"] not in asked or one.get("state") == "open":
-                asked[one["folder"]] = _Asked(sweep, job)
+        for entry in sweep.cells:
+            job = sweep.jobs.get(str(entry["n"]), "")
+            if job or entry["folder"] not in asked or entry.get("state") == "open":
+                asked[entry["folder"]] = _Asked(sweep, job)
     folders = [*asked, *(name for name in _cell_folders(out) if name not in asked)]
     known = {name: _known(out / name, asked.get(name), notes) for name in folders}
     states = _job_states([k for k in known.values() if k.job and k.settled != "done"])
     cells = []
-    for name, held in known.items():
-        answers = states.get(held.cluster, {})
-        queued = None if answers is None else answers.get(held.job, "")
-        cells.append(_cell(name, held._replace(queued=queued)))
+    for name, cell in known.items():
+        answers = states.get(cell.cluster, {})
+        queued = None if answers is None else answers.get(cell.job, "")
+        cells.append(_cell(name, cell._replace(queued=queued)))
     return View(cells, notes)
 
 
 def _known(folder: Path, asked: _Asked | None, notes: list[str]) -> _Known:
-    said = status_of(folder, notes)
-    job = asked.job if asked and asked.job else str(said.get("job") or "")
-    return _Known(said, _settled(folder, said, notes), asked, job)
+    status = status_of(folder, notes)
+    job = asked.job if asked and asked.job else str(status.get("job") or "")
+    return _Known(status, _settled(folder, status, notes), asked, job)
 
 
 def _job_states(known: Sequence[_Known]) -> Mapping[str, Mapping[str, str] | None]:
     """Ask each cluster once for the states of its jobs."""
     jobs: dict[str, set[str]] = {}
-    for one in known:
-        jobs.setdefault(one.cluster, set()).add(one.job)
+    for entry in known:
+        jobs.setdefault(entry.cluster, set()).add(entry.job)
     found_there: dict[str, Mapping[str, str] | None] = {}
     for cluster, ids in jobs.items():
         states = queue.active(ids, cluster)
@@ -151,20 +151,20 @@ def status_of(folder: Path, notes: list[str] | None = None) -> Mapping[str, Any]
     if not path.exists():
         return {}
     try:
-        held = read_mapping(path)
+        content = read_mapping(path)
     except InputError as error:
         notes.append(str(error))
         return {}
-    if not isinstance(held.get("state"), str):
+    if not isinstance(content.get("state"), str):
         notes.append(f"{path} has no state; it is left as it is")
         return {}
-    return held
+    return content
 
 
-def _settled(folder: Path, said: Mapping[str, Any], notes: list[str]) -> str:
+def _settled(folder: Path, status: Mapping[str, Any], notes: list[str]) -> str:
     """Return how the cell ended as its rows and status say, or nothing while it has not."""
     path = folder / "result.json"
-    state = str(said.get("state", ""))
+    state = str(status.get("state", ""))
     if path.exists():
         try:
             ends = {str(row["status"]) for row in read_rows(path)}
@@ -178,10 +178,10 @@ def _settled(folder: Path, said: Mapping[str, Any], notes: list[str]) -> str:
     return state if state in ("failed", "not_applicable") else ""
 
 
-def _cell(name: str, known: _Known) -> Cell:
-    heard = known.said.get("time")
+def _cell(name: str, known: _Known) -> CellState:
+    heard = known.status.get("time")
     seconds = time.time() - heard if isinstance(heard, int | float) else None
-    detail = _stage(known.said)
+    detail = _stage(known.status)
     if known.settled == "done":
         state, detail = "done", ""
     elif known.job and known.queued in queue.WAITING:
@@ -189,21 +189,21 @@ def _cell(name: str, known: _Known) -> Cell:
     elif known.job and known.queued in queue.WORKING:
         state, detail = "running", detail or "starting"
     elif known.settled:
-        state, detail = known.settled, str(known.said.get("reason", ""))
-    elif known.said.get("state") == "running":
+        state, detail = known.settled, str(known.status.get("reason", ""))
+    elif known.status.get("state") == "running":
         state, detail = _running(known, detail)
     else:
         state, detail = _unheard(known)
-    return Cell(name, state, detail, known.job, seconds)
+    return CellState(name, state, detail, known.job, seconds)
 
 
 def _running(known: _Known, detail: str) -> tuple[str, str]:
     """Return the state of a cell whose status says that it runs, and that Slurm does not run."""
-    here = is_on_this_host(known.said)
-    if running_process(known.said):
+    here = is_on_this_host(known.status)
+    if running_process(known.status):
         return "running", detail
     if not here and (known.queued is None or not known.job):
-        return "running", f"{detail} (on {known.said.get('host')}, which is not asked)"
+        return "running", f"{detail} (on {known.status.get('host')}, which is not asked)"
     gone = f"its job is {known.queued}" if known.queued else "its process is gone"
     return "lost", f"{gone}; it was at {detail}"
 
@@ -222,11 +222,11 @@ def _unheard(known: _Known) -> tuple[str, str]:
     return "lost", "its sweep ended before it began"
 
 
-def _stage(said: Mapping[str, Any]) -> str:
-    if said.get("state") != "running":
+def _stage(status: Mapping[str, Any]) -> str:
+    if status.get("state") != "running":
         return ""
-    stage = str(said.get("stage", ""))
-    progress = said.get("progress")
+    stage = str(status.get("stage", ""))
+    progress = status.get("progress")
     if isinstance(progress, Mapping):
         stage += f", {progress.get('label')}: {progress.get('done')} of {progress.get('of')}"
     return stage

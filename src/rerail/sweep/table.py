@@ -12,7 +12,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from rerail.sweep.states import STATES, Cell, View
+from rerail.sweep.states import STATES, CellState, View
 
 PIPED = 200  # columns where there is no terminal
 EVERY = 2.0  # seconds between two looks
@@ -38,8 +38,8 @@ def console() -> Console:
 def counts(view: View) -> str:
     """Return `5 done, 1 failed, 2 pending`."""
     number = Counter(cell.state for cell in view.cells)
-    said = [f"{number[state]} {state.replace('_', ' ')}" for state in STATES if number[state]]
-    return ", ".join(said) or "no cells"
+    parts = [f"{number[state]} {state.replace('_', ' ')}" for state in STATES if number[state]]
+    return ", ".join(parts) or "no cells"
 
 
 def rendered(view: View) -> Group:
@@ -85,7 +85,7 @@ def _lines(look: Callable[[], View], screen: Console, every: float) -> View:
     return view
 
 
-def _line(cell: Cell) -> str:
+def _line(cell: CellState) -> str:
     job = f" (job {cell.job})" if cell.job else ""
     detail = f": {cell.detail}" if cell.detail else ""
     return f"{time.strftime('%H:%M:%S')} {cell.folder}{job} {cell.state}{detail}"

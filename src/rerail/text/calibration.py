@@ -15,6 +15,8 @@ from rerail.files import digest
 from rerail.text.corpora import Corpus, SelfText, Source
 from rerail.text.documents import SPLITS, Split
 
+BATCH_SIZE = 16  # blocks a forward
+
 
 @dataclass(frozen=True)
 class TokenBlocks:
@@ -57,6 +59,7 @@ class Calibration:
             document, truncated, in each block and masks the rest.
         seed: of the order of the documents; fewer samples are a prefix of more.
         split: which documents.
+        batch_size: blocks a forward, where a model is measured on them.
     """
 
     sources: Sequence[Source]
@@ -65,6 +68,7 @@ class Calibration:
     mode: Literal["pack", "pad"] = "pack"
     seed: int = 0
     split: Split = "calibration"
+    batch_size: int = BATCH_SIZE
 
     def __post_init__(self) -> None:
         """Check the numbers."""
@@ -82,6 +86,8 @@ class Calibration:
                 f"samples={self.samples} and block={self.block}: "
                 "at least 1 sample of 2 tokens is needed"
             )
+        if self.batch_size < 1:
+            raise InputError(f"calibration.batch_size={self.batch_size} must be at least 1")
         if self.mode not in ("pack", "pad"):
             raise InputError(f"mode={self.mode!r} is not one of pack, pad")
         if self.split not in SPLITS:

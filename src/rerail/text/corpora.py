@@ -15,7 +15,7 @@ from jaxtyping import Int64
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rerail import store
-from rerail.code_version import version_of
+from rerail.code_version import code_version
 from rerail.errors import InputError
 from rerail.files import cache_dir, digest
 from rerail.text import reading, self_text
@@ -240,7 +240,7 @@ def _speeches() -> list[Document]:
 def _kept(corpus: Corpus, read: Callable[[], Iterable[Document]], split: Split) -> list[Document]:
     """Return a split of what is read once, freed of near-duplicates and kept in the cache."""
     path = cache_dir() / "corpora" / f"{corpus.name}-{digest(corpus.fingerprint())}.json"
-    version = version_of(type(corpus), without_near_duplicates)
+    version = code_version(type(corpus), without_near_duplicates)
     stored = store.read(path, version)
     if stored is None:
         pairs = [[d.name, d.text] for d in without_near_duplicates(read())]

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
 
-from rerail.config.redaction import without_secrets
+from rerail.config.secrets import without_secrets
 from rerail.report.cells import STAGES
 from rerail.run.mirror import Live
 from rerail.run.results import Row
