@@ -21,6 +21,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--regenerate-golden") and config.getoption("numprocesses", None):
+        raise pytest.UsageError("--regenerate-golden writes one file a method: run it without -n")
+
+
 @pytest.fixture
 def regenerate_golden(request: pytest.FixtureRequest) -> bool:
     return bool(request.config.getoption("--regenerate-golden"))
