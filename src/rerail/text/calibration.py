@@ -91,7 +91,7 @@ class Calibration:
 
     @property
     def needs_model(self) -> bool:
-        """Whether the teacher must speak first."""
+        """Whether some of the text is written by the model itself."""
         return any(source.needs_model for source in self.sources)
 
     def fingerprint(self, tokenizer: PreTrainedTokenizerBase) -> str:
@@ -114,33 +114,35 @@ class Calibration:
             model: the teacher, where a source is the teacher itself.
 
         Raises:
-            InputError: a source is empty or too short, or needs a model and none is given.
+            InputError: a source is empty or too short, or needs a model where `model` is None.
         """
-        share = -(-self.samples // len(self.sources))
-        parts = [self._of(source, share, tokenizer, model) for source in self.sources]
-        ids = torch.stack([p[0] for p in parts], dim=1).flatten(0, 1)[: self.samples]
-        mask = torch.stack([p[1] for p in parts], dim=1).flatten(0, 1)[: self.samples]
-        # the tokens themselves, too: no setting tells what a model said or what a hub holds today
+        count = -(-self.samples // len(self.sources))
+        parts = [self._source_blocks(s, count, tokenizer, model) for s in self.sources]
+        # stacked behind the block's index, so that the sources take turns
+        ids = torch.stack([ids for ids, _ in parts], dim=1).flatten(0, 1)[: self.samples]
+        mask = torch.stack([mask for _, mask in parts], dim=1).flatten(0, 1)[: self.samples]
+        # settings do not decide what a model writes or what a hub returns: hash the tokens as well
         tokens = hashlib.sha256(ids.numpy().tobytes() + mask.numpy().tobytes()).hexdigest()
         return TokenBlocks(ids, mask, digest([self.fingerprint(tokenizer), tokens]))
 
-    def _of(
+    def _source_blocks(
         self,
         source: Source,
         count: int,
         tokenizer: PreTrainedTokenizerBase,
         model: PreTrainedModel | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return ids and mask of one source, (count, block) each."""
         if isinstance(source, SelfText):
             if model is None:
                 raise InputError("self text is written by the teacher: give blocks() the model")
-            ids = source.tokens(model, tokenizer, count, self.block, self.seed)
+            ids = source.token_blocks(model, tokenizer, count, self.block, self.seed)
             return ids, torch.ones_like(ids, dtype=torch.bool)
         assert isinstance(source, Corpus)
         texts = [d.text for d in source.documents(self.split)]
         random.Random(self.seed).shuffle(texts)
-        make = self._packed if self.mode == "pack" else self._padded
-        rows = make(texts, count, tokenizer)
+        cut = self._packed if self.mode == "pack" else self._padded
+        rows = cut(texts, count, tokenizer)
         if len(rows) < count:
             raise InputError(
                 f"{source.name} ({self.split}) gives {len(rows)} blocks of {self.block} tokens "
@@ -196,7 +198,7 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> Non
         )
 
 
-class _Blocks(Dataset[dict[str, torch.Tensor]]):
+class _BlockRange(Dataset[dict[str, torch.Tensor]]):
     def __init__(self, blocks: TokenBlocks, first: int, last: int):
         self.blocks, self.first, self.last = blocks, first, last
 
@@ -204,9 +206,9 @@ class _Blocks(Dataset[dict[str, torch.Tensor]]):
         return self.last - self.first
 
     def __getitem__(self, i: int) -> dict[str, torch.Tensor]:
-        at = self.first + i
-        ids, mask = self.blocks.input_ids[at], self.blocks.mask[at]
-        return {"input_ids": ids, "mask": mask, "index": torch.tensor(at)}
+        index = self.first + i
+        ids, mask = self.blocks.input_ids[index], self.blocks.mask[index]
+        return {"input_ids": ids, "mask": mask, "index": torch.tensor(index)}
 
 
 class CalibrationData(lightning.LightningDataModule):
@@ -217,8 +219,8 @@ class CalibrationData(lightning.LightningDataModule):
 
     def __init__(self, blocks: TokenBlocks, train_blocks: int, batch_size: int, seed: int = 0):
         super().__init__()
-        self.train = _Blocks(blocks, 0, train_blocks)
-        self.held = _Blocks(blocks, train_blocks, len(blocks))
+        self.train = _BlockRange(blocks, 0, train_blocks)
+        self.validation = _BlockRange(blocks, train_blocks, len(blocks))
         self.batch_size = batch_size
         self.seed = seed
 
@@ -228,8 +230,8 @@ class CalibrationData(lightning.LightningDataModule):
         return self._loader(self.train, shuffle=True, drop_last=True, generator=generator)
 
     def val_dataloader(self) -> DataLoader[dict[str, torch.Tensor]]:
-        """All held-out blocks."""
-        return self._loader(self.held, shuffle=False)
+        """All blocks that are not trained on."""
+        return self._loader(self.validation, shuffle=False)
 
-    def _loader(self, data: _Blocks, **options: Any) -> DataLoader[dict[str, torch.Tensor]]:
+    def _loader(self, data: _BlockRange, **options: Any) -> DataLoader[dict[str, torch.Tensor]]:
         return DataLoader(data, batch_size=self.batch_size, num_workers=0, **options)

@@ -213,7 +213,7 @@ class SelfText(Source):
         """Return the parameters; the text depends on the model, too."""
         return {"name": self.name, **asdict(self)}
 
-    def tokens(
+    def token_blocks(
         self,
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
@@ -224,7 +224,7 @@ class SelfText(Source):
         """Return `blocks` full blocks of sampled text; fewer blocks are a prefix of more."""
         length = self.length or block_length
         texts = -(-blocks * block_length // length)
-        sampled = self_text.sample(model, tokenizer, texts, length, seed, self.temperature)
+        sampled = self_text.sample_texts(model, tokenizer, texts, length, seed, self.temperature)
         return sampled.flatten()[: blocks * block_length].view(blocks, block_length)
 
 
