@@ -198,7 +198,7 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> Non
         )
 
 
-class _BlockRange(Dataset[dict[str, torch.Tensor]]):
+class _Blocks(Dataset[dict[str, torch.Tensor]]):
     def __init__(self, blocks: TokenBlocks, first: int, last: int):
         self.blocks, self.first, self.last = blocks, first, last
 
@@ -206,9 +206,9 @@ class _BlockRange(Dataset[dict[str, torch.Tensor]]):
         return self.last - self.first
 
     def __getitem__(self, i: int) -> dict[str, torch.Tensor]:
-        index = self.first + i
-        ids, mask = self.blocks.input_ids[index], self.blocks.mask[index]
-        return {"input_ids": ids, "mask": mask, "index": torch.tensor(index)}
+        at = self.first + i
+        ids, mask = self.blocks.input_ids[at], self.blocks.mask[at]
+        return {"input_ids": ids, "mask": mask, "index": torch.tensor(at)}
 
 
 class CalibrationData(lightning.LightningDataModule):
@@ -219,8 +219,8 @@ class CalibrationData(lightning.LightningDataModule):
 
     def __init__(self, blocks: TokenBlocks, train_blocks: int, batch_size: int, seed: int = 0):
         super().__init__()
-        self.train = _BlockRange(blocks, 0, train_blocks)
-        self.validation = _BlockRange(blocks, train_blocks, len(blocks))
+        self.train = _Blocks(blocks, 0, train_blocks)
+        self.held = _Blocks(blocks, train_blocks, len(blocks))
         self.batch_size = batch_size
         self.seed = seed
 
@@ -230,8 +230,8 @@ class CalibrationData(lightning.LightningDataModule):
         return self._loader(self.train, shuffle=True, drop_last=True, generator=generator)
 
     def val_dataloader(self) -> DataLoader[dict[str, torch.Tensor]]:
-        """All blocks that are not trained on."""
-        return self._loader(self.validation, shuffle=False)
+        """All held-out blocks."""
+        return self._loader(self.held, shuffle=False)
 
-    def _loader(self, data: _BlockRange, **options: Any) -> DataLoader[dict[str, torch.Tensor]]:
+    def _loader(self, data: _Blocks, **options: Any) -> DataLoader[dict[str, torch.Tensor]]:
         return DataLoader(data, batch_size=self.batch_size, num_workers=0, **options)
