@@ -27,7 +27,7 @@ check: ## format, lint, types, import contracts, tests, house rules
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadgroup
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
 
 format: ## rewrite files in the house format
 	$(BIN)/ruff format .

@@ -225,14 +225,8 @@ FORMED = [case for case in REACHED if case[0].name in FORMS or case in FIRST]
 
 
 def table(cases: list[tuple[Method, str]]) -> pytest.MarkDecorator:
-    return pytest.mark.parametrize(
-        ("method", "family"),
-        # one process a family, so that its statistics and plans are made once
-        [
-            pytest.param(m, f, marks=pytest.mark.xdist_group(f), id=f"{m.name}-{f}")
-            for m, f in cases
-        ],
-    )
+    ids = [f"{method.name}-{family}" for method, family in cases]
+    return pytest.mark.parametrize(("method", "family"), cases, ids=ids)
 
 
 @functools.cache
