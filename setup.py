@@ -21,6 +21,7 @@ setup(
             "evaluate/tasks/*.yaml",
             "report/page.*",
             "report/*.json",
+            "text/docs/*",
             "zoo/**/*",
         ],
         **{f"rerail.{folder}": yamls(folder) for folder in DATA},

@@ -1,5 +1,6 @@
 """What all tests share: one thread, no network, and the switch that rewrites golden plans."""
 
+import gc
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -19,6 +20,17 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="store_true",
         help="write the golden plans anew; give the reason a line in CHANGELOG.md",
     )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--regenerate-golden") and config.getoption("numprocesses", None):
+        raise pytest.UsageError("--regenerate-golden writes one file a method: run it without -n")
+
+
+def pytest_collection_finish() -> None:
+    # what is imported by now stays: without it each gc.collect() of a cell takes half a second
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture

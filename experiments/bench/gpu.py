@@ -242,7 +242,7 @@ def moment_rows(bench: Bench) -> None:
     bench.add(
         row(f"{name}, 4 batches / forwards of these layers", many / plain),
         row(f"{name}, one more batch / a forward of these layers", added / (plain / 4)),
-        row(f"{name}, to lay out and bring back", one - added, None, "s"),
+        row(f"{name}, to lay out and bring back", max(0.0, one - added), None, "s"),
     )
 
 

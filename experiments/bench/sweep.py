@@ -5,15 +5,13 @@ Needs what `make slurm-up` needs, and taskset.
 
 The sweep has one worker and the first core, the cells alone have the second one, at the same time,
 so that whatever else the machine does falls on both; one core means one thread. A single run that
-may take all cores is measured after that, on some cells. Every cache begins with the corpora and
-nothing else, so that reading the installed documentation is no one's saving.
+may take all cores is measured after that, on some cells. Every cache begins empty.
 """
 
 import argparse
 import itertools
 import json
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -40,19 +38,8 @@ Choice = tuple[str, ...]
 PARTS = ("teacher scored", "planned", "compressed scored", "repaired", "repaired scored", "rest")
 
 
-def extract_corpora(cache: Path) -> None:
-    """Read the texts that come with packages into an empty cache."""
-    program = (
-        "from rerail.text.corpora import Docs, Speeches\n"
-        "for corpus in (Docs(), Speeches()): corpus.documents('heldout')"
-    )
-    env = {**os.environ, "RERAIL_CACHE": str(cache)}
-    subprocess.run([sys.executable, "-c", program], env=env, check=True, capture_output=True)
-
-
-def environment(corpora: Path, cache: Path) -> dict[str, str]:
+def environment(cache: Path) -> dict[str, str]:
     """Return the environment of a person who has set nothing, with a new cache of their own."""
-    shutil.copytree(corpora, cache)
     left = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
     return {**left, "RERAIL_CACHE": str(cache)}
 
@@ -82,7 +69,7 @@ class Bench:
     """The cells, each way to run them in a folder of its own.
 
     Attributes:
-        root: an empty folder but for `corpora`, the cache that every other one begins as.
+        root: an empty folder.
         samples: preset of the calibration size.
         grid: group -> presets.
     """
@@ -110,7 +97,7 @@ class Bench:
     def _seconds(self, words: Sequence[str], name: str, out: str, cache: str, core: str) -> float:
         folder = self.root / name
         words = [*words, f"samples={self.samples}", f"out={folder / out}"]
-        return seconds(words, environment(self.root / "corpora", folder / cache), core)
+        return seconds(words, environment(folder / cache), core)
 
     def cells(self, name: str) -> list[Cell]:
         """Return what came out."""
@@ -193,7 +180,6 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
-        extract_corpora(Path(name) / "corpora")
         rows = sweep_rows(Bench(Path(name), arguments.samples, GRID), 1)
     for r in rows:
         limit = "" if r["limit"] is None else f"at most {r['limit']:g}"

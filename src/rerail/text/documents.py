@@ -40,12 +40,12 @@ def shingles(text: str) -> np.ndarray:
     for i in range(_SHINGLE_WORDS):
         mixed = mixed * np.uint64(0x9E3779B97F4A7C15) + words[i : i + n]
         mixed ^= mixed >> np.uint64(29)
-    kept = np.unique(mixed[(mixed >> np.uint64(7)) % np.uint64(_SAMPLE_EVERY) == 0])
-    return kept if len(kept) else mixed[:1]
+    sampled = np.unique(mixed[(mixed >> np.uint64(7)) % np.uint64(_SAMPLE_EVERY) == 0])
+    return sampled if len(sampled) else mixed[:1]
 
 
 def without_near_duplicates(documents: Iterable[Document]) -> list[Document]:
-    """Drop each document of which half or more was already said by an accepted one.
+    """Drop each document that shares half of its shingles or more with documents before it.
 
     Documents are visited split by split (train first) and by name, so a held-out document never
     shares half of its sampled shingles with anything that may be trained on or calibrated with.

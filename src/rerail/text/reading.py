@@ -21,14 +21,14 @@ def expand(paths: Sequence[str]) -> list[Path]:
     Raises:
         InputError: a path or glob matches no file, or a file is of another kind than `KINDS`.
     """
-    found = [match for pattern in paths for match in _matches(pattern)]
-    for path in found:
+    files = [match for pattern in paths for match in _matches(pattern)]
+    for path in files:
         if _kind(path) not in KINDS:
             raise InputError(
                 f"{path} cannot be read as text: its name must end in {', '.join(KINDS)}, "
                 "optionally followed by .xz"
             )
-    return list(dict.fromkeys(found))
+    return list(dict.fromkeys(files))
 
 
 def stem(path: Path) -> str:
@@ -42,7 +42,7 @@ def digest_of(path: Path) -> str:
     Raises:
         InputError: it cannot be read.
     """
-    with _readable(path):
+    with _errors_as_sentences(path):
         return file_digest(path)
 
 
@@ -52,19 +52,19 @@ def read_rows(path: Path, column: str) -> list[tuple[int, str]]:
     Raises:
         InputError: the file is damaged, not UTF-8 or not JSON, lacks the column, or is empty.
     """
-    data = _bytes(path)
+    data = _read_bytes(path)
     if _kind(path) == ".txt":
         values = [_decode(data, path)]
     elif _kind(path) == ".parquet":
-        values = _parquet(data, column, path)
+        values = _parquet_column(data, column, path)
     else:
         values = [
             text_of(record, column, f"{path}, row {row}")
-            for row, record in enumerate(_records(data, path))
+            for row, record in enumerate(_parse_records(data, path))
         ]
     rows = [(row, text) for row, text in enumerate(values) if text.strip()]
     if not rows:
-        raise InputError(f"{path} is empty: it holds no text to calibrate or evaluate with")
+        raise InputError(f"{path} is empty: it has no text to calibrate or evaluate with")
     return rows
 
 
@@ -83,7 +83,7 @@ def text_of(record: Any, column: str, where: str) -> str:
         return ""
     if not isinstance(value, str):
         raise InputError(
-            f"{where} holds {type(value).__name__} in column {column!r} where text is expected"
+            f"{where} has {type(value).__name__} in column {column!r} where text is expected"
         )
     return value.encode("utf-8", "replace").decode("utf-8")
 
@@ -94,8 +94,8 @@ def _matches(pattern: str) -> list[Path]:
         return [path]
     if path.is_dir():
         raise InputError(f"{pattern} is a folder; name its files, for instance {pattern}/*.txt")
-    found = Path(path.anchor).glob(str(path.relative_to(path.anchor)))
-    if files := sorted(p for p in found if p.is_file()):
+    matches = Path(path.anchor).glob(str(path.relative_to(path.anchor)))
+    if files := sorted(p for p in matches if p.is_file()):
         return files
     raise InputError(f"{pattern} matches no file (looked from {Path.cwd()})")
 
@@ -104,14 +104,14 @@ def _kind(path: Path) -> str:
     return Path(path.name.removesuffix(".xz")).suffix
 
 
-def _bytes(path: Path) -> bytes:
-    with _readable(path):
+def _read_bytes(path: Path) -> bytes:
+    with _errors_as_sentences(path):
         data = path.read_bytes()
         return lzma.decompress(data) if path.suffix == ".xz" else data
 
 
 @contextlib.contextmanager
-def _readable(path: Path) -> Iterator[None]:
+def _errors_as_sentences(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, lzma.LZMAError) as error:
@@ -128,19 +128,19 @@ def _decode(data: bytes, path: Path) -> str:
         raise InputError(f"{path} is not UTF-8 ({byte}); convert it first") from error
 
 
-def _records(data: bytes, path: Path) -> Iterator[Any]:
+def _parse_records(data: bytes, path: Path) -> Iterator[Any]:
     text = _decode(data, path)
     if _kind(path) == ".json":
-        value = _json(text, str(path)) if text.strip() else []
+        value = _parse_json(text, str(path)) if text.strip() else []
         yield from value if isinstance(value, list) else [value]
         return
     # not splitlines(): JSON strings may hold U+2028 and its like unescaped
     for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
-            yield _json(line, f"{path}, line {number}")
+            yield _parse_json(line, f"{path}, line {number}")
 
 
-def _json(text: str, where: str) -> Any:
+def _parse_json(text: str, where: str) -> Any:
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
@@ -149,7 +149,7 @@ def _json(text: str, where: str) -> Any:
         raise InputError(message) from error
 
 
-def _parquet(data: bytes, column: str, path: Path) -> list[str]:
+def _parquet_column(data: bytes, column: str, path: Path) -> list[str]:
     parquet = importlib.import_module("pyarrow.parquet")
     arrow = importlib.import_module("pyarrow")
     try:

@@ -12,7 +12,7 @@ _BATCH = 16
 
 
 @torch.no_grad()
-def sample(
+def sample_texts(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     blocks: int,
@@ -25,10 +25,10 @@ def sample(
     A text starts with the tokenizer's bos, or with a random token where there is none. The end of
     text is a token like any other: what follows it is a new document, as in packed text. Rows that
     pad the model's vocabulary are never sampled. Equal seeds give equal texts, and fewer blocks are
-    a prefix of more; the global random state is kept.
+    a prefix of more. The global random state does not change.
 
     Raises:
-        InputError: the tokenizer knows no token of the model's.
+        InputError: the tokenizer has no token of the model's.
     """
     device = model.device
     devices = [device] if device.type == "cuda" else []
@@ -37,16 +37,16 @@ def sample(
         for first in range(0, blocks, _BATCH):
             # whole batches, each with its own seed: then a smaller sample is a prefix of a larger
             torch.manual_seed(seed * 1_000_003 + first)
-            parts.append(_batch(model, tokenizer, block_length, temperature))
+            parts.append(_sample_batch(model, tokenizer, block_length, temperature))
     empty = torch.empty(0, block_length, dtype=torch.int64)
     return torch.cat([empty, *parts])[:blocks]
 
 
-def _batch(
+def _sample_batch(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, length: int, temperature: float
 ) -> torch.Tensor:
-    known = _known(tokenizer, model.config.get_text_config().vocab_size)
-    start = _starts(tokenizer, known).to(model.device)
+    known = _known_tokens(tokenizer, model.config.get_text_config().vocab_size)
+    start = _first_tokens(tokenizer, known).to(model.device)
     options: dict[str, Any] = {
         "do_sample": True,
         "temperature": temperature,
@@ -64,7 +64,7 @@ def _batch(
     return written.cpu().long()
 
 
-def _known(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> torch.Tensor:
+def _known_tokens(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> torch.Tensor:
     """Return (vocab_size,) bool: which of the model's tokens the tokenizer can name."""
     known = torch.zeros(vocab_size, dtype=torch.bool)
     known[[i for i in tokenizer.get_vocab().values() if i < vocab_size]] = True
@@ -76,7 +76,7 @@ def _known(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> torch.Tensor:
     return known
 
 
-def _starts(tokenizer: PreTrainedTokenizerBase, known: torch.Tensor) -> torch.Tensor:
+def _first_tokens(tokenizer: PreTrainedTokenizerBase, known: torch.Tensor) -> torch.Tensor:
     """Return the first tokens of a batch, (_BATCH, 1)."""
     bos = tokenizer.bos_token_id
     if bos is not None:
