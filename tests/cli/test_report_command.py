@@ -4,11 +4,11 @@ import json
 from pathlib import Path
 
 import pytest
-from result_rows import cell, demo_rows
 
 from rerail.cli.report import main
 from rerail.files import write_json
 from rerail.run.results import write_rows
+from result_rows import cell, demo_rows
 
 
 @pytest.fixture

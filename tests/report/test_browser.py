@@ -7,9 +7,9 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from result_rows import demo_rows, every_kind, failed_cell
 
 from rerail.report.report import render
+from result_rows import demo_rows, every_kind, failed_cell
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 FLAGS = (

@@ -7,7 +7,6 @@ import pytest
 import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
-from result_rows import cell
 
 from rerail.compress.templates.factoring import Integers
 from rerail.config.presets import config_root
@@ -19,6 +18,7 @@ from rerail.report.paper import beside, data, printed
 from rerail.report.report import render
 from rerail.run.cell import Cell
 from rerail.run.compose import to_cell
+from result_rows import cell
 
 QWEN = "Qwen/Qwen3-30B-A3B-Instruct-2507"
 MIXTRAL = "mistralai/Mixtral-8x7B-Instruct-v0.1"
@@ -114,7 +114,7 @@ def test_a_cell_stands_beside_its_own_table_only(
 
 
 def test_ours_stand_beside_the_papers_with_errors_differences_and_what_is_absent() -> None:
-    page = beside(cells_of(rows()))
+    page = render(rows())
     line = page[page.index(">ARC-c") :].split("</tr>")[0]
     for word in ("47.87", "48.00 ± 1.46", "+0.13", "42.15", "43.00 ± 1.46", "+0.85", "n = 1172"):
         assert word in line
@@ -125,12 +125,12 @@ def test_ours_stand_beside_the_papers_with_errors_differences_and_what_is_absent
     assert "strict-match" in page
     assert "flexible-extract" in page
     assert "23 of 25 benchmarks are absent here" in page
-    assert "Beside the paper" in render(rows())
+    assert "Beside the paper" in page
 
 
 def test_without_scores_of_tasks_there_is_no_table() -> None:
     bare = [{**row, "tasks": None} for row in rows()]
-    assert beside(cells_of(bare)) == ""
+    assert not beside(cells_of(bare)).parts
     assert "Beside the paper" not in render(bare)
 
 

@@ -4,11 +4,10 @@ import io
 import re
 
 import pytest
-from result_rows import cell, demo_rows, failed_cell
 from rich.console import Console
 
 from rerail.report.terminal import print_summary
-from rerail.run.results import Row
+from result_rows import Row, cell, demo_rows, failed_cell
 
 
 def printed(rows: list[Row], capsys: pytest.CaptureFixture[str]) -> str:

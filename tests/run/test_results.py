@@ -4,11 +4,11 @@ import csv
 import json
 import logging
 import math
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
-from result_rows import cell, demo_rows, failed_cell
 
 from rerail.errors import InputError
 from rerail.run.mirror import CsvMirror
@@ -21,6 +21,7 @@ from rerail.run.results import (
     write_csv,
     write_rows,
 )
+from result_rows import cell, demo_rows, failed_cell
 
 
 def test_rows_read_back_equal_and_in_path_order(tmp_path: Path) -> None:
@@ -38,22 +39,28 @@ def test_rows_read_back_equal_and_in_path_order(tmp_path: Path) -> None:
     ("known", "message"),
     [
         ({"nlll": 1.0}, "unknown columns ['nlll']"),
-        ({"status": "finished"}, "not one of done, failed, not_applicable"),
-        ({"stage": "pupil"}, "not one of teacher"),
-        ({"nll": "3.5"}, "is str, not float"),
-        ({"nll": True}, "is bool, not float"),
-        ({"nll": math.nan}, "not finite"),
-        ({"tokens": 1.5}, "is float, not int"),
-        ({"tasks": {"task": "blimp"}}, "is dict, not list"),
+        (
+            {"status": "finished"},
+            "status='finished': input should be 'done', 'failed' or 'not_applicable'",
+        ),
+        (
+            {"stage": "pupil"},
+            "stage='pupil': input should be 'teacher', 'compressed' or 'repaired'",
+        ),
+        ({"nll": "3.5"}, "nll='3.5': input should be a valid number"),
+        ({"nll": True}, "nll=True: input should be a valid number"),
+        ({"nll": math.nan}, "nll=nan: input should be a finite number"),
+        ({"tokens": 1.5}, "tokens=1.5: input should be a valid integer"),
+        ({"tasks": {"task": "blimp"}}, "tasks={'task': 'blimp'}: input should be a valid list"),
     ],
 )
 def test_a_value_that_does_not_fit_is_refused(known: dict, message: str) -> None:
-    with pytest.raises(ValueError, match=message.replace("[", r"\[").replace("]", r"\]")):
+    with pytest.raises(ValueError, match=re.escape(message)):
         new_row(**known)
 
 
 def test_a_missing_column_is_refused() -> None:
-    row = new_row()
+    row = dict(new_row())
     del row["tasks"]
     with pytest.raises(ValueError, match=r"missing columns \['tasks'\]"):
         validate_row(row)
@@ -124,6 +131,27 @@ def test_a_damaged_file_is_reported_left_alone_and_the_others_are_read(
         assert read_rows(tmp_path) == cell()
     assert str(bad) in caplog.text
     assert bad.read_bytes() == before
+
+
+def test_a_field_that_does_not_fit_names_its_file_row_value_and_what_is_allowed(
+    tmp_path: Path,
+) -> None:
+    rows = [*cell()[:1], {**cell()[1], "nll": "low"}]
+    path = tmp_path / "result.json"
+    path.write_text(json.dumps(rows), encoding="utf-8")
+    said = f"{path} is not a list of result rows (row 1: nll='low': input should be a valid number)"
+    with pytest.raises(InputError, match=re.escape(said)):
+        read_rows(path)
+
+
+def test_a_row_is_its_columns_by_name_and_as_fields() -> None:
+    row = new_row(nll=1.5, stage="teacher")
+    assert (row.nll, row["nll"], row.get("kl")) == (1.5, 1.5, None)
+    assert {**row} == row == new_row(**row)
+    assert list(row) == list(COLUMNS)
+    assert "validate" not in row
+    with pytest.raises(KeyError):
+        row["choice"]
 
 
 def test_a_folder_that_does_not_exist_is_named(tmp_path: Path) -> None:

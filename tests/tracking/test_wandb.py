@@ -13,11 +13,11 @@ import pytest
 import rerail.tracking.wandb as mirror
 from rerail.config.redaction import without_secrets
 from rerail.run.mirror import Live
-from rerail.run.results import COLUMNS, Row, write_rows
+from rerail.run.results import COLUMNS, write_rows
 from rerail.tracking.journal import Journal
 from rerail.tracking.records import flat, point_record, records
 from rerail.tracking.wandb import WandbMirror, mode_of, server
-from result_rows import cell, failed_cell
+from result_rows import Row, cell, failed_cell
 
 KEY = "0123456789abcdef0123456789abcdef01234567"
 

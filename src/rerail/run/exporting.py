@@ -32,7 +32,7 @@ def check_export(cell: Cell, student: MoEModel) -> None:
 def weigh(cell: Cell, folder: Path, rows: Sequence[Row]) -> None:
     """Put the bytes on disk of the teacher (where it is a local folder) and of the export down."""
     for row, path in ((rows[0], Path(cell.model.location)), (rows[-1], folder / "model")):
-        row["disk_bytes"] = sum(p.stat().st_size for p in path.glob("*.safetensors")) or None
+        row.disk_bytes = sum(p.stat().st_size for p in path.glob("*.safetensors")) or None
 
 
 def export(  # noqa: PLR0913

@@ -4,11 +4,11 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from rerail.report.cells import choices_without
-from rerail.report.labels import label_of
-from rerail.run.results import COLUMNS, Row
+from rerail.run.results import SCALARS
+from rerail.run.settings import label_of, setting_of
 
-SCALARS = [name for name, column in COLUMNS.items() if column.kind not in (dict, list)]
+Row = Mapping[str, Any]
+
 FLAT = (
     *("model", "granularity", "compressor", "paradigm", "paper", "ratio", "bits", "allocation"),
     *("samples", "calibration", "distill", "seed", "heldout"),
@@ -59,4 +59,4 @@ def flat(row: Row) -> dict[str, Any]:
     """
     known = {name: row[name] for name in FLAT if row[name] is not None}
     label = label_of(row, ["ratio", "samples"])
-    return {**known, "setting": f"{label}, {row['granularity']} {choices_without(row)[:4]}"}
+    return {**known, "setting": f"{label}, {row['granularity']} {setting_of(row)[:4]}"}

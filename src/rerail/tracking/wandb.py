@@ -20,11 +20,10 @@ from typing import Any
 from urllib.parse import urlparse
 
 from rerail.config.redaction import without_secrets
-from rerail.report.cells import STAGES
 from rerail.run.mirror import Live
-from rerail.run.results import Row
+from rerail.run.results import SCALARS, STAGES, Row
 from rerail.tracking.journal import Journal
-from rerail.tracking.records import SCALARS, flat, of_layer, point_record, records, scalars
+from rerail.tracking.records import flat, of_layer, point_record, records, scalars
 
 log = logging.getLogger(__name__)
 
