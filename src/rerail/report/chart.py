@@ -138,13 +138,14 @@ def _draw_points(axes: Axes, marks: Marks, plot: Plot) -> None:
     end = math.inf if marks.line else getattr(plot, plot.measured).end
     beyond = marks.data[plot.measured] > end
     near, far = marks.data[~beyond], marks.data[beyond]
-    errors = near["error"].fillna(0) if "error" in near else pd.Series(dtype=float)
     named: dict[str, Any] = {"label": marks.label or "_", **marks.look}
     if marks.steps:
         axes.step(near["x"], near["y"], where="post", linewidth=1, **named)
-    elif errors.any():
-        whiskers: dict[str, Any] = {f"{plot.measured}err": errors}
-        axes.errorbar(near["x"], near["y"], **whiskers, capsize=2 + bool(marks.line), **named)
+    elif "error" in near:
+        errors = near["error"].fillna(0)
+        whiskers: dict[str, Any] = {f"{plot.measured}err": errors if errors.any() else None}
+        thin = {"capsize": 2 + bool(marks.line), "elinewidth": 1.2}
+        axes.errorbar(near["x"], near["y"], **whiskers, **thin, **named)
     else:
         axes.plot(near["x"], near["y"], **named)
     triangle = {"x": ">", "y": "^"}[plot.measured]
@@ -166,7 +167,7 @@ def _finish(axes: Axes, name: str, plot: Plot) -> None:
     axes.grid(visible=True, axis="x" if plot.y.rows else "both")
     if axis.log2:
         getattr(axes, f"set_{name}scale")("log", base=2)
-    _set_ticks(axes, getattr(axes, f"{name}axis"), axis, 5 if plot.y.rows else 6)
+    _set_ticks(axes, getattr(axes, f"{name}axis"), axis)
     limits = getattr(axes, f"set_{name}lim")
     if axis.cut:
         limits(*_cut(plot, *getattr(axes, f"get_{name}lim")()))
@@ -176,14 +177,13 @@ def _finish(axes: Axes, name: str, plot: Plot) -> None:
         limits(None, axis.end)
 
 
-def _set_ticks(axes: Axes, side: Any, axis: Axis, at_most: int) -> None:
+def _set_ticks(axes: Axes, side: Any, axis: Axis) -> None:
     if axis.ticks:
         side.set_ticks(sorted(set(axis.ticks)))
         axes.minorticks_off()
         side.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    elif not axis.log2:
-        side.set_major_locator(MaxNLocator(at_most, steps=[1, 2, 5, 10]))
-    if axis.shares:
+    elif axis.shares:
+        side.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
         side.set_major_formatter(FuncFormatter(lambda value, _: percent(value)))
 
 

@@ -448,13 +448,20 @@ def _loss(column: str, title: str, results: Results, series: pd.DataFrame) -> Ch
         label = short_label(part["head"].iloc[0], fields)
         found = {stage: results.estimate(line, "nll", stage) for stage in STAGES[1:]}
         for stage, dash in (("compressed", DASHES[1]), ("repaired", DASHES[0])):
-            data = marks_of(found[stage], line["at"], found[stage]["value"], error=np.nan)
+            data = marks_of(found[stage], line["at"], found[stage]["value"])
             look: dict[str, Any] = {
                 "colour": LINES[i % len(LINES)],
                 "marker": MARKERS[i],
                 "line": dash,
             }
-            marks.append(Marks(data, f"{label}, {stage}", hollow=stage == "compressed", **look))
+            marks.append(
+                Marks(
+                    data.drop(columns="error"),
+                    f"{label}, {stage}",
+                    hollow=stage == "compressed",
+                    **look,
+                )
+            )
         budgets = labels_of(line, ["ratio", *fields])
         places = [f"{at:.4g}" for at in line["at"].fillna(0)]
         numbers += map(list, zip(budgets, places, *map(written, found.values()), strict=True))
