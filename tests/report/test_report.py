@@ -224,12 +224,12 @@ def test_a_heat_map_prints_its_numbers_where_there_is_room_and_is_never_an_image
     for picture, number in ((entropy, "0.59"), (changed, "0.37")):
         assert (f">{number}</text>" in picture.svg("x")) == printed
         assert "<image" not in picture.svg("x")
-        assert picture.numbers[0][1:] == [f"{number}0"] * layers
+        assert picture.rows[0][1:] == (f"{number}0",) * layers
 
 
 def test_load_by_expert_is_over_an_even_share_and_empty_where_an_expert_is_gone() -> None:
     [picture] = load_maps(Results.of(cell()).settings)
-    teacher, compressed, repaired = picture.numbers
+    teacher, compressed, repaired = (list(row) for row in picture.rows)
     assert teacher[1:] == ["2.00", "layer 0, expert 0", "0 of 16", "0"]
     assert compressed[1:] == repaired[1:] == ["2.00", "layer 0, expert 0", "0 of 12", "4"]
     assert "Heat map of the load of 4 experts in 4 layers" in picture.spoken
@@ -244,7 +244,7 @@ def test_load_by_expert_is_the_mean_over_seeds_and_absent_where_no_row_has_it() 
     for row in rows[3:]:
         row["layers"] = [{**layer, "load": [0.1, 0.5, 0.4, None]} for layer in row["layers"]]
     [picture] = load_maps(Results.of(rows).settings)
-    assert picture.numbers[1][1:3] == ["1.60", "layer 0, expert 1"]
+    assert picture.rows[1][1:3] == ("1.60", "layer 0, expert 1")
     for row in rows:
         row["layers"] = [{n: v for n, v in layer.items() if n != "load"} for layer in row["layers"]]
     assert list(load_maps(Results.of(rows).settings)) == []
@@ -255,7 +255,7 @@ def test_layers_and_models_with_different_numbers_of_experts_share_a_picture() -
     wide[0]["layers"] = [{"layer": 1, "load": [0.25] * 4}, {"layer": 2, "load": [0.5, 0.5, None]}]
     narrow[0]["layers"] = [{"layer": 0, "load": [0.9, 0.1]}]
     [picture] = load_maps(Results.of([*wide, *narrow]).settings)
-    said = {numbers[0].split(",")[0]: numbers[1:] for numbers in picture.numbers}
+    said = {row[0].split(",")[0]: list(row[1:]) for row in picture.rows}
     assert said["reap"] == ["1.50", "layer 2, expert 0", "0 of 6", "1"]
     assert said["mobe"] == ["1.80", "layer 0, expert 0", "0 of 2", "0"]
 
@@ -266,7 +266,7 @@ def test_rare_experts_are_counted_and_layers_keep_their_indices() -> None:
         {"layer": 3 + i, "load": [0.9 * i, 1 - 0.9 * i - 0.02, 0.02]} for i in (0, 1)
     ]
     [picture] = load_maps(Results.of(rows).settings)
-    assert picture.numbers[0][1:] == ["2.94", "layer 3, expert 1", "3 of 6", "0"]
+    assert picture.rows[0][1:] == ("2.94", "layer 3, expert 1", "3 of 6", "0")
 
 
 @pytest.mark.parametrize(

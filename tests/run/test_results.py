@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 
 from rerail.errors import InputError
-from rerail.run.mirror import CsvMirror
 from rerail.run.results import (
     COLUMNS,
     choices_key,
@@ -21,6 +20,7 @@ from rerail.run.results import (
     write_csv,
     write_rows,
 )
+from rerail.tracking.csv import CsvMirror
 from result_rows import cell, demo_rows, failed_cell
 
 

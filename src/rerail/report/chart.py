@@ -1,7 +1,7 @@
 """Charts as data and encoding, drawn by one helper: axes, legend, number formats, whiskers."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -101,8 +101,8 @@ class Plot:
     marks: Sequence[Marks]
     x: Axis
     y: Axis
-    measured: str
-    height: float
+    measured: str = "y"
+    height: float = 2.6
     rules: Sequence[Rule] = ()
 
     def draw(self) -> Figure:
@@ -144,7 +144,7 @@ def _draw_points(axes: Axes, marks: Marks, plot: Plot) -> None:
     elif "error" in near:
         errors = near["error"].fillna(0)
         whiskers: dict[str, Any] = {f"{plot.measured}err": errors if errors.any() else None}
-        thin = {"capsize": 2 + bool(marks.line), "elinewidth": 1.2}
+        thin: dict[str, Any] = {"capsize": 2 + bool(marks.line), "elinewidth": 1.2}
         axes.errorbar(near["x"], near["y"], **whiskers, **thin, **named)
     else:
         axes.plot(near["x"], near["y"], **named)
@@ -228,10 +228,10 @@ class HeatMap:
 
     values: pd.DataFrame
     labels: Sequence[tuple[float, str]]
-    most: float
     label: str
     height: float
     width: float = 4.6
+    most: float = 1.0
     image: bool = False
 
     def draw(self) -> Figure:
@@ -270,8 +270,7 @@ class Chart:
         title: its heading.
         caption: what is shown, with which errors.
         opening: how a screen reader begins; `sentence` of each row of the numbers follows.
-        columns: names of the columns of the numbers.
-        numbers: the rows behind the drawing, as text.
+        numbers: the columns behind the drawing, as text.
         sentence: a row of the numbers in words, a format of its fields by place; `value` is the
             first after the two names that is not blank.
         drawing: what is drawn.
@@ -282,19 +281,23 @@ class Chart:
     title: str
     caption: str
     opening: str
-    columns: Sequence[str]
-    numbers: Sequence[Sequence[str]]
+    numbers: Mapping[str, Sequence[str]]
     sentence: str
     drawing: Plot | HeatMap
     group: str = ""
     most_spoken: int = 1000
 
     @property
+    def rows(self) -> list[tuple[str, ...]]:
+        """The numbers, row by row."""
+        return list(zip(*self.numbers.values(), strict=True))
+
+    @property
     def spoken(self) -> str:
         """What a screen reader says instead of the drawing."""
-        rows = self.numbers[: self.most_spoken] if self.sentence else ()
-        said = [self.sentence.format(*n, value=next(filter(None, n[2:]), "")) for n in rows]
-        return " ".join([self.opening, *said])
+        rows = self.rows[: self.most_spoken] if self.sentence else ()
+        sentences = [self.sentence.format(*n, value=next(filter(None, n[2:]), "")) for n in rows]
+        return " ".join([self.opening, *sentences])
 
     def svg(self, name: str) -> str:
         """Return the drawing; `name` keeps its ids apart from those of other drawings."""

@@ -118,7 +118,6 @@ def quality(results: Results) -> Section:
             ("Against skipped experts", charts.loss_over("active_experts", results, group)),
             ("Against the calibration size", charts.recovery_over("samples", results, group)),
             ("By calibration text", charts.by_calibration(results, group)),
-            ("", charts.by_heldout_text(results, group)),
         ):
             if pictures := figures(made):
                 parts += [*([Words("h4", title)] if title else []), *pictures]

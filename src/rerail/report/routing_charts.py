@@ -1,15 +1,12 @@
 """The charts of what happened inside: routing layer by layer, and validation KL by step."""
 
 from collections.abc import Iterator
-from typing import Any
 
-import numpy as np
 import pandas as pd
 
 from rerail.report.chart import Axis, Chart, HeatMap, Marks, Plot
-from rerail.report.charts import labels_of, panels
+from rerail.report.charts import labels_of, line_look, panels
 from rerail.report.frame import varying
-from rerail.report.svg import DASHES, LINES, MARKERS
 from rerail.run.results import STAGES
 
 MEASURES = {
@@ -21,55 +18,48 @@ LAYER, BAND = 0.15, 1.4  # inches of a layer, and at most of a setting
 
 
 def layers_of(settings: pd.DataFrame, value: str) -> pd.DataFrame:
-    """Return one row a setting, seed, stage and layer that has the value, in this order."""
+    """Return one row a seed and layer that has the value; setting and stage are their places."""
     records = [
         (setting, STAGES.index(row["stage"]), int(layer["layer"]), layer.get(value))
         for setting, cells in enumerate(settings["cells"])
-        for cell in cells
-        for row in cell.rows
+        for row in (row for cell in cells for row in cell.rows)
         for layer in row["layers"] or ()
-        if layer.get(value) is not None
     ]
-    return pd.DataFrame(records, columns=["setting", "stage", "layer", value])
+    frame = pd.DataFrame(records, columns=["setting", "stage", "layer", value])
+    return frame.dropna(subset=value)
 
 
 def heat_maps(settings: pd.DataFrame) -> Iterator[Chart]:
     """Yield heat maps (setting against stage and layer) of load entropy and changed routing."""
     for panel in panels(settings, 18):
         labels = labels_of(panel.settings, panel.fields)
-        for measure, (said, meaning) in MEASURES.items():
+        for measure, (words, meaning) in MEASURES.items():
             frame = layers_of(panel.settings, measure)
-            frame = frame[frame["stage"] > 0]  # the teacher's routing is what others are held to
-            means = frame.groupby(["setting", "stage", "layer"])[measure].mean().sort_index()
+            frame = frame[frame["stage"] > 0]  # the teacher's routing is what others differ from
+            means = frame.groupby(["setting", "stage", "layer"])[measure].mean().unstack("layer")
             if means.empty:
                 continue
-            layers = sorted(set(frame["layer"]))
-            grid = means.unstack(["stage", "layer"]).sort_index(axis=1)
-            grid = grid.rename(columns=dict(enumerate(STAGES)), level=0)
-            each = means.unstack("layer").reindex(columns=layers)
-            names = [f"{labels[i]}, {STAGES[stage]}" for i, stage in each.index]
-            average = dict(zip(names, each.mean(axis=1), strict=True))
-            columns = len(grid.columns.levels[0]) * (len(layers) + 1) - 1
+            names = [f"{labels[setting]}, {STAGES[stage]}" for setting, stage in means.index]
+            averages = zip(names, means.mean(axis=1), strict=True)
+            grid = means.unstack("stage").swaplevel(axis=1).sort_index(axis=1)
+            layers = list(means.columns)
+            width = 2.0 + 0.14 * (grid.columns.levshape[0] * (len(layers) + 1) - 1)
             yield Chart(
-                title=f"{panel.title}: {said} by layer",
-                caption=f"{said.capitalize()}: {meaning}. A row a setting, a column a layer; from "
+                title=f"{panel.title}: {words} by layer",
+                caption=f"{words.capitalize()}: {meaning}. A row a setting, a column a layer; from "
                 "dark blue (0) over green (0.5) to yellow (1).",
-                opening=f"Heat map of {said} for {panel.title}, layers {layers[0]} to "
+                opening=f"Heat map of {words} for {panel.title}, layers {layers[0]} to "
                 f"{layers[-1]}. "
-                + " ".join(f"{name}: mean {mean:.2f}." for name, mean in average.items()),
-                columns=["setting", *(f"layer {layer}" for layer in layers)],
-                numbers=[
-                    [name, *("" if np.isnan(v) else f"{v:.3f}" for v in row)]
-                    for name, row in zip(names, each.to_numpy(), strict=True)
-                ],
+                + " ".join(f"{name}: mean {mean:.2f}." for name, mean in averages),
+                numbers={"setting": names}
+                | {f"layer {i}": ["" if v != v else f"{v:.3f}" for v in means[i]] for i in layers},
                 sentence="",
                 drawing=HeatMap(
-                    grid,
+                    grid.rename(columns=dict(enumerate(STAGES)), level=0),
                     [(i + 0.5, labels[setting]) for i, setting in enumerate(grid.index)],
-                    most=1.0,
                     label="layer",
                     height=0.85 + 0.26 * len(grid),
-                    width=max(4.6, 2.0 + 0.14 * columns),
+                    width=max(4.6, width),
                 ),
                 group=panel.paradigm,
             )
@@ -82,32 +72,27 @@ def load_maps(settings: pd.DataFrame) -> Iterator[Chart]:
         if loads.empty:
             continue
         labels = labels_of(panel.settings, panel.fields)
-        by_stage = loads.groupby(["setting", "stage"])
-        rows = int(loads.groupby(["setting", "stage"])["layer"].nunique().max())
-        experts = int(loads["expert"].max()) + 1
-        grid = _bands(loads, rows)
-        count = len(set(loads["setting"]))
-        middles = [i * (rows + 1) + rows / 2 for i in range(count)]
-        names = [labels[setting] for setting in sorted(set(loads["setting"]))]
+        stages = loads.groupby(["setting", "stage"])
+        rows, last = int(stages["layer"].nunique().max()), int(loads["expert"].max())
+        names = [f"{labels[setting]}, {STAGES[stage]}" for setting, stage in stages.groups]
+        columns = ("busiest", "where", "under a tenth of even", "gone")
+        summaries = zip(*(_summary(part) for _, part in stages), strict=True)
+        bands = [labels[setting] for setting in sorted(set(loads["setting"]))]
         yield Chart(
             title=f"{panel.title}: load by expert",
             caption="How often each expert is chosen, over an even share: from dark blue (never) "
             f"over green ({MOST / 2:g} times) to yellow ({MOST:g} times or more); empty where it "
             f"is gone. For each setting its {rows} layers from top to bottom.",
-            opening=f"Heat map of the load of {experts} experts in {rows} layers for "
+            opening=f"Heat map of the load of {last + 1} experts in {rows} layers for "
             f"{panel.title}.",
-            columns=["setting", "busiest", "where", "under a tenth of even", "gone"],
-            numbers=[
-                [f"{labels[setting]}, {STAGES[stage]}", *_summary(part)]
-                for (setting, stage), part in by_stage
-            ],
+            numbers={"setting": names, **dict(zip(columns, summaries, strict=True))},
             sentence="{0}: busiest {1} times an even share, hardly used {3}.",
             drawing=HeatMap(
-                grid,
-                list(zip(middles, names, strict=True)),
+                _bands(loads, rows),
+                [(i * (rows + 1) + rows / 2, label) for i, label in enumerate(bands)],
+                label=f"experts 0 to {last}",
+                height=0.85 + len(bands) * min(LAYER * (rows + 1), BAND),
                 most=MOST,
-                label=f"experts 0 to {experts - 1}",
-                height=0.85 + count * min(LAYER * (rows + 1), BAND),
                 image=True,
             ),
             group=panel.paradigm,
@@ -129,10 +114,12 @@ def _loads(settings: pd.DataFrame) -> pd.DataFrame:
 
 def _bands(loads: pd.DataFrame, rows: int) -> pd.DataFrame:
     """Return settings below each other, a row a layer and an empty one between, stages beside."""
-    bands = []
-    for _, part in loads.groupby("setting"):
-        band = part.pivot(index="layer", columns=["stage", "expert"], values="load")
-        bands.append(band.reset_index(drop=True).reindex(range(rows + 1)))
+    bands = [
+        part.pivot(index="layer", columns=["stage", "expert"], values="load")
+        .reset_index(drop=True)
+        .reindex(range(rows + 1))
+        for _, part in loads.groupby("setting")
+    ]
     grid = pd.concat(bands).sort_index(axis=1).iloc[:-1]
     return grid.rename(columns=dict(enumerate(STAGES)), level=0)
 
@@ -141,57 +128,44 @@ def _summary(part: pd.DataFrame) -> list[str]:
     """Return the busiest expert, where it is, how many are hardly used and how many are gone."""
     loads = part["load"].dropna()
     most = part.loc[loads.idxmax()]
-    return [
-        f"{most['load']:.2f}",
-        f"layer {most['layer']:.0f}, expert {most['expert']:.0f}",
-        f"{(loads < 0.1).sum()} of {len(loads)}",
-        str(len(part) - len(loads)),
-    ]
+    where = f"layer {most['layer']:.0f}, expert {most['expert']:.0f}"
+    rare = f"{(loads < 0.1).sum()} of {len(loads)}"
+    return [f"{most['load']:.2f}", where, rare, str(len(part) - len(loads))]
 
 
 def training_curves(settings: pd.DataFrame) -> Iterator[Chart]:
     """Yield a panel a model: validation KL by step, a line a cell."""
     fields = varying(settings)
+    columns = ("cell", "first KL", "best KL", "last KL", "best step", "last step")
     for panel in panels(settings, 7):
-        marks, numbers = [], []
+        marks: list[Marks] = []
+        rows: list[list[str]] = []
         labels = labels_of(panel.settings, fields)
         for i, (cells, name) in enumerate(zip(panel.settings["cells"], labels, strict=True)):
-            look: dict[str, Any] = {
-                "colour": LINES[i % len(LINES)],
-                "line": DASHES[i % len(DASHES)],
-                "marker": MARKERS[i % len(MARKERS)],
-            }
             for cell in cells:
-                curve = pd.DataFrame(
+                points = pd.DataFrame(
                     cell.get("repaired", "curve") or (), columns=["step", "val_kl"]
                 )
-                curve = curve.dropna(subset="val_kl").astype({"val_kl": float})
+                curve = points.astype(float).dropna(subset="val_kl").set_axis(["x", "y"], axis=1)
                 if curve.empty:
                     continue
                 label = f"{name}, seed {cell.head['seed']}" if len(cells) > 1 else name
-                data = curve.rename(columns={"step": "x", "val_kl": "y"})
                 shown = label if cell is cells[0] else ""
-                marks.append(Marks(data, shown, size=3.5, **look))
-                best = curve.loc[curve["val_kl"].idxmin()]
-                kls = [curve["val_kl"].iloc[0], best["val_kl"], curve["val_kl"].iloc[-1]]
-                steps = [f"{best['step']:g}", f"{curve['step'].iloc[-1]:g}"]
-                numbers.append([label, *(f"{kl:.4f}" for kl in kls), *steps])
-        if not numbers:
+                marks.append(Marks(curve, shown, size=3.5, **line_look(i)))
+                first, best, last = curve.iloc[0], curve.loc[curve["y"].idxmin()], curve.iloc[-1]
+                kls = [f"{point['y']:.4f}" for point in (first, best, last)]
+                rows.append([label, *kls, f"{best['x']:g}", f"{last['x']:g}"])
+        if not rows:
             continue
         yield Chart(
             title=f"{panel.title}: validation KL during the repair",
             caption="KL from the teacher on calibration blocks that are not trained on; the best "
             "step is kept.",
             opening=f"Line chart of validation KL by step for {panel.title}.",
-            columns=["cell", "first KL", "best KL", "last KL", "best step", "last step"],
-            numbers=numbers,
+            numbers=dict(zip(columns, zip(*rows, strict=True), strict=True)),
             sentence="{0}: first {1}, best {2} at step {4}, last {3}.",
             drawing=Plot(
-                marks,
-                Axis("optimiser step"),
-                Axis("validation KL, nats a token", start=0),
-                "y",
-                height=2.6,
+                marks, Axis("optimiser step"), Axis("validation KL, nats a token", start=0)
             ),
             group=panel.paradigm,
         )
