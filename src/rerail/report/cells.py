@@ -83,12 +83,12 @@ def cells_of(rows: Sequence[Fields]) -> list[Cell]:
     frame = frame[frame["stage"].notna() | (frame.groupby("cell")["cell"].transform("size") == 1)]
     frame["place"] = frame["stage"].map(dict(zip(STAGES, range(3), strict=True))).fillna(3)
     frame = frame.drop_duplicates(["cell", "place"], keep="last").sort_values("place")
-    found = {cell: Cell(tuple(part["row"])) for cell, part in frame.groupby("cell", sort=False)}
+    cells = {cell: Cell(tuple(part["row"])) for cell, part in frame.groupby("cell", sort=False)}
     heads = frame.drop_duplicates("cell").set_index("cell")
     order = heads[["grain", "model", "compressor", "ratio", "samples", "seed", "key"]]
     text = order[["model", "compressor", "key"]].fillna("")
     order = order.assign(**text).fillna(-1).sort_values(list(order))
-    return [found[cell] for cell in order.index]
+    return [cells[cell] for cell in order.index]
 
 
 def _grains(frame: pd.DataFrame) -> dict[str, int]:

@@ -208,7 +208,7 @@ def _bars(
 
 
 def _recoveries(data: pd.DataFrame) -> dict[str, list[str]]:
-    """Return the columns of numbers that tell of a recovery."""
+    """Return the columns of numbers that describe a recovery."""
     return {
         "recovery": [*map(share, data["value"], data["error"])],
         "95 % interval": [*map(interval, data["value"], data["half"])],
@@ -294,7 +294,7 @@ def by_calibration(results: Results, settings: pd.DataFrame) -> Iterator[Chart]:
         for part, some in parts(whole, 8):
             rows = {"key": some.index, "row": labels_of(some, fields), "note": some["blank"]}
             recovery = [results.estimate(some, "recovery", text=t).assign(series=t) for t in texts]
-            data = pd.concat([one.assign(**rows) for one in recovery])
+            data = pd.concat([text.assign(**rows) for text in recovery])
             yield _bars(data, colours, f"{model}: recovery on each held-out text{part}", caption)
 
 

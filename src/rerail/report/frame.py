@@ -126,25 +126,27 @@ class Results:
     @cached_property
     def estimates(self) -> pd.DataFrame:
         """value, error, n and half (of the 95 % interval), by setting, stage, text and measure."""
-        found = self.tidy.groupby(BY).agg(
+        estimates = self.tidy.groupby(BY).agg(
             value=("value", "mean"),
             spread=("value", "std"),
             se=("se", "first"),
             n=("value", "size"),
         )
-        found["error"] = found["se"].where(found["n"] == 1, found["spread"])
-        found["half"] = np.where(
-            found["n"] == 1, 1.96 * found["error"], half_interval(found["spread"], found["n"])
+        estimates["error"] = estimates["se"].where(estimates["n"] == 1, estimates["spread"])
+        estimates["half"] = np.where(
+            estimates["n"] == 1,
+            1.96 * estimates["error"],
+            half_interval(estimates["spread"], estimates["n"]),
         )
-        return found[["value", "error", "n", "half"]]
+        return estimates[["value", "error", "n", "half"]]
 
     def estimate(
         self, settings: pd.DataFrame, measure: str, stage: str = "repaired", text: str = ""
     ) -> pd.DataFrame:
         """Return value, error, n and half of a measure for these settings; NaN without a value."""
         places = [(setting, stage, text, measure) for setting in settings.index]
-        found = self.estimates.reindex(pd.MultiIndex.from_tuples(places, names=BY))
-        return found.set_axis(settings.index).fillna({"n": 0}).astype({"n": int})
+        estimates = self.estimates.reindex(pd.MultiIndex.from_tuples(places, names=BY))
+        return estimates.set_axis(settings.index).fillna({"n": 0}).astype({"n": int})
 
     def pairs(self, settings: pd.DataFrame) -> pd.DataFrame:
         """Return `fine` and `coarse`: settings that differ in the model only, on equal tokens."""
@@ -173,15 +175,15 @@ class Results:
             )
         both["gap"] = both["value_fine"] - both["value"]
         both["alone"] = 1.96 * np.hypot(both["se_fine"], both["se"])
-        found = both.groupby("pair").agg(
+        gaps = both.groupby("pair").agg(
             value=("gap", "mean"),
             spread=("gap", "std"),
             n=("gap", "size"),
             alone=("alone", "first"),
         )
-        several = half_interval(found["spread"], found["n"])
-        found["half"] = np.where(found["n"] == 1, found["alone"], several)
-        return pairs.join(found[["value", "n", "half"]], how="inner")
+        several = half_interval(gaps["spread"], gaps["n"])
+        gaps["half"] = np.where(gaps["n"] == 1, gaps["alone"], several)
+        return pairs.join(gaps[["value", "n", "half"]], how="inner")
 
     def series_over(self, column: str, settings: pd.DataFrame) -> pd.DataFrame:
         """Return settings that differ in one column only, series by series, sorted by it in each.

@@ -37,8 +37,8 @@ class Printed(NamedTuple):
 @functools.cache
 def data() -> dict[str, Any]:
     """Return the data file."""
-    found: dict[str, Any] = json.loads(FILE.read_text(encoding="utf-8"))
-    return found
+    content: dict[str, Any] = json.loads(FILE.read_text(encoding="utf-8"))
+    return content
 
 
 def printed(cell: Cell) -> Printed | None:

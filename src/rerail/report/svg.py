@@ -91,7 +91,7 @@ def margins(axes: Axes, **inches: float) -> None:
     sizes = {"left": width, "right": width, "bottom": height, "top": height}
     shares = {side: room / sizes[side] for side, room in inches.items()}
     far = ("right", "top")
-    figure.subplots_adjust(**{n: 1 - one if n in far else one for n, one in shares.items()})
+    figure.subplots_adjust(**{n: 1 - share if n in far else share for n, share in shares.items()})
 
 
 def style() -> AbstractContextManager[None]:

@@ -161,7 +161,7 @@ def by_text(cells: Sequence[Cell]) -> Section:
 
 
 def benchmarks(cells: Sequence[Cell]) -> Section:
-    """Return what lm-eval found, where it was asked."""
+    """Return the scores of lm-eval, where it was asked."""
     rows: list[Fields] = []
     for cell in cells:
         scores: dict[tuple[str, str], dict[str, dict[str, Any]]] = {}
@@ -203,9 +203,9 @@ def means(results: Results) -> list[Table]:
         ("repaired", "kl"),
         ("repaired", "recovery"),
     )
-    found = [results.estimate(several, measure, stage).itertuples() for stage, measure in asked]
+    estimates = [results.estimate(several, measure, stage).itertuples() for stage, measure in asked]
     rows: list[Fields] = []
-    for setting, *losses, recovery in zip(several.itertuples(), *found, strict=True):
+    for setting, *losses, recovery in zip(several.itertuples(), *estimates, strict=True):
         row: Fields = [setting.model, label_of(setting.head, fields)]
         row += [measured(loss.value, loss.error) if loss.n else "" for loss in losses]
         known = recovered(recovery.value, recovery.error) if recovery.n else setting.blank
