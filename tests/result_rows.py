@@ -127,8 +127,8 @@ def _stage(
         ]
         row |= {"kl_first": 4 * kl, "kl_best": kl, "kl_last": kl, "recovery": recovery}
         row["recovery_se"] = None if recovery is None else 0.034
-        for held in row["nll_by"].values():
-            held |= {"recovery": recovery, "recovery_se": row["recovery_se"]}
+        for entry in row["nll_by"].values():
+            entry |= {"recovery": recovery, "recovery_se": row["recovery_se"]}
     return row
 
 

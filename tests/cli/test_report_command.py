@@ -52,7 +52,7 @@ def test_what_cannot_be_read_is_said_left_alone_and_the_rest_is_shown(
     before = bytes_of(outputs)
     page = tmp_path / "page.html"
     main([str(outputs), "--out", str(page)])
-    said = capsys.readouterr().err
+    message = capsys.readouterr().err
     content = page.read_text(encoding="utf-8")
     for name, why in (
         ("half/result.json", "not a list of result rows"),
@@ -61,7 +61,7 @@ def test_what_cannot_be_read_is_said_left_alone_and_the_rest_is_shown(
         ("new/result.json", "unknown columns ['colour']"),
         ("begun", "has no rows yet; its status is: running repair"),
     ):
-        (line,) = [one for one in said.splitlines() if f"{outputs}/{name} " in one]
+        (line,) = [item for item in message.splitlines() if f"{outputs}/{name} " in item]
         assert why in line
         assert f">{name} " in content
     assert str(outputs) not in content
@@ -92,10 +92,10 @@ def test_bad_input_is_one_sentence_and_exit_status_2(
     with pytest.raises(SystemExit) as ended:
         main([word.format(tmp_path) for word in words])
     assert ended.value.code == 2
-    said = capsys.readouterr().err
-    assert said.startswith("rerail-report: ")
-    assert said.count("\n") == 1
-    assert sentence in said
+    message = capsys.readouterr().err
+    assert message.startswith("rerail-report: ")
+    assert message.count("\n") == 1
+    assert sentence in message
     assert not list(tmp_path.rglob("*.html"))
 
 

@@ -16,8 +16,8 @@ from result_rows import Row, cell, demo_rows, failed_cell
 
 def estimate(results: Results, measure: str, stage: str = "repaired", text: str = "") -> tuple:
     """Return value, error, n and half of the one setting."""
-    [found] = results.estimate(results.settings, measure, stage, text).itertuples(index=False)
-    return tuple(found)
+    [actual] = results.estimate(results.settings, measure, stage, text).itertuples(index=False)
+    return tuple(actual)
 
 
 def paired(results: Results) -> list[list[str]]:
@@ -30,8 +30,8 @@ def paired(results: Results) -> list[list[str]]:
 
 def difference(results: Results) -> tuple:
     """Return value, half and n of the one pair."""
-    found = results.differences(results.pairs(results.settings))
-    [gap] = found[["value", "half", "n"]].itertuples(index=False)
+    actual = results.differences(results.pairs(results.settings))
+    [gap] = actual[["value", "half", "n"]].itertuples(index=False)
     return tuple(gap)
 
 
@@ -66,12 +66,12 @@ def test_a_cell_that_failed_and_was_run_again_shows_its_new_rows_only() -> None:
     rows = cell(time="2026-01-02T00:00:00+00:00")
     old = failed_cell(key=rows[0]["key"], time="2026-01-01T00:00:00+00:00")
     for both in ([old, *rows], [*rows, old]):
-        (found,) = cells_of(both)
-        assert found.done
-        assert len(found.rows) == 3
+        (actual,) = cells_of(both)
+        assert actual.done
+        assert len(actual.rows) == 3
     newer = {**old, "time": "2026-01-03T00:00:00+00:00"}
-    (found,) = cells_of([*rows, newer])
-    assert not found.done
+    (actual,) = cells_of([*rows, newer])
+    assert not actual.done
 
 
 def test_cells_that_differ_in_seeds_are_one_setting_with_mean_spread_and_number() -> None:
@@ -173,10 +173,10 @@ def test_the_comparison_names_what_varies_and_the_number_of_seeds() -> None:
         for seed in (0, 1)
         for row in cell(model, ratio=ratio, seed=seed, recovery=0.4 + 0.1 * seed + ratio / 10)
     ]
-    said = comparison(Results.of(rows))
-    assert "reap, ratio 0.25 48 % ± 7 (n=2) vs 48 % ± 7 (n=2)" in said
-    assert "reap, ratio 0.5 50 % ± 7 (n=2)" in said
-    assert said.endswith("mean 49 % ± 5 vs 49 % ± 5")
+    message = comparison(Results.of(rows))
+    assert "reap, ratio 0.25 48 % ± 7 (n=2) vs 48 % ± 7 (n=2)" in message
+    assert "reap, ratio 0.5 50 % ± 7 (n=2)" in message
+    assert message.endswith("mean 49 % ± 5 vs 49 % ± 5")
 
 
 def test_there_is_no_mean_over_different_held_out_tokens() -> None:
@@ -185,10 +185,10 @@ def test_there_is_no_mean_over_different_held_out_tokens() -> None:
         *cell(method="hc_smoe", heldout="other"),
         *cell("tiny_coarse", "hc_smoe", heldout="other"),
     ]
-    said = comparison(Results.of(rows))
-    assert "hc_smoe 44 %" in said
-    assert "reap 56 %" in said
-    assert "mean" not in said
+    message = comparison(Results.of(rows))
+    assert "hc_smoe 44 %" in message
+    assert "reap 56 %" in message
+    assert "mean" not in message
 
 
 @pytest.mark.parametrize("rows", [[], cell(), [*cell(), *cell("tiny_coarse", ratio=0.25)]])
@@ -198,11 +198,11 @@ def test_there_is_no_comparison_without_a_pair(rows: list[Row]) -> None:
 
 def test_the_error_of_a_mean_is_the_largest_that_dependent_errors_allow() -> None:
     results = Results.of([*cell(recovery=0.2), *cell(method="mobe", recovery=0.6)])
-    found = results.estimate(results.settings, "recovery")
-    found["error"] = [0.034, 0.066]
-    assert largest_error(found) == pytest.approx(0.05)
-    found["error"] = [0.034, math.nan]
-    assert math.isnan(largest_error(found))
+    actual = results.estimate(results.settings, "recovery")
+    actual["error"] = [0.034, 0.066]
+    assert largest_error(actual) == pytest.approx(0.05)
+    actual["error"] = [0.034, math.nan]
+    assert math.isnan(largest_error(actual))
 
 
 def test_fine_minus_coarse_is_paired_seed_by_seed_with_students_t() -> None:
@@ -218,11 +218,11 @@ def test_fine_minus_coarse_is_paired_seed_by_seed_with_students_t() -> None:
 
 
 def test_with_one_seed_the_interval_is_that_of_two_independent_errors() -> None:
-    found = difference(Results.of([*cell(), *cell("tiny_coarse")]))
-    assert found == pytest.approx((0.38, 1.96 * 0.034 * math.sqrt(2), 1))
+    actual = difference(Results.of([*cell(), *cell("tiny_coarse")]))
+    assert actual == pytest.approx((0.38, 1.96 * 0.034 * math.sqrt(2), 1))
     bare = [{**row, "recovery_se": None} for row in cell()]
-    found = difference(Results.of([*bare, *cell("tiny_coarse")]))
-    assert found == pytest.approx((0.38, math.nan, 1), nan_ok=True)
+    actual = difference(Results.of([*bare, *cell("tiny_coarse")]))
+    assert actual == pytest.approx((0.38, math.nan, 1), nan_ok=True)
     blank = Results.of([*cell(method="mobe"), *cell("tiny_coarse", method="mobe")])
     assert blank.differences(blank.pairs(blank.settings)).empty
 
@@ -230,8 +230,8 @@ def test_with_one_seed_the_interval_is_that_of_two_independent_errors() -> None:
 def test_a_recovery_on_one_text_is_over_the_seeds_that_have_it() -> None:
     rows = [row for s, r in ((0, 0.4), (1, 0.6)) for row in cell(seed=s, recovery=r)]
     results = Results.of(rows)
-    found = estimate(results, "recovery", text="docs")
-    assert found[:3] == pytest.approx((0.5, np.std([0.4, 0.6], ddof=1), 2))
+    actual = estimate(results, "recovery", text="docs")
+    assert actual[:3] == pytest.approx((0.5, np.std([0.4, 0.6], ddof=1), 2))
     assert estimate(results, "recovery", text="nothing of ours")[2] == 0
 
 

@@ -107,7 +107,7 @@ def test_nothing_is_loaded_from_anywhere(demo: str) -> None:
     )
     images = [a["xlink:href"] or "" for a in page.all("image")]
     assert images
-    assert all(said.startswith("data:image/png;base64,") for said in images)
+    assert all(message.startswith("data:image/png;base64,") for message in images)
     assert "://" not in demo
     assert "@import" not in demo
     assert "default-src 'none'" in str(page.all("meta"))
@@ -129,8 +129,8 @@ def test_all_numbers_of_all_rows_are_there() -> None:
         assert row["choices"]["command"] in text
         assert row["key"] in text
         assert row["revision"] in text
-        for held in row["nll_by"].values():
-            assert plus_minus(held["nll"], held["se"]) in text
+        for entry in row["nll_by"].values():
+            assert plus_minus(entry["nll"], entry["se"]) in text
         for layer in row["layers"] or []:
             assert row["stage"] == "teacher" or f"{layer['load_entropy']:.3f}" in text
             assert row["stage"] == "teacher" or f"{layer['routing_changed']:.3f}" in text
@@ -255,9 +255,9 @@ def test_layers_and_models_with_different_numbers_of_experts_share_a_picture() -
     wide[0]["layers"] = [{"layer": 1, "load": [0.25] * 4}, {"layer": 2, "load": [0.5, 0.5, None]}]
     narrow[0]["layers"] = [{"layer": 0, "load": [0.9, 0.1]}]
     [picture] = load_maps(Results.of([*wide, *narrow]).settings)
-    said = {row[0].split(",")[0]: list(row[1:]) for row in picture.rows}
-    assert said["reap"] == ["1.50", "layer 2, expert 0", "0 of 6", "1"]
-    assert said["mobe"] == ["1.80", "layer 0, expert 0", "0 of 2", "0"]
+    message = {row[0].split(",")[0]: list(row[1:]) for row in picture.rows}
+    assert message["reap"] == ["1.50", "layer 2, expert 0", "0 of 6", "1"]
+    assert message["mobe"] == ["1.80", "layer 0, expert 0", "0 of 2", "0"]
 
 
 def test_rare_experts_are_counted_and_layers_keep_their_indices() -> None:
@@ -371,8 +371,8 @@ def test_known_secrets_are_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_tasks_stand_side_by_side_with_errors_and_counts() -> None:
     rows = cell()
     for row, value in zip(rows, (0.81, 0.62, 0.73), strict=True):
-        held = {"task": "local_blimp", "metric": "acc", "value": value, "se": 0.014, "n": 987}
-        row["tasks"] = [held, {**held, "metric": "acc_norm", "value": 0.5, "se": None}]
+        entry = {"task": "local_blimp", "metric": "acc", "value": value, "se": 0.014, "n": 987}
+        row["tasks"] = [entry, {**entry, "metric": "acc_norm", "value": 0.5, "se": None}]
     text = " ".join(Page(render(rows)).text.split())
     assert "local_blimpacc0.810 ± 0.0140.620 ± 0.0140.730 ± 0.014987" in text
     assert "local_blimpacc_norm0.5000.5000.500987" in text

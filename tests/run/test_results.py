@@ -80,10 +80,10 @@ def test_numbers_of_numpy_become_plain_and_nested_ones_that_are_not_finite_becom
 
 
 def test_the_key_ignores_order_and_the_way_the_choices_were_typed() -> None:
-    one = {"seed": 0, "ratio": {"removed": 0.5, "counts": "experts"}, "command": "rerail"}
+    item = {"seed": 0, "ratio": {"removed": 0.5, "counts": "experts"}, "command": "rerail"}
     other = {"ratio": {"counts": "experts", "removed": 0.5}, "command": "rerail -m", "seed": 0}
-    assert choices_key(one) == choices_key(other)
-    assert choices_key(one) != choices_key({**one, "seed": 1})
+    assert choices_key(item) == choices_key(other)
+    assert choices_key(item) != choices_key({**item, "seed": 1})
 
 
 def test_csv_reads_back_equal(tmp_path: Path) -> None:
@@ -91,18 +91,18 @@ def test_csv_reads_back_equal(tmp_path: Path) -> None:
     rows[0] = new_row(**{**rows[0], "nll": 0.1 + 0.2, "choices": {"a": {"b": [1, "x"]}, "c": None}})
     CsvMirror().open("key", None, {}, tmp_path).close("done", rows)
     with (tmp_path / "results.csv").open(newline="", encoding="utf-8") as handle:
-        found = list(csv.DictReader(handle))
-    assert len(found) == len(rows)
-    for row, text in zip(rows, found, strict=True):
+        actual = list(csv.DictReader(handle))
+    assert len(actual) == len(rows)
+    for row, text in zip(rows, actual, strict=True):
         for name, column in COLUMNS.items():
             if column.kind in (dict, list):
                 assert name not in text
             else:
                 read = None if text[name] == "" else column.kind(text[name])
                 assert read == row[name], name
-    assert json.loads(found[0]["choices.a.b"]) == [1, "x"]
-    assert found[0]["choices.c"] == ""
-    assert found[1]["choices.calibration.samples"] == "256"
+    assert json.loads(actual[0]["choices.a.b"]) == [1, "x"]
+    assert actual[0]["choices.c"] == ""
+    assert actual[1]["choices.calibration.samples"] == "256"
 
 
 DAMAGED = {
@@ -139,8 +139,9 @@ def test_a_field_that_does_not_fit_names_its_file_row_value_and_what_is_allowed(
     rows = [*cell()[:1], {**cell()[1], "nll": "low"}]
     path = tmp_path / "result.json"
     path.write_text(json.dumps(rows), encoding="utf-8")
-    said = f"{path} is not a list of result rows (row 1: nll='low': input should be a valid number)"
-    with pytest.raises(InputError, match=re.escape(said)):
+    why = "row 1: nll='low': input should be a valid number"
+    message = f"{path} is not a list of result rows ({why})"
+    with pytest.raises(InputError, match=re.escape(message)):
         read_rows(path)
 
 
