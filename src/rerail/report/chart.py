@@ -237,7 +237,7 @@ class HeatMap:
     def draw(self) -> Figure:
         """Return the drawing; call inside `svg.style()`."""
         blocks = list(dict.fromkeys(self.values.columns.get_level_values(0)))
-        places = list(dict.fromkeys(self.values.columns.get_level_values(1)))
+        places = sorted(set(self.values.columns.get_level_values(1)))
         gap = max(1, len(places) // 16) if self.image else 1
         step = len(places) + gap
         grid = np.full((len(self.values), step * len(blocks) - gap), np.nan)
@@ -245,10 +245,7 @@ class HeatMap:
             part = self.values[block].reindex(columns=places).to_numpy(float)
             grid[:, i * step : i * step + len(places)] = part
         figure, axes = svg.canvas(self.height, self.width)
-        if self.image:
-            svg.image(axes, grid, self.most)
-        else:
-            svg.mesh(axes, grid, self.most, numbers=grid.shape[1] <= 13 and len(grid) <= 12)
+        svg.colours(axes, grid, self.most, image=self.image)
         named = [] if self.image else range(0, len(places), max(1, len(places) // 6))
         ticks = [i * step + j + 0.5 for i in range(len(blocks)) for j in named]
         axes.set_xticks(ticks, [str(places[j]) for j in named] * len(blocks))

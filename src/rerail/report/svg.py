@@ -5,6 +5,7 @@ import math
 import re
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
@@ -29,34 +30,9 @@ GRAIN = {"fine": FINE, "coarse": COARSE}
 MARKERS = "osD^vPX*<>"
 DASHES = ("-", (0, (5, 2)), (0, (1.5, 1.5)), (0, (6, 2, 1.5, 2)))
 
-_STYLE: Any = {
-    "svg.fonttype": "none",
-    "svg.hashsalt": "rerail",
-    "text.parse_math": False,
-    "font.family": "DejaVu Sans",
-    "font.size": 9.5,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.axisbelow": True,
-    "axes.facecolor": "none",
-    "figure.facecolor": "none",
-    "savefig.facecolor": "none",
-    "text.color": INK,
-    "axes.labelcolor": INK,
-    "axes.edgecolor": SOFT,
-    "xtick.color": SOFT,
-    "ytick.color": SOFT,
-    "xtick.labelcolor": INK,
-    "ytick.labelcolor": INK,
-    "grid.color": GRID,
-    "grid.linewidth": 0.8,
-    "lines.linewidth": 1.8,
-    "lines.markersize": 6,
-    "errorbar.capsize": 3,
-    "legend.frameon": False,
-    "legend.fontsize": 8.5,
-    "hatch.linewidth": 0.6,
-}
+_STYLE = mpl.rc_params_from_file(
+    Path(__file__).with_name("page.mplstyle"), use_default_template=False
+)
 
 
 def brief(label: str, at_most: int = 34) -> str:
@@ -99,27 +75,26 @@ def style() -> AbstractContextManager[None]:
     return mpl.rc_context(_STYLE)
 
 
-def image(axes: Axes, grid: Grid, most: float) -> None:
-    """Draw a grid (rows, columns) of 0 to `most` as an image; what is missing is left empty."""
+def colours(axes: Axes, grid: Grid, most: float, *, image: bool) -> None:
+    """Draw a grid (rows, columns) of 0 to `most` as colours; what is missing is left empty.
+
+    As an image where there are thousands of fields; else with their numbers where there is room.
+    """
     rows, columns = grid.shape
-    place: Any = (0, columns, rows, 0)
-    look: Any = {"cmap": "viridis", "interpolation": "none", "aspect": "auto", "extent": place}
-    axes.imshow(np.ma.masked_invalid(grid), vmin=0, vmax=most, **look)
-    axes.tick_params(length=0)
-    axes.spines[:].set_visible(False)
-
-
-def mesh(axes: Axes, grid: Grid, most: float, *, numbers: bool) -> None:
-    """Draw a grid (rows, columns) of 0 to `most` as fields, with their numbers where asked."""
-    seamless: dict[str, Any] = {"edgecolor": "face", "linewidth": 0.3}
-    axes.pcolormesh(np.ma.masked_invalid(grid), cmap="viridis", vmin=0, vmax=most, **seamless)
-    for (row, column), value in np.ndenumerate(grid) if numbers else ():
-        if not np.isnan(value):
-            colour = "#000000" if value > 0.45 * most else "#ffffff"
-            how: dict[str, Any] = {"ha": "center", "va": "center", "fontsize": 7.5}
-            text = axes.text(column + 0.5, row + 0.5, f"{value:.2f}", color=colour, **how)
-            text.set_in_layout(False)
-    axes.invert_yaxis()
+    look: dict[str, Any] = {"cmap": "viridis", "vmin": 0, "vmax": most}
+    if image:
+        place = (0, columns, rows, 0)
+        look |= {"interpolation": "none", "aspect": "auto", "extent": place}
+        axes.imshow(np.ma.masked_invalid(grid), **look)
+    else:
+        look |= {"edgecolor": "face", "linewidth": 0.3}  # no seams
+        axes.pcolormesh(np.ma.masked_invalid(grid), **look)
+        axes.invert_yaxis()
+    for (row, column), value in np.ndenumerate(grid):
+        if not image and columns <= 13 and rows <= 12 and not np.isnan(value):
+            ink = "#000000" if value > 0.45 * most else "#ffffff"
+            how: dict[str, Any] = {"ha": "center", "va": "center", "fontsize": 7.5, "color": ink}
+            axes.text(column + 0.5, row + 0.5, f"{value:.2f}", **how)
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
 
