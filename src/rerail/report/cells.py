@@ -77,15 +77,18 @@ def cells_of(rows: Sequence[Fields]) -> list[Cell]:
     frame["cell"] = [key or f"row {i}" for i, key in enumerate(frame["key"])]
     frame["grain"] = frame["model"].map(_grains(frame)).fillna(2)
     frame = frame.sort_values("time", kind="stable", na_position="first")
+    # a failure has no stage and begins a new attempt; only the last attempt of a key counts
     failed = frame["stage"].isna()
     attempt = failed.astype(int).groupby(frame["cell"]).cumsum()
     frame = frame[attempt == attempt.groupby(frame["cell"]).transform("max")]
+    # rows that came after a failure replace it
     frame = frame[frame["stage"].notna() | (frame.groupby("cell")["cell"].transform("size") == 1)]
     frame["place"] = frame["stage"].map(dict(zip(STAGES, range(3), strict=True))).fillna(3)
     frame = frame.drop_duplicates(["cell", "place"], keep="last").sort_values("place")
     cells = {cell: Cell(tuple(part["row"])) for cell, part in frame.groupby("cell", sort=False)}
     heads = frame.drop_duplicates("cell").set_index("cell")
     order = heads[["grain", "model", "compressor", "ratio", "samples", "seed", "key"]]
+    # what is unknown comes first, as the empty text or as -1
     text = order[["model", "compressor", "key"]].fillna("")
     order = order.assign(**text).fillna(-1).sort_values(list(order))
     return [cells[cell] for cell in order.index]

@@ -135,6 +135,7 @@ def _draw_bars(axes: Axes, marks: Marks) -> None:
 
 
 def _draw_points(axes: Axes, marks: Marks, plot: Plot) -> None:
+    # points beyond the end become triangles on it; a line leaves the drawing there
     end = math.inf if marks.line else getattr(plot, plot.measured).end
     beyond = marks.data[plot.measured] > end
     near, far = marks.data[~beyond], marks.data[beyond]
@@ -198,6 +199,7 @@ def _cut(plot: Plot, low: float, high: float) -> tuple[float, float]:
 def _write_words(axes: Axes, plot: Plot) -> None:
     """Print the words behind their marks, and widen the x axis so that they stay inside."""
     figure: Any = axes.figure
+    # the width of a letter is an estimate: the page has a font of its own
     low, high = axes.get_xlim()
     width = figure.get_size_inches()[0] * (figure.subplotpars.right - figure.subplotpars.left)
     for marks in plot.marks:

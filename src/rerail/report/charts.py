@@ -108,6 +108,7 @@ def pareto(results: Results, settings: pd.DataFrame) -> Iterator[Chart]:
         points = _plane(results, part)
         end = within(points["y"]) if len(points) else np.inf
         ordered = points.sort_values(["x", "y"], kind="stable")
+        # on the front is what lies below everything smaller than itself
         front = ordered[ordered["y"] < ordered["y"].cummin().shift(fill_value=np.inf)]
         best = "; ".join(f"{i} {name}" for i, name in enumerate(front["name"], 1))
         few = len(part) <= MANY
@@ -179,6 +180,7 @@ def _bars(
     """
     rows = data.drop_duplicates("key").set_index("key")["row"]
     width = 0.8 / len(colours)
+    # the bars of a row stand side by side around its middle
     shifts = {s: (i - (len(colours) - 1) / 2) * width for i, s in enumerate(colours)}
     data = data.assign(
         y=data["key"].map(list(rows.index).index),

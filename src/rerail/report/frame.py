@@ -132,6 +132,7 @@ class Results:
             se=("se", "first"),
             n=("value", "size"),
         )
+        # "first" skips what is missing, and with one seed it is the error of that row
         estimates["error"] = estimates["se"].where(estimates["n"] == 1, estimates["spread"])
         estimates["half"] = np.where(
             estimates["n"] == 1,
@@ -164,6 +165,7 @@ class Results:
         errors, as if they were independent.
         """
         tidy = self.tidy[(self.tidy["measure"] == "recovery") & (self.tidy["text"] == "")]
+        # a seed that a setting has twice counts once, as it was measured last
         tidy = tidy.drop_duplicates(["setting", "seed"], keep="last")[
             ["setting", "seed", "value", "se"]
         ]
@@ -194,6 +196,7 @@ class Results:
         known = settings[settings[column].notna() & scored]
         along = _ALONG.get(column, (column,))
         known = known.assign(at=known[column], series=[setting_of(h, along) for h in known["head"]])
+        # a series of one value says nothing about the column
         known = known[known.groupby("series")["at"].transform("nunique") > 1]
         order = dict(zip(known.index, pd.factorize(known["series"])[0], strict=True))
         values = known["at"].to_dict()

@@ -108,6 +108,7 @@ def _loads(settings: pd.DataFrame) -> pd.DataFrame:
     frame["expert"] = [range(len(shares)) for shares in frame["load"]]
     frame["experts"] = frame["load"].map(len)
     frame = frame[frame["experts"] > 0].explode(["load", "expert"])
+    # a share times the number of experts is 1 where the load is even
     frame["load"] = frame["load"].astype(float) * frame["experts"]
     return frame.groupby(["setting", "stage", "layer", "expert"])["load"].mean().reset_index()
 

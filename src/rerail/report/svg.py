@@ -131,10 +131,12 @@ def to_svg(figure: Figure, name: str) -> str:
     name = re.sub(r"[^\w-]", "_", name)
     text = text[text.index(">", text.index("<svg")) + 1 :]
     text = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", text, flags=re.DOTALL)
+    # ids that nothing refers to go; the others get the name before them
     used = set(re.findall(r'(?:xlink:href="#|url\(#)([^")]+)', text))
     text = re.sub(r'\sid="([^"]*)"', lambda m: f' id="{name}-{m[1]}"' if m[1] in used else "", text)
     text = re.sub(r'xlink:href="#', f'href="#{name}-', text)
     text = text.replace("url(#", f"url(#{name}-")
+    # font and colours are those of the page
     text = text.replace("'DejaVu Sans'", "inherit").replace("DejaVu Sans", "inherit")
     for colour, variable in _PAGE.items():
         text = text.replace(colour, f"var(--{variable})")

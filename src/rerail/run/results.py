@@ -25,6 +25,7 @@ STAGES = ("teacher", "compressed", "repaired")
 
 
 def _whole(value: Any) -> Any:
+    # a count that went through numpy or JSON may come as 7.0; a bool is no count
     return int(value) if type(value) is float and value.is_integer() else value
 
 

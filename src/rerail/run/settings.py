@@ -35,6 +35,7 @@ def setting_of(row: Fields, dropped: Iterable[str] = ()) -> str:
     gone = {"command", "names", *dropped}
     choices = dict(row["choices"] or {})
     names = {k: v for k, v in (choices.get("names") or {}).items() if k not in gone}
+    # seeds of the evaluation stay: they choose the held-out tokens
     rest = {
         name: value if name == "evaluation" else _seedless(value, gone)
         for name, value in choices.items()
