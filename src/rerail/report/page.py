@@ -116,20 +116,9 @@ def page(title: str, lead: Sequence[str], sections: Iterable[Section]) -> str:
         undefined=StrictUndefined,
     )
     environment.filters["svg"] = _drawer()
-    source = environment.loader
-    assert source is not None
-    style, script = (
-        # our own files; nothing of a row is in them
-        Markup(source.get_source(environment, name)[0])
-        for name in ("page.css", "page.js")
-    )
-    return environment.get_template("page.html.jinja").render(
-        title=title,
-        lead=lead,
-        sections=[section for section in sections if section.parts],
-        style=style,
-        script=script,
-    )
+    shown = [section for section in sections if section.parts]
+    template = environment.get_template("page.html.jinja")
+    return template.render(title=title, lead=lead, sections=shown)
 
 
 def _drawer() -> Callable[[Chart], Markup]:
