@@ -4,16 +4,16 @@
 """
 
 import argparse
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import yaml
-from scipy.stats import t as student_t
 
 from rerail.report.cells import Cell, cells_of
+from rerail.report.frame import mean_interval
 from rerail.report.words import plus_minus, share
 from rerail.run.results import read_rows
 
@@ -47,7 +47,7 @@ def line(cell: Cell) -> list[str]:
     spent = [cell.get(stage, "seconds") for stage in ("compressed", "repaired")]
     peaks = [row["peak_memory"] for row in cell.rows if row["peak_memory"]]
     recovery = cell.get("repaired", "recovery")
-    said = share(recovery, cell.get("repaired", "recovery_se")) or f"({cell.no_recovery})"
+    words = share(recovery, cell.get("repaired", "recovery_se")) or f"({cell.no_recovery})"
     return [
         *first,
         millions(cell.get(last, "expert_bytes")),
@@ -55,7 +55,7 @@ def line(cell: Cell) -> list[str]:
         millions(cell.get(last, "active_parameters")),
         plus_minus(cell.get("compressed", "nll"), cell.get("compressed", "nll_se")),
         plus_minus(cell.get("repaired", "nll"), cell.get("repaired", "nll_se")),
-        said,
+        words,
         " + ".join(f"{s:.0f}" for s in spent if s is not None),
         millions(max(peaks, default=None), 0),
     ]
@@ -63,7 +63,7 @@ def line(cell: Cell) -> list[str]:
 
 def markdown(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     lines = [columns, ["---"] * len(columns), *rows]
-    return "\n".join("| " + " | ".join(one) + " |" for one in lines)
+    return "\n".join("| " + " | ".join(fields) + " |" for fields in lines)
 
 
 def methods(cells: Sequence[Cell]) -> str:
@@ -71,8 +71,8 @@ def methods(cells: Sequence[Cell]) -> str:
     order = sorted(cells, key=lambda c: (c.head["paradigm"], c.head["compressor"], budget(c)))
     parts = []
     for paradigm in dict.fromkeys(c.head["paradigm"] for c in order):
-        held = [line(c) for c in order if c.head["paradigm"] == paradigm]
-        parts.append(f"### {paradigm}\n\n{markdown(COLUMNS, held)}\n")
+        rows = [line(c) for c in order if c.head["paradigm"] == paradigm]
+        parts.append(f"### {paradigm}\n\n{markdown(COLUMNS, rows)}\n")
     return "\n".join(parts)
 
 
@@ -97,13 +97,13 @@ def unmoved(cells: Sequence[Cell]) -> str:
 
 def fine_against_coarse(cells: Sequence[Cell]) -> str:
     """Return, budget by budget, mean recovery on both models and the methods against the claim."""
-    found: dict[str, dict[str, dict[str, float]]] = {}
+    budgets: dict[str, dict[str, dict[str, float]]] = {}
     for cell in cells:
         if (value := cell.get("repaired", "recovery")) is not None:
-            of_method = found.setdefault(budget(cell), {}).setdefault(cell.head["compressor"], {})
+            of_method = budgets.setdefault(budget(cell), {}).setdefault(cell.head["compressor"], {})
             of_method[cell.head["model"]] = value
     rows = []
-    for asked, methods_of in sorted(found.items()):
+    for asked, methods_of in sorted(budgets.items()):
         pairs = {
             m: (v["tiny_fine"], v["tiny_coarse"]) for m, v in methods_of.items() if len(v) == 2
         }
@@ -120,7 +120,7 @@ def grid_of(claim: str) -> tuple[dict[str, str], dict[str, list[str]]]:
     """Return a claim's fixed choices and the values of its grid, both by group."""
     path = Path(__file__).with_name(f"{claim}.yaml")
     content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    pairs = [pair for one in content.get("defaults", []) for pair in one.items()]
+    pairs = [pair for choice in content.get("defaults", []) for pair in choice.items()]
     fixed = {"distill": "router_kd", "calibration": "mix", "evaluation": "heldout"}
     fixed |= {"samples": "n256", "seed": "0"}
     fixed |= {name.removeprefix("override /"): str(value) for name, value in pairs}
@@ -156,12 +156,14 @@ def along(axis: str, cells: Sequence[Cell], values: Sequence[str]) -> str:
     """Return recovery and repaired NLL of every method and model, a column each value."""
     rows = []
     for method, model in dict.fromkeys((c.head["compressor"], c.head["model"]) for c in cells):
-        held = {
+        cells_at = {
             chosen(c)[axis]: c
             for c in cells
             if (c.head["compressor"], c.head["model"]) == (method, model)
         }
-        rows.append([method, model.removeprefix("tiny_"), *(_point(held.get(v)) for v in values)])
+        rows.append(
+            [method, model.removeprefix("tiny_"), *(_point(cells_at.get(v)) for v in values)]
+        )
     return markdown(("method", "model", *values), rows)
 
 
@@ -177,22 +179,21 @@ def _point(cell: Cell | None) -> str:
 
 def interval(values: Sequence[float]) -> str:
     """Return mean ± half of the 95 % interval over seeds (Student t), with n."""
-    n = len(values)
-    if n < 2:
+    if len(values) < 2:
         return ""
-    half = student_t.ppf(0.975, n - 1) * np.std(values, ddof=1) / math.sqrt(n)
-    return f"{100 * np.mean(values):.1f} % ± {100 * half:.1f} (n = {n})"
+    mean, half, n = mean_interval(pd.Series(values))
+    return f"{100 * mean:.1f} % ± {100 * half:.1f} (n = {n})"
 
 
 def over_seeds(cells: Sequence[Cell]) -> str:
     """Return recovery over seeds, and fine minus coarse paired by seed."""
     rows = []
     for method in dict.fromkeys(c.head["compressor"] for c in cells):
-        found: dict[str, dict[int, float]] = {}
+        by_model: dict[str, dict[int, float]] = {}
         for cell in (c for c in cells if c.head["compressor"] == method):
             if (value := cell.get("repaired", "recovery")) is not None:
-                found.setdefault(cell.head["model"], {})[cell.head["seed"]] = value
-        fine, coarse = (found.get(f"tiny_{grain}", {}) for grain in ("fine", "coarse"))
+                by_model.setdefault(cell.head["model"], {})[cell.head["seed"]] = value
+        fine, coarse = (by_model.get(f"tiny_{grain}", {}) for grain in ("fine", "coarse"))
         both = [fine[s] - coarse[s] for s in fine if s in coarse]
         three = [interval(list(fine.values())), interval(list(coarse.values())), interval(both)]
         rows.append([method, *three])
@@ -219,10 +220,10 @@ def _on_text(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
 
 def of_claim(claim: str, cells: Sequence[Cell]) -> str:
     """Return the tables of one claim."""
-    held, grid = cells_in(claim, cells), grid_of(claim)[1]
-    parts = [along(n, held, v) for n, v in grid.items() if n not in ("model", "compressor")]
-    parts += [over_seeds(held)] if "seed" in grid else []
-    parts += [in_domains(held)] if "calibration" in grid else []
+    inside, grid = cells_in(claim, cells), grid_of(claim)[1]
+    parts = [along(n, inside, v) for n, v in grid.items() if n not in ("model", "compressor")]
+    parts += [over_seeds(inside)] if "seed" in grid else []
+    parts += [in_domains(inside)] if "calibration" in grid else []
     return "\n\n".join(parts)
 
 
@@ -230,17 +231,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--claim")
-    given = parser.parse_args()
-    cells = cells_of(read_rows(given.folder))
-    if given.claim:
-        print(of_claim(given.claim, cells))
+    arguments = parser.parse_args()
+    cells = cells_of(read_rows(arguments.folder))
+    if arguments.claim:
+        print(of_claim(arguments.claim, cells))
         return
     for model in dict.fromkeys(c.head["model"] for c in cells):
-        one = next((c for c in cells if c.head["model"] == model and c.done), None)
-        if one is not None:
-            nll = plus_minus(one.get("teacher", "nll"), one.get("teacher", "nll_se"))
+        first = next((c for c in cells if c.head["model"] == model and c.done), None)
+        if first is not None:
+            nll = plus_minus(first.get("teacher", "nll"), first.get("teacher", "nll_se"))
             sizes = " / ".join(
-                millions(one.get("teacher", n))
+                millions(first.get("teacher", n))
                 for n in ("expert_bytes", "disk_bytes", "active_parameters")
             )
             print(f"{model}: teacher NLL {nll}, experts MB / disk MB / active M {sizes}\n")

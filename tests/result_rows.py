@@ -3,7 +3,9 @@
 import math
 from typing import Any
 
-from rerail.run.results import Row, new_row
+from rerail.run.results import new_row
+
+Row = dict[str, Any]  # as result.json has them
 
 MODELS = {"tiny_fine": ("fine", 3.52), "tiny_coarse": ("coarse", 3.55)}
 METHODS = {
@@ -63,7 +65,11 @@ def cell(model: str = "tiny_fine", method: str = "reap", **known: Any) -> list[R
     won = 0.3 * gap if recovery is None else recovery * gap
     stages = {"teacher": teacher, "compressed": teacher + gap, "repaired": teacher + gap - won}
     return [
-        new_row(**shared, **_stage(stage, nll, teacher, tokens, recovery, known["ratio"], model))
+        dict(
+            new_row(
+                **shared, **_stage(stage, nll, teacher, tokens, recovery, known["ratio"], model)
+            )
+        )
         for stage, nll in stages.items()
     ]
 
@@ -121,8 +127,8 @@ def _stage(
         ]
         row |= {"kl_first": 4 * kl, "kl_best": kl, "kl_last": kl, "recovery": recovery}
         row["recovery_se"] = None if recovery is None else 0.034
-        for held in row["nll_by"].values():
-            held |= {"recovery": recovery, "recovery_se": row["recovery_se"]}
+        for entry in row["nll_by"].values():
+            entry |= {"recovery": recovery, "recovery_se": row["recovery_se"]}
     return row
 
 
@@ -135,7 +141,7 @@ def failed_cell(status: str = "failed", **known: Any) -> Row:
     """Return the row of a cell that did not finish."""
     reason = "ValueError: <script>alert('reason')</script> is not finite"
     row = {"model": "tiny_fine", "compressor": "reap", "ratio": 0.9, "seed": 0, "key": "bad0"}
-    return new_row(**{**row, "status": status, "reason": reason, **known})
+    return dict(new_row(**{**row, "status": status, "reason": reason, **known}))
 
 
 def every_kind() -> list[Row]:

@@ -140,9 +140,9 @@ def write_cell(out: Path, model: str, compressor: str, seconds: dict[str, float]
     """Write the rows of a cell that spent 2 s on each scoring."""
     stages = {"teacher": 0.0, **seconds}
     shared: dict[str, Any] = {"model": model, "compressor": compressor, "ratio": 0.5, "seed": 0}
+    shared |= {"key": f"{model}-{compressor}", "evaluation_seconds": 2.0, "choices": {"names": {}}}
     rows = [
-        new_row(key=f"{model}-{compressor}", stage=stage, seconds=spent, nll=3.0 + spent / 100)
-        | {**shared, "evaluation_seconds": 2.0, "choices": {"names": {}}}
+        new_row(**shared, stage=stage, seconds=spent, nll=3.0 + spent / 100)
         for stage, spent in stages.items()
     ]
     write_rows(out / f"{model}-{compressor}", rows)

@@ -150,7 +150,8 @@ def test_the_wheel_carries_configuration_and_zoo(tmp_path):
     names = set(zipfile.ZipFile(wheel).namelist())
     wanted = ["rerail/conf/config.yaml", "rerail/conf/compressor/reap.yaml", "rerail/py.typed"]
     wanted += ["rerail/zoo/tiny_fine/model.safetensors", "rerail/evaluate/tasks/local_blimp.yaml"]
-    wanted += ["rerail/report/page.css", "rerail/report/paper_tables.json"]
+    wanted += ["rerail/report/page.css", "rerail/report/page.html.jinja"]
+    wanted += ["rerail/report/paper_tables.json"]
     wanted += ["rerail/text/docs/documents.jsonl.xz", "rerail/text/docs/LICENSES.txt"]
     wanted += [f"rerail/experiments/{p.name}" for p in (ROOT / "experiments").glob("*.yaml")]
     wanted += [f"rerail/slurm/{p.name}" for p in (ROOT / "slurm").glob("*.yaml")]

@@ -16,8 +16,8 @@ sys.path.pop(0)
 def test_a_cell_is_one_line_with_what_is_stored_lost_and_got_back():
     rows = cell()
     rows[-1] |= {"disk_bytes": 9_870_000, "recovery_se": 0.02}
-    [one] = cells_of(rows)
-    line = dict(zip(tables.COLUMNS, tables.line(one), strict=True))
+    [item] = cells_of(rows)
+    line = dict(zip(tables.COLUMNS, tables.line(item), strict=True))
     assert line["method"] == "reap"
     assert line["budget"] == "0.5"
     assert line["model"] == "fine"
@@ -40,17 +40,17 @@ def test_a_cell_that_does_not_apply_keeps_its_reason_and_harm_is_listed():
 
 
 @pytest.mark.parametrize(
-    ("known", "said"),
+    ("known", "message"),
     [
         ({"bits": 2.0}, "2 bits"),
         ({"paradigm": "skipping", "ratio": None}, "rule"),
         ({"paradigm": "skipping", "ratio": 0.25}, "skip 0.25"),
     ],
 )
-def test_budgets_are_said_in_the_terms_of_their_paradigm(known, said):
+def test_budgets_are_said_in_the_terms_of_their_paradigm(known, message):
     rows = [{**row, **known} for row in cell()]
-    [one] = cells_of(rows)
-    assert tables.budget(one) == said
+    [item] = cells_of(rows)
+    assert tables.budget(item) == message
 
 
 def grid(claim: str, **known):
@@ -71,8 +71,8 @@ def grid(claim: str, **known):
 
 def test_a_claim_s_table_holds_its_own_cells_only():
     rows = grid("samples") + grid("samples", samples=16, recovery=0.1) + grid("samples", samples=32)
-    held = tables.cells_in("calibration_size", cells_of(rows))
-    assert sorted({c.head["samples"] for c in held}) == [16, 256]
+    entry = tables.cells_in("calibration_size", cells_of(rows))
+    assert sorted({c.head["samples"] for c in entry}) == [16, 256]
     text = tables.of_claim("calibration_size", cells_of(rows))
     assert "| hc_smoe | fine | 10 %" in text
     assert text.splitlines()[0] == "| method | model | n16 | n64 | n256 | n1024 | n2048 |"
@@ -85,9 +85,9 @@ def test_seeds_are_paired_and_their_interval_is_student_s():
         for row in grid("seeds", seed=seed):
             known = both[row["model"]] if row["stage"] == "repaired" else None
             rows.append({**row, "recovery": known})
-    said = tables.over_seeds(tables.cells_in("seeds", cells_of(rows))).splitlines()[-1]
+    message = tables.over_seeds(tables.cells_in("seeds", cells_of(rows))).splitlines()[-1]
     # differences 0.3, 0.2, 0.4: mean 0.3, sd 0.1, t(2) = 4.3027
-    assert said == (
+    assert message == (
         "| hc_smoe | 50.0 % ± 24.8 (n = 3) | 20.0 % ± 24.8 (n = 3) | 30.0 % ± 24.8 (n = 3) |"
     )
 
@@ -96,12 +96,12 @@ def test_the_two_models_are_compared_budget_by_budget_on_methods_that_both_have(
     rows = cell("tiny_fine", "reap", recovery=0.4) + cell("tiny_coarse", "reap", recovery=0.2)
     rows += cell("tiny_fine", "mobe", recovery=0.2) + cell("tiny_coarse", "mobe", recovery=0.3)
     rows += cell("tiny_fine", "hc_smoe", recovery=0.9)
-    said = tables.fine_against_coarse(cells_of(rows)).splitlines()[-1]
-    assert said == "| 0.5 | 30 % | 25 % | 1 of 2 | mobe |"
+    message = tables.fine_against_coarse(cells_of(rows)).splitlines()[-1]
+    assert message == "| 0.5 | 30 % | 25 % | 1 of 2 | mobe |"
 
 
 def test_a_repair_that_kept_step_0_is_counted():
     still = cell("tiny_coarse")
     still[-1]["nll"] = still[-2]["nll"]
-    said = tables.unmoved(cells_of([*cell(), *still]))
-    assert said == "1 of 2 repairs changed nothing (0 tiny_fine, 1 tiny_coarse)"
+    message = tables.unmoved(cells_of([*cell(), *still]))
+    assert message == "1 of 2 repairs changed nothing (0 tiny_fine, 1 tiny_coarse)"

@@ -61,7 +61,7 @@ def test_what_cannot_be_read_is_said_left_alone_and_the_rest_is_shown(
         ("new/result.json", "unknown columns ['colour']"),
         ("begun", "has no rows yet; its status is: running repair"),
     ):
-        (line,) = [one for one in message.splitlines() if f"{outputs}/{name} " in one]
+        (line,) = [item for item in message.splitlines() if f"{outputs}/{name} " in item]
         assert why in line
         assert f">{name} " in content
     assert str(outputs) not in content

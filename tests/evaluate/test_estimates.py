@@ -124,7 +124,7 @@ def test_a_repair_that_hurts_has_a_negative_recovery() -> None:
     [
         ([1.0, 2.0], [1], "equally long"),
         ([[1.0]], [[1]], "1-D"),
-        ([1.0], [0], "one at least must be positive"),
+        ([1.0], [0], "at least one must be positive"),
         ([1.0, 2.0], [1, -1], "must not be negative"),
         ([1.0, math.nan], [1, 1], "not finite"),
     ],

@@ -128,40 +128,40 @@ def test_the_browser_would_tell_of_errors_and_of_loads(tmp_path: Path, page: str
 
 
 def test_the_page_sorts_filters_and_loads_nothing(tmp_path: Path, page: str) -> None:
-    found = look(tmp_path, page, "--window-size=1280,900")
+    actual = look(tmp_path, page, "--window-size=1280,900")
     methods = ["hc_smoe", "mobe", "reap"]
     fine, coarse = ([f"{m} {x}" for x in methods] for m in ("tiny_fine", "tiny_coarse"))
-    assert found["first"] == [*fine, "tiny_fine reap", *coarse]
+    assert actual["first"] == [*fine, "tiny_fine reap", *coarse]
     ascending = [coarse[1], coarse[2], coarse[0], fine[0], fine[2]]
     blank = {fine[1], "tiny_fine reap"}
-    names, mark = found["up"]
+    names, mark = actual["up"]
     assert (names[:5], set(names[5:]), mark) == (ascending, blank, "ascending")
-    names, mark = found["down"]
+    names, mark = actual["down"]
     assert (names[:5], set(names[5:]), mark) == (ascending[::-1], blank, "descending")
-    names, mark = found["model"]
+    names, mark = actual["model"]
     assert [name.split()[0] for name in names] == ["tiny_coarse"] * 3 + ["tiny_fine"] * 4
-    assert (mark, found["marks"]) == ("ascending", 1)
-    assert found["coarse"] == [["tiny_coarse reap"], "1 of 7 cells"]
-    assert found["nothing"] == [[], "0 of 7 cells"]
-    assert found["all"][1] == "7 of 7 cells"
-    assert found["requests"] == []
-    assert found["silent"] == 0
-    assert found["hidden"] == []
-    assert found["crossed"] == []
+    assert (mark, actual["marks"]) == ("ascending", 1)
+    assert actual["coarse"] == [["tiny_coarse reap"], "1 of 7 cells"]
+    assert actual["nothing"] == [[], "0 of 7 cells"]
+    assert actual["all"][1] == "7 of 7 cells"
+    assert actual["requests"] == []
+    assert actual["silent"] == 0
+    assert actual["hidden"] == []
+    assert actual["crossed"] == []
 
 
 @pytest.mark.parametrize("size", ["1280,900", "390,844"])
 def test_a_page_of_every_kind_of_figure_is_legible_when_all_is_opened(
     tmp_path: Path, everything: str, size: str
 ) -> None:
-    found = look(tmp_path, everything, f"--window-size={size}")
-    assert found["requests"] == []
-    assert found["silent"] == 0
-    assert found["hidden"] == []
-    assert found["wide"] <= 0
-    crossed = [pair for pair in found["crossed"] if not all(one.isdigit() for one in pair)]
+    actual = look(tmp_path, everything, f"--window-size={size}")
+    assert actual["requests"] == []
+    assert actual["silent"] == 0
+    assert actual["hidden"] == []
+    assert actual["wide"] <= 0
+    crossed = [pair for pair in actual["crossed"] if not all(item.isdigit() for item in pair)]
     assert crossed == []  # but for the numbers of points of a front that lie close together
-    assert found["rows"] == 51
+    assert actual["rows"] == 51
 
 
 def test_on_paper_the_groups_are_open_and_the_numbers_are_not(
@@ -173,11 +173,11 @@ def test_on_paper_the_groups_are_open_and_the_numbers_are_not(
 
 
 def test_a_phone_scrolls_tables_but_not_the_page(tmp_path: Path, page: str) -> None:
-    found = look(tmp_path, page, "--window-size=390,844")
-    assert found["wide"] <= 0
-    assert found["boxes"]
-    assert set(found["boxes"]) == {"auto"}
-    assert found["hidden"] == []
+    actual = look(tmp_path, page, "--window-size=390,844")
+    assert actual["wide"] <= 0
+    assert actual["boxes"]
+    assert set(actual["boxes"]) == {"auto"}
+    assert actual["hidden"] == []
 
 
 def test_light_and_dark_swap_paper_and_ink(tmp_path: Path, page: str) -> None:

@@ -11,16 +11,12 @@ from pathlib import Path
 import pytest
 
 from rerail.errors import InputError
-from rerail.report.cells import cells_of, settings_of
-from rerail.report.diagnostics import heat_maps
-from rerail.report.drawing import style
-from rerail.report.figures import before_after, pareto
-from rerail.report.loads import load_maps
-from rerail.report.recovery import fine_against_coarse
+from rerail.report.charts import before_after, fine_against_coarse, pareto
+from rerail.report.frame import Results
 from rerail.report.report import render, write_report
+from rerail.report.routing_charts import heat_maps, load_maps
 from rerail.report.words import plus_minus
-from rerail.run.results import Row
-from result_rows import MODELS, cell, demo_rows, every_kind, failed_cell
+from result_rows import MODELS, Row, cell, demo_rows, every_kind, failed_cell
 
 VOID = {"meta", "input", "br", "hr", "img", "link"}
 
@@ -111,7 +107,7 @@ def test_nothing_is_loaded_from_anywhere(demo: str) -> None:
     )
     images = [a["xlink:href"] or "" for a in page.all("image")]
     assert images
-    assert all(said.startswith("data:image/png;base64,") for said in images)
+    assert all(message.startswith("data:image/png;base64,") for message in images)
     assert "://" not in demo
     assert "@import" not in demo
     assert "default-src 'none'" in str(page.all("meta"))
@@ -133,8 +129,8 @@ def test_all_numbers_of_all_rows_are_there() -> None:
         assert row["choices"]["command"] in text
         assert row["key"] in text
         assert row["revision"] in text
-        for held in row["nll_by"].values():
-            assert plus_minus(held["nll"], held["se"]) in text
+        for entry in row["nll_by"].values():
+            assert plus_minus(entry["nll"], entry["se"]) in text
         for layer in row["layers"] or []:
             assert row["stage"] == "teacher" or f"{layer['load_entropy']:.3f}" in text
             assert row["stage"] == "teacher" or f"{layer['routing_changed']:.3f}" in text
@@ -208,9 +204,9 @@ def test_an_error_is_drawn_as_a_whisker_and_stands_in_the_numbers(
 ) -> None:
     rows = [*cell(), *cell("tiny_coarse")]
     bare = [{**row, column: None} for row in rows]
-    with style():
-        drawn, without = (draw(settings_of(cells_of(some)), "x")[0] for some in (rows, bare))
-    assert drawn.svg.count("<use") >= without.svg.count("<use") + 2
+    made = [Results.of(some) for some in (rows, bare)]
+    drawn, without = (next(draw(results, results.settings)) for results in made)
+    assert drawn.svg("x").count("<use") >= without.svg("x").count("<use") + 2
     assert "±" in str(drawn.numbers)
     assert "±" not in str(without.numbers)
 
@@ -224,46 +220,44 @@ def test_a_heat_map_prints_its_numbers_where_there_is_room_and_is_never_an_image
         row["layers"] = [
             {"layer": i, "routing_changed": 0.37, "load_entropy": 0.59} for i in range(layers)
         ]
-    with style():
-        entropy, changed = heat_maps(settings_of(cells_of(rows)), "x")
+    entropy, changed = heat_maps(Results.of(rows).settings)
     for picture, number in ((entropy, "0.59"), (changed, "0.37")):
-        assert (f">{number}</text>" in picture.svg) == printed
-        assert "<image" not in picture.svg
-        assert picture.numbers[0][1:] == [f"{number}0"] * layers
+        assert (f">{number}</text>" in picture.svg("x")) == printed
+        assert "<image" not in picture.svg("x")
+        assert picture.rows[0][1:] == (f"{number}0",) * layers
 
 
 def test_load_by_expert_is_over_an_even_share_and_empty_where_an_expert_is_gone() -> None:
-    with style():
-        [picture] = load_maps(settings_of(cells_of(cell())), "x")
-    teacher, compressed, repaired = picture.numbers
+    [picture] = load_maps(Results.of(cell()).settings)
+    teacher, compressed, repaired = (list(row) for row in picture.rows)
     assert teacher[1:] == ["2.00", "layer 0, expert 0", "0 of 16", "0"]
     assert compressed[1:] == repaired[1:] == ["2.00", "layer 0, expert 0", "0 of 12", "4"]
     assert "Heat map of the load of 4 experts in 4 layers" in picture.spoken
-    assert picture.svg.count("<image") == 1
-    assert all(f">{stage}</text>" in picture.svg for stage in ("teacher", "compressed", "repaired"))
+    assert picture.svg("x").count("<image") == 1
+    assert all(
+        f">{stage}</text>" in picture.svg("x") for stage in ("teacher", "compressed", "repaired")
+    )
 
 
 def test_load_by_expert_is_the_mean_over_seeds_and_absent_where_no_row_has_it() -> None:
     rows = [*cell(seed=0), *cell(seed=1)]
     for row in rows[3:]:
         row["layers"] = [{**layer, "load": [0.1, 0.5, 0.4, None]} for layer in row["layers"]]
-    with style():
-        [picture] = load_maps(settings_of(cells_of(rows)), "x")
-    assert picture.numbers[1][1:3] == ["1.60", "layer 0, expert 1"]
+    [picture] = load_maps(Results.of(rows).settings)
+    assert picture.rows[1][1:3] == ("1.60", "layer 0, expert 1")
     for row in rows:
         row["layers"] = [{n: v for n, v in layer.items() if n != "load"} for layer in row["layers"]]
-    assert load_maps(settings_of(cells_of(rows)), "x") == []
+    assert list(load_maps(Results.of(rows).settings)) == []
 
 
 def test_layers_and_models_with_different_numbers_of_experts_share_a_picture() -> None:
     wide, narrow = cell("tiny_fine", "reap")[:1], cell("tiny_fine", "mobe")[:1]
     wide[0]["layers"] = [{"layer": 1, "load": [0.25] * 4}, {"layer": 2, "load": [0.5, 0.5, None]}]
     narrow[0]["layers"] = [{"layer": 0, "load": [0.9, 0.1]}]
-    with style():
-        [picture] = load_maps(settings_of(cells_of([*wide, *narrow])), "x")
-    said = {numbers[0].split(",")[0]: numbers[1:] for numbers in picture.numbers}
-    assert said["reap"] == ["1.50", "layer 2, expert 0", "0 of 6", "1"]
-    assert said["mobe"] == ["1.80", "layer 0, expert 0", "0 of 2", "0"]
+    [picture] = load_maps(Results.of([*wide, *narrow]).settings)
+    message = {row[0].split(",")[0]: list(row[1:]) for row in picture.rows}
+    assert message["reap"] == ["1.50", "layer 2, expert 0", "0 of 6", "1"]
+    assert message["mobe"] == ["1.80", "layer 0, expert 0", "0 of 2", "0"]
 
 
 def test_rare_experts_are_counted_and_layers_keep_their_indices() -> None:
@@ -271,9 +265,8 @@ def test_rare_experts_are_counted_and_layers_keep_their_indices() -> None:
     rows[0]["layers"] = [
         {"layer": 3 + i, "load": [0.9 * i, 1 - 0.9 * i - 0.02, 0.02]} for i in (0, 1)
     ]
-    with style():
-        [picture] = load_maps(settings_of(cells_of(rows)), "x")
-    assert picture.numbers[0][1:] == ["2.94", "layer 3, expert 1", "3 of 6", "0"]
+    [picture] = load_maps(Results.of(rows).settings)
+    assert picture.rows[0][1:] == ("2.94", "layer 3, expert 1", "3 of 6", "0")
 
 
 @pytest.mark.parametrize(
@@ -378,8 +371,8 @@ def test_known_secrets_are_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_tasks_stand_side_by_side_with_errors_and_counts() -> None:
     rows = cell()
     for row, value in zip(rows, (0.81, 0.62, 0.73), strict=True):
-        held = {"task": "local_blimp", "metric": "acc", "value": value, "se": 0.014, "n": 987}
-        row["tasks"] = [held, {**held, "metric": "acc_norm", "value": 0.5, "se": None}]
+        entry = {"task": "local_blimp", "metric": "acc", "value": value, "se": 0.014, "n": 987}
+        row["tasks"] = [entry, {**entry, "metric": "acc_norm", "value": 0.5, "se": None}]
     text = " ".join(Page(render(rows)).text.split())
     assert "local_blimpacc0.810 ± 0.0140.620 ± 0.0140.730 ± 0.014987" in text
     assert "local_blimpacc_norm0.5000.5000.500987" in text

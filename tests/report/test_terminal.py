@@ -7,8 +7,7 @@ import pytest
 from rich.console import Console
 
 from rerail.report.terminal import print_summary
-from rerail.run.results import Row
-from result_rows import cell, demo_rows, failed_cell
+from result_rows import Row, cell, demo_rows, failed_cell
 
 
 def printed(rows: list[Row], capsys: pytest.CaptureFixture[str]) -> str:
@@ -88,7 +87,7 @@ def test_a_cell_that_is_not_done_is_one_line(capsys: pytest.CaptureFixture[str])
 
 
 @pytest.mark.parametrize(
-    ("rows", "said"),
+    ("rows", "message"),
     [
         (cell(recovery=None), "gap under two standard errors"),
         (cell()[:2], "no repair"),
@@ -99,10 +98,10 @@ def test_a_cell_that_is_not_done_is_one_line(capsys: pytest.CaptureFixture[str])
     ],
 )
 def test_what_is_special_is_said(
-    rows: list[Row], said: str, capsys: pytest.CaptureFixture[str]
+    rows: list[Row], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert said in printed(rows, capsys)
-    assert said == "3.520 ± 0.031" or said not in printed(cell(), capsys)
+    assert message in printed(rows, capsys)
+    assert message == "3.520 ± 0.031" or message not in printed(cell(), capsys)
 
 
 def test_no_rows_print_nothing(capsys: pytest.CaptureFixture[str]) -> None:

@@ -19,6 +19,7 @@ from rerail.plan.apply import apply_plan
 from rerail.plan.plan import LayerPlan, Plan
 from rerail.run import exporting
 from rerail.run.cell import Export
+from rerail.run.results import new_row
 from rerail.store import read
 
 ROWS = [{"stage": "teacher", "nll": 1.0}, {"stage": "repaired", "nll": 1.5, "recovery": 0.4}]
@@ -96,7 +97,7 @@ def test_a_package_is_opened_again_as_a_model_like_any_other_by_command_line_and
 
 
 def test_bytes_on_disk_are_those_of_the_weights_files(stage):
-    rows = [{"stage": "teacher"}, {"stage": "repaired"}]
+    rows = [new_row(stage="teacher"), new_row(stage="repaired")]
     path = stage.run()
     exporting.add_disk_bytes(stage.cell, stage.folder, rows)
     parent = Path(stage.cell.model.location)

@@ -4,13 +4,13 @@ import csv
 import json
 import logging
 import math
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from rerail.errors import InputError
-from rerail.run.mirror import CsvMirror
 from rerail.run.results import (
     COLUMNS,
     choices_key,
@@ -20,6 +20,7 @@ from rerail.run.results import (
     write_csv,
     write_rows,
 )
+from rerail.tracking.csv import CsvMirror
 from result_rows import cell, demo_rows, failed_cell
 
 
@@ -38,22 +39,28 @@ def test_rows_read_back_equal_and_in_path_order(tmp_path: Path) -> None:
     ("known", "message"),
     [
         ({"nlll": 1.0}, "unknown columns ['nlll']"),
-        ({"status": "finished"}, "not one of done, failed, not_applicable"),
-        ({"stage": "pupil"}, "not one of teacher"),
-        ({"nll": "3.5"}, "is str, not float"),
-        ({"nll": True}, "is bool, not float"),
-        ({"nll": math.nan}, "not finite"),
-        ({"tokens": 1.5}, "is float, not int"),
-        ({"tasks": {"task": "blimp"}}, "is dict, not list"),
+        (
+            {"status": "finished"},
+            "status='finished': input should be 'done', 'failed' or 'not_applicable'",
+        ),
+        (
+            {"stage": "pupil"},
+            "stage='pupil': input should be 'teacher', 'compressed' or 'repaired'",
+        ),
+        ({"nll": "3.5"}, "nll='3.5': input should be a valid number"),
+        ({"nll": True}, "nll=True: input should be a valid number"),
+        ({"nll": math.nan}, "nll=nan: input should be a finite number"),
+        ({"tokens": 1.5}, "tokens=1.5: input should be a valid integer"),
+        ({"tasks": {"task": "blimp"}}, "tasks={'task': 'blimp'}: input should be a valid list"),
     ],
 )
 def test_a_value_that_does_not_fit_is_refused(known: dict, message: str) -> None:
-    with pytest.raises(ValueError, match=message.replace("[", r"\[").replace("]", r"\]")):
+    with pytest.raises(ValueError, match=re.escape(message)):
         new_row(**known)
 
 
 def test_a_missing_column_is_refused() -> None:
-    row = new_row()
+    row = dict(new_row())
     del row["tasks"]
     with pytest.raises(ValueError, match=r"missing columns \['tasks'\]"):
         validate_row(row)
@@ -73,10 +80,10 @@ def test_numbers_of_numpy_become_plain_and_nested_ones_that_are_not_finite_becom
 
 
 def test_the_key_ignores_order_and_the_way_the_choices_were_typed() -> None:
-    one = {"seed": 0, "ratio": {"removed": 0.5, "counts": "experts"}, "command": "rerail"}
+    item = {"seed": 0, "ratio": {"removed": 0.5, "counts": "experts"}, "command": "rerail"}
     other = {"ratio": {"counts": "experts", "removed": 0.5}, "command": "rerail -m", "seed": 0}
-    assert choices_key(one) == choices_key(other)
-    assert choices_key(one) != choices_key({**one, "seed": 1})
+    assert choices_key(item) == choices_key(other)
+    assert choices_key(item) != choices_key({**item, "seed": 1})
 
 
 def test_csv_reads_back_equal(tmp_path: Path) -> None:
@@ -84,18 +91,18 @@ def test_csv_reads_back_equal(tmp_path: Path) -> None:
     rows[0] = new_row(**{**rows[0], "nll": 0.1 + 0.2, "choices": {"a": {"b": [1, "x"]}, "c": None}})
     CsvMirror().open("key", None, {}, tmp_path).close("done", rows)
     with (tmp_path / "results.csv").open(newline="", encoding="utf-8") as handle:
-        found = list(csv.DictReader(handle))
-    assert len(found) == len(rows)
-    for row, text in zip(rows, found, strict=True):
+        actual = list(csv.DictReader(handle))
+    assert len(actual) == len(rows)
+    for row, text in zip(rows, actual, strict=True):
         for name, column in COLUMNS.items():
             if column.kind in (dict, list):
                 assert name not in text
             else:
                 read = None if text[name] == "" else column.kind(text[name])
                 assert read == row[name], name
-    assert json.loads(found[0]["choices.a.b"]) == [1, "x"]
-    assert found[0]["choices.c"] == ""
-    assert found[1]["choices.calibration.samples"] == "256"
+    assert json.loads(actual[0]["choices.a.b"]) == [1, "x"]
+    assert actual[0]["choices.c"] == ""
+    assert actual[1]["choices.calibration.samples"] == "256"
 
 
 DAMAGED = {
@@ -124,6 +131,28 @@ def test_a_damaged_file_is_reported_left_alone_and_the_others_are_read(
         assert read_rows(tmp_path) == cell()
     assert str(bad) in caplog.text
     assert bad.read_bytes() == before
+
+
+def test_a_field_that_does_not_fit_names_its_file_row_value_and_what_is_allowed(
+    tmp_path: Path,
+) -> None:
+    rows = [*cell()[:1], {**cell()[1], "nll": "low"}]
+    path = tmp_path / "result.json"
+    path.write_text(json.dumps(rows), encoding="utf-8")
+    why = "row 1: nll='low': input should be a valid number"
+    message = f"{path} is not a list of result rows ({why})"
+    with pytest.raises(InputError, match=re.escape(message)):
+        read_rows(path)
+
+
+def test_a_row_is_its_columns_by_name_and_as_fields() -> None:
+    row = new_row(nll=1.5, stage="teacher")
+    assert (row.nll, row["nll"], row.get("kl")) == (1.5, 1.5, None)
+    assert {**row} == row == new_row(**row)
+    assert list(row) == list(COLUMNS)
+    assert "validate" not in row
+    with pytest.raises(KeyError):
+        row["choice"]
 
 
 def test_a_folder_that_does_not_exist_is_named(tmp_path: Path) -> None:

@@ -30,7 +30,7 @@ def numbered(value: Any, seen: dict[str, str]) -> Any:
     if isinstance(value, dict):
         ids = {n: seen.setdefault(v, f"id{len(seen)}") for n, v in value.items() if _random(n, v)}
         return {n: ids.get(n) or numbered(v, seen) for n, v in value.items()}
-    return [numbered(one, seen) for one in value] if isinstance(value, list) else value
+    return [numbered(item, seen) for item in value] if isinstance(value, list) else value
 
 
 def _random(name: str, value: Any) -> bool:
@@ -47,14 +47,14 @@ def panels_of(part: Any) -> list[dict[str, Any]]:
     if isinstance(part, dict):
         own = [part] if "viewType" in part else []
         return own + [p for value in part.values() for p in panels_of(value)]
-    return [p for one in part for p in panels_of(one)] if isinstance(part, list) else []
+    return [p for item in part for p in panels_of(item)] if isinstance(part, list) else []
 
 
 def test_the_specification_is_the_golden_one(regenerate_golden: bool) -> None:
-    found = numbered(spec("--claim", "fine_vs_coarse"), {})
+    actual = numbered(spec("--claim", "fine_vs_coarse"), {})
     if regenerate_golden:
-        GOLDEN.write_text(json.dumps(found, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-    assert found == json.loads(GOLDEN.read_text(encoding="utf-8"))
+        GOLDEN.write_text(json.dumps(actual, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    assert actual == json.loads(GOLDEN.read_text(encoding="utf-8"))
 
 
 def test_both_show_the_same_panels_over_columns_that_the_logger_sends() -> None:
@@ -82,7 +82,7 @@ def test_both_show_the_same_panels_over_columns_that_the_logger_sends() -> None:
 def test_a_claim_shows_its_own_runs_only() -> None:
     def filters(made: Any) -> list[tuple[str, str]]:
         (runs,) = made["workspace"]["spec"]["section"]["runSets"]
-        return [(one["key"]["name"], one["value"]) for one in runs["filters"]["filters"]]
+        return [(item["key"]["name"], item["value"]) for item in runs["filters"]["filters"]]
 
     assert filters(spec()) == [("state", "finished")]
     claim = [("state", "finished"), ("group", "learning_rate")]
@@ -96,9 +96,9 @@ def test_no_secret_is_in_the_specification(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_an_unknown_claim_lists_those_that_exist(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--entity", "team", "--claim", "fine", "--spec", "spec.json"]) == 2
-    said = capsys.readouterr().err
+    message = capsys.readouterr().err
     claims = sorted(path.stem for path in (config_root() / "experiments").glob("*.yaml"))
-    assert f"--claim fine does not exist; allowed: {', '.join(claims)}\n" in said
+    assert f"--claim fine does not exist; allowed: {', '.join(claims)}\n" in message
     assert "fine_vs_coarse" in claims
     assert not Path("spec.json").exists()
 
@@ -109,22 +109,22 @@ def test_without_an_entity_or_a_key_one_sentence_says_so(
     assert main([]) == 2
     assert "--entity is missing" in capsys.readouterr().err
     assert main(["--entity", "team"]) == 2
-    said = capsys.readouterr().err
-    assert "no W&B key is known" in said
-    assert said.count("\n") == 1
+    message = capsys.readouterr().err
+    assert "no W&B key is known" in message
+    assert message.count("\n") == 1
     assert not list(Path().glob("*.json"))
 
 
 class Saved:
-    def __init__(self, *given: Any, **named: Any):
-        self.given, self.named = given, named
+    def __init__(self, *options: Any, **named: Any):
+        self.options, self.named = options, named
 
     def save(self) -> "Saved":
         return self
 
     @property
     def url(self) -> str:
-        return "https://wandb.example.org/" + "/".join(map(str, self.given))
+        return "https://wandb.example.org/" + "/".join(map(str, self.options))
 
 
 def test_with_a_key_both_are_saved_and_their_addresses_are_printed(

@@ -13,11 +13,11 @@ import pytest
 import rerail.tracking.wandb as mirror
 from rerail.config.secrets import without_secrets
 from rerail.run.mirror import Live
-from rerail.run.results import COLUMNS, Row, write_rows
+from rerail.run.results import COLUMNS, write_rows
 from rerail.tracking.journal import Journal
 from rerail.tracking.records import flat, point_record, records
 from rerail.tracking.wandb import WandbMirror, mode_of, server
-from result_rows import cell, failed_cell
+from result_rows import Row, cell, failed_cell
 
 KEY = "0123456789abcdef0123456789abcdef01234567"
 
@@ -28,7 +28,7 @@ def bare(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for name in ("WANDB_MODE", "WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE", "WANDB_BASE_URL"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
-    monkeypatch.setattr(mirror, "_said", set())
+    monkeypatch.setattr(mirror, "_offline", [])
 
 
 def read_back(folder: Path) -> list[dict[str, Any]]:
@@ -41,9 +41,9 @@ def read_back(folder: Path) -> list[dict[str, Any]]:
 
 def history_of(read: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return what was logged, step by step."""
-    found = [one["history"]["item"] for one in read if one["type"] == "history"]
-    assert [item["_step"] for item in found] == list(range(len(found)))
-    return [{k: v for k, v in item.items() if k[0] != "_"} for item in found]
+    actual = [item["history"]["item"] for item in read if item["type"] == "history"]
+    assert [item["_step"] for item in actual] == list(range(len(actual)))
+    return [{k: v for k, v in item.items() if k[0] != "_"} for item in actual]
 
 
 def logged(rows: list[Row]) -> list[dict[str, Any]]:
@@ -84,14 +84,14 @@ def test_an_offline_run_reads_back_as_result_json_row_by_row(
     live.close("done", rows)
 
     read = read_back(folder)
-    (run,) = [one["run"] for one in read if one["type"] == "run"]
+    (run,) = [item["run"] for item in read if item["type"] == "run"]
     assert (run["project"], run["run_group"]) == ("rerail", "fine_vs_coarse")
     assert (run["job_type"], run["display_name"]) == ("reap", "a-cell")
-    held = run["config"]["update"]
-    assert held["revision"] == "0123456789ab"
-    assert held["claim"] == "fine_vs_coarse"
-    assert held["choices"]["calibration"] == {"samples": 256, "seed": 0}
-    (update,) = [one["config"]["update"] for one in read if one["type"] == "config"]
+    entry = run["config"]["update"]
+    assert entry["revision"] == "0123456789ab"
+    assert entry["claim"] == "fine_vs_coarse"
+    assert entry["choices"]["calibration"] == {"samples": 256, "seed": 0}
+    (update,) = [item["config"]["update"] for item in read if item["type"] == "config"]
     assert update == flat(rows[0])
     assert update.items() >= {"compressor": "reap", "granularity": "fine", "ratio": 0.5}.items()
 
@@ -149,7 +149,7 @@ def test_a_killed_cell_goes_on_in_one_run_and_logs_nothing_twice(tmp_path: Path)
     live.close("done", rows)
     read = read_back(folder)
     assert not first.exists()
-    assert {one["run"]["run_id"] for one in read if one["type"] == "run"} == {"k"}
+    assert {item["run"]["run_id"] for item in read if item["type"] == "run"} == {"k"}
     history = history_of(read)
     for name in ("teacher/nll", "compressed/nll", "repaired/nll", "teacher/seconds"):
         assert sum(name in item for item in history) == 1
@@ -252,14 +252,14 @@ def test_online_tables_and_plan_are_an_artifact(
     def table(name: str) -> Any:
         return json.loads(Path(entries[f"{name}.table.json"].local_path).read_text())
 
-    held = table("rows")
-    for row, values in zip(rows, held["data"], strict=True):
-        found = dict(zip(held["columns"], values, strict=True))
+    entry = table("rows")
+    for row, values in zip(rows, entry["data"], strict=True):
+        actual = dict(zip(entry["columns"], values, strict=True))
         hidden = {"reason": "(hidden)"} if row["reason"] else {}
-        assert found == {name: row[name] for name in found} | hidden
+        assert actual == {name: row[name] for name in actual} | hidden
     assert len(table("layers")["data"]) == sum(len(row["layers"] or []) for row in rows)
-    said = table("continuations")["data"]
-    assert said == [[row["stage"], row["prompt"], row["samples_text"]] for row in rows]
+    continuations = table("continuations")["data"]
+    assert continuations == [[row["stage"], row["prompt"], row["samples_text"]] for row in rows]
 
 
 def test_a_mirror_that_breaks_warns_once_and_the_next_one_has_everything(
@@ -270,8 +270,8 @@ def test_a_mirror_that_breaks_warns_once_and_the_next_one_has_everything(
         live = opened(Online(0, tmp_path, broken_at=3), tmp_path, monkeypatch)
         stream(live, rows)
         live.close("done", rows)
-    (said,) = caplog.records
-    assert "no space left" in said.getMessage()
+    (message,) = caplog.records
+    assert "no space left" in message.getMessage()
     whole = Online(0, tmp_path)
     live = opened(whole, tmp_path, monkeypatch)
     stream(live, rows)
@@ -314,16 +314,16 @@ def test_a_server_that_does_not_answer_leaves_offline_runs(
             live = WandbMirror().open(f"k-{name}", None, choices(rows), tmp_path / name)
             live.row(rows[0])
             live.close("done", rows[:1])
-    (said,) = [one.getMessage() for one in caplog.records if one.name == mirror.__name__]
-    assert "http://127.0.0.1:9 cannot be used" in said
-    assert "wandb sync" in said
+    (message,) = [item.getMessage() for item in caplog.records if item.name == mirror.__name__]
+    assert "http://127.0.0.1:9 cannot be used" in message
+    assert "wandb sync" in message
     for name in ("one", "two"):
         assert history_of(read_back(tmp_path / name)) == logged(rows[:1])
     assert not any(KEY.encode() in p.read_bytes() for p in tmp_path.rglob("*") if p.is_file())
 
 
 @pytest.mark.parametrize(
-    ("given", "environment", "netrc", "mode"),
+    ("asked", "environment", "netrc", "mode"),
     [
         (None, {}, "", "offline"),
         (None, {"WANDB_API_KEY": KEY}, "", "online"),
@@ -335,7 +335,7 @@ def test_a_server_that_does_not_answer_leaves_offline_runs(
     ],
 )
 def test_the_mode_follows_the_environment_and_needs_a_key_to_be_online(
-    given: str | None,
+    asked: str | None,
     environment: dict[str, str],
     netrc: str,
     mode: str | None,
@@ -346,7 +346,7 @@ def test_the_mode_follows_the_environment_and_needs_a_key_to_be_online(
         monkeypatch.setenv(name, value)
     (tmp_path / "netrc").write_text(netrc)
     (tmp_path / "netrc").chmod(0o600)
-    assert mode_of(given, "https://wandb.example.org") == mode
+    assert mode_of(asked, "https://wandb.example.org") == mode
 
 
 def test_the_server_follows_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:

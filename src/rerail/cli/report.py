@@ -17,46 +17,44 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--columns", default="", metavar="NAME,NAME", help="further columns of the overview"
     )
-    given = parser.parse_args(words)
+    arguments = parser.parse_args(words)
     try:
-        path, said = _made(given)
+        path, problems = _write(arguments)
     except InputError as error:
         sys.stderr.write(f"rerail-report: {error}\n")
         sys.exit(2)
-    for sentence in said:
+    for sentence in problems:
         sys.stderr.write(f"rerail-report: {sentence}\n")
     print(f"report: {path}")
 
 
-def _made(given: argparse.Namespace) -> tuple[Path, list[str]]:
-    from rerail.report.folders import below, unstarted
-    from rerail.report.report import check_columns, write_report
+def _write(arguments: argparse.Namespace) -> tuple[Path, list[str]]:
+    """Write the page; return its path and a sentence on each file that is not on it."""
+    from rerail.cli.screen import unstarted, write_page
+    from rerail.report.report import check_columns
     from rerail.run.results import gather
 
-    columns = [name.strip() for name in given.columns.split(",") if name.strip()]
+    columns = [name.strip() for name in arguments.columns.split(",") if name.strip()]
     check_columns(columns)
-    folder = given.folder
-    rows, said = gather(folder)
-    said += unstarted(folder)
+    folder = arguments.folder
+    rows, problems = gather(folder)
+    problems += unstarted(folder)
     if not rows:
-        raise InputError(_nothing(given.folder, said))
-    out = given.out or (folder if folder.is_dir() else folder.parent) / "report.html"
-    if out.is_dir():
-        raise InputError(f"--out {out} is a folder; give the name of a file")
-    title = given.title or folder.absolute().name
-    return write_report(rows, out, title, below(folder, said), columns), said
+        raise InputError(_why_empty(folder, problems))
+    path = arguments.out or (folder if folder.is_dir() else folder.parent) / "report.html"
+    if path.is_dir():
+        raise InputError(f"--out {path} is a folder; give the name of a file")
+    title = arguments.title or folder.absolute().name
+    return write_page(rows, folder, path, title, problems, columns), problems
 
 
-def _nothing(folder: Path, said: Sequence[str]) -> str:
+def _why_empty(folder: Path, problems: Sequence[str]) -> str:
     """Return why there is no page: what was looked for, and what is there instead."""
-    there = (
-        sorted(p.name for p in folder.iterdir() if not p.name.startswith("."))
-        if folder.is_dir()
-        else []
-    )
+    files = folder.iterdir() if folder.is_dir() else ()
+    there = sorted(p.name for p in files if not p.name.startswith("."))
     names = ", ".join(there[:8]) + (f" and {len(there) - 8} more" if len(there) > 8 else "")
-    unread = f"; {len(said)} could not be read, the first: {said[0]}" if said else ""
-    return f"{folder} has no result rows (it holds {names or 'nothing'}){unread}"
+    first = f"; {len(problems)} could not be read, the first: {problems[0]}" if problems else ""
+    return f"{folder} has no result rows (it holds {names or 'nothing'}){first}"
 
 
 if __name__ == "__main__":

@@ -1,11 +1,12 @@
 """What a person sees at the end: table, comparison, continuations, and the report's path."""
 
+import json
+from collections.abc import Sequence
 from pathlib import Path
 
-from rerail.report.folders import below, unstarted
 from rerail.report.report import write_report
 from rerail.report.terminal import print_summary
-from rerail.run.results import gather, log, write_csv
+from rerail.run.results import RESULT, Row, gather, hidden, log, write_csv
 
 
 def finish(out: Path, title: str = "rerail") -> Path:
@@ -14,8 +15,35 @@ def finish(out: Path, title: str = "rerail") -> Path:
     for sentence in problems:
         log.warning("%s", sentence)
     write_csv(out / "results.csv", rows)
-    path = out / "report.html"
-    write_report(rows, path, title, below(out, [*problems, *unstarted(out)]))
+    path = write_page(rows, out, out / "report.html", title, [*problems, *unstarted(out)])
     print_summary(rows)
     print(f"report: {path}")
     return path
+
+
+def write_page(
+    rows: Sequence[Row],
+    folder: Path,
+    path: Path,
+    title: str,
+    problems: Sequence[str],
+    columns: Sequence[str] = (),
+) -> Path:
+    """Write a page that others will see: it names files from `folder` on."""
+    sentences = [sentence.replace(f"{folder}/", "") for sentence in problems]
+    return write_report(rows, path, title, sentences, columns)
+
+
+def unstarted(folder: Path) -> list[str]:
+    """Return a sentence on each cell below a folder that has a status file, but no rows yet."""
+    sentences = []
+    for file in sorted(folder.rglob("status.json")) if folder.is_dir() else []:
+        if (file.parent / RESULT).exists() or hidden(file, folder):
+            continue
+        try:
+            status = json.loads(file.read_text(encoding="utf-8"))
+            state = " ".join(str(status[name] or "") for name in ("state", "stage")).strip()
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            state = f"unreadable ({type(error).__name__})"
+        sentences.append(f"{file.parent} has no rows yet; its status is: {state}")
+    return sentences

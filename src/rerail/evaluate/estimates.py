@@ -27,10 +27,10 @@ def _blocks(tokens: ArrayLike, *sums: ArrayLike) -> list[Sums]:
     if any(array.ndim != 1 or array.shape != arrays[0].shape for array in arrays):
         shapes = ", ".join(str(array.shape) for array in arrays)
         raise ValueError(f"tokens and block sums must be 1-D and equally long, not {shapes}")
-    kept = arrays[0] > 0
-    if not kept.any() or (arrays[0] < 0).any():
-        raise ValueError("token counts must not be negative, and one at least must be positive")
-    arrays = [array[kept] for array in arrays]
+    filled = arrays[0] > 0
+    if not filled.any() or (arrays[0] < 0).any():
+        raise ValueError("token counts must not be negative, and at least one must be positive")
+    arrays = [array[filled] for array in arrays]
     if not all(np.isfinite(array).all() for array in arrays):
         raise ValueError("a block sum is not finite: the model's output holds NaN or infinity")
     return arrays

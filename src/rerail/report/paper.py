@@ -11,9 +11,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from rerail.report.cells import STAGES, Cell
-from rerail.report.labels import label_of
-from rerail.report.page import Shown, section, table, text
+from rerail.report.cells import Cell
+from rerail.report.page import Field, Section, Table, Words
+from rerail.run.results import STAGES
 
 FILE = Path(__file__).with_name("paper_tables.json")
 
@@ -37,8 +37,8 @@ class Printed(NamedTuple):
 @functools.cache
 def data() -> dict[str, Any]:
     """Return the data file."""
-    found: dict[str, Any] = json.loads(FILE.read_text(encoding="utf-8"))
-    return found
+    content: dict[str, Any] = json.loads(FILE.read_text(encoding="utf-8"))
+    return content
 
 
 def printed(cell: Cell) -> Printed | None:
@@ -50,61 +50,57 @@ def printed(cell: Cell) -> Printed | None:
     path = ((head["choices"] or {}).get("model") or {}).get("path_or_id") or ""
     model = Path(str(path)).name
     method = data()["methods"].get(head["compressor"])
-    for number, held in data()["tables"].items():
-        same = held["model"] == model and math.isclose(
-            held["ratio"], head["ratio"] or 0, abs_tol=1e-4
+    for number, table in data()["tables"].items():
+        same = table["model"] == model and math.isclose(
+            table["ratio"], head["ratio"] or 0, abs_tol=1e-4
         )
-        if same and method in held["columns"]:
-            places = [held["columns"].index(name) for name in ("Original", method, f"{method}-R")]
-            rows = {name: [values[i] for i in places] for name, values in held["rows"].items()}
+        if same and method in table["columns"]:
+            places = [table["columns"].index(name) for name in ("Original", method, f"{method}-R")]
+            rows = {name: [values[i] for i in places] for name, values in table["rows"].items()}
             return Printed(number, method, rows)
     return None
 
 
-def beside(cells: Sequence[Cell]) -> str:
+def beside(cells: Sequence[Cell]) -> Section:
     """Return a table for each cell that the paper has, too, and that has scores of tasks."""
-    parts = []
-    for cell in cells:
-        known = printed(cell)
-        if known and any(cell.get(stage, "tasks") for stage in STAGES):
-            parts.append(_table(cell, known))
-    if not parts:
-        return ""
+    parts = [
+        _table(cell, known)
+        for cell in cells
+        if (known := printed(cell)) and any(cell.get(stage, "tasks") for stage in STAGES)
+    ]
     lead = f"{data()['source']}. {data()['note']} Ours with their standard errors; the difference "
     lead += "is ours minus the paper's, in points. Both in percent."
-    return section("Beside the paper", text("p", lead), *parts, key="paper")
+    return Section("paper", "Beside the paper", [Words("p", lead), *parts] if parts else [])
 
 
-def _table(cell: Cell, known: Printed) -> str:
+def _table(cell: Cell, known: Printed) -> Table:
     ours = [{(t["task"], t["metric"]): t for t in cell.get(s, "tasks") or []} for s in STAGES]
-    rows: list[list[Shown | str]] = []
+    rows: list[list[Field | str]] = []
     absent = 0
     for benchmark, values in known.rows.items():
         named = data()["benchmarks"][benchmark]
         keys = [(named["task"], metric) for metric in named["metrics"]]
-        found = [key for key in keys if any(key in scores for scores in ours)]
-        absent += not found
-        for task, metric in found or [(named["task"], "absent")]:
-            scores = [one.get((task, metric)) for one in ours]
-            rows.append([Shown(benchmark, f"{task}, {metric}"), *_fields(values, scores)])
+        scored = [key for key in keys if any(key in scores for scores in ours)]
+        absent += not scored
+        for task, metric in scored or [(named["task"], "absent")]:
+            scores = [stage.get((task, metric)) for stage in ours]
+            rows.append([Field(benchmark, f"{task}, {metric}"), *_fields(values, scores)])
     heads = [f"{stage} {what}" for stage in STAGES for what in ("paper", "ours", "difference")]
-    name = f"{cell.head['model']}, {label_of(cell.head, ['ratio'])}, seed {cell.head['seed']}"
-    caption = f"{name}: table {known.number} of the paper ({known.method}) and ours; "
+    caption = f"{cell.name(['ratio'])}, seed {cell.head['seed']}: table {known.number} of the "
+    caption += f"paper ({known.method}) and ours; "
     caption += f"{absent} of {len(known.rows)} benchmarks are absent here."
-    return table(caption, ["benchmark", *heads], rows, class_="sortable overview")
+    return Table(caption, ["benchmark", *heads], rows, "sortable overview")
 
 
-def _fields(values: Sequence[float], scores: Sequence[Score | None]) -> list[Shown | str]:
-    fields: list[Shown | str] = []
+def _fields(values: Sequence[float], scores: Sequence[Score | None]) -> list[Field | str]:
+    fields: list[Field | str] = []
     for value, score in zip(values, scores, strict=True):
-        fields.append(Shown(f"{100 * value:.2f}", sort=value))
+        fields.append(Field(f"{100 * value:.2f}", sort=value))
         if score is None or score["value"] is None:
             fields += ["absent", ""]
             continue
-        error = "" if score["se"] is None else f" ± {100 * score['se']:.2f}"
-        gap = score["value"] - value
-        fields.append(
-            Shown(f"{100 * score['value']:.2f}{error}", f"n = {score['n']}", score["value"])
-        )
-        fields.append(Shown(f"{100 * gap:+.2f}", sort=gap))
+        ours, se, gap = score["value"], score["se"], score["value"] - value
+        error = "" if se is None else f" ± {100 * se:.2f}"
+        fields.append(Field(f"{100 * ours:.2f}{error}", f"n = {score['n']}", ours))
+        fields.append(Field(f"{100 * gap:+.2f}", sort=gap))
     return fields

@@ -2,44 +2,42 @@
 
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from rerail.report.cells import STAGES, Cell, by_tokens, cells_of, settings_of, tokens_label
+from rerail.report.cells import Cell, Fields
 from rerail.report.comparison import comparison
-from rerail.report.labels import budget_of, columns_of, label_of, shown
-from rerail.report.words import megabytes, number, plus_minus, share
-from rerail.run.results import Row
+from rerail.report.frame import Results, columns_of
+from rerail.report.words import megabytes, plus_minus, share
+from rerail.run.results import STAGES
+from rerail.run.settings import budget_of, number, shown, tokens_label
 
 PIPED = 160  # columns where there is no terminal
 
 
-def print_summary(rows: Sequence[Row], console: Console | None = None) -> None:
+def print_summary(rows: Sequence[Fields], console: Console | None = None) -> None:
     """Print what the rows say; without a terminal plain text of `PIPED` columns."""
     if console is None:
-        bare = not sys.stdout.isatty()
-        console = Console(
-            width=PIPED if bare else None,
-            force_terminal=False if bare else None,
-        )
-    cells = cells_of(rows)
-    settings = settings_of(cells)
-    done = [cell for cell in cells if cell.done]
-    if done:
-        console.print(_table(done))
-        for group in by_tokens(settings).values():
-            console.print(Text(f"held-out text: {tokens_label(group[0].head)}"), style="dim")
-    if len(by_tokens(settings)) > 1:
+        piped: dict[str, Any] = {"width": PIPED, "force_terminal": False}
+        console = Console(**({} if sys.stdout.isatty() else piped))
+    results = Results.of(rows)
+    texts = results.settings.drop_duplicates("tokens")["head"]
+    if results.done:
+        console.print(_table(results.done))
+    for head in texts:
+        console.print(Text(f"held-out text: {tokens_label(head)}"), style="dim")
+    if len(texts) > 1:
         console.print("Rows of different held-out tokens cannot be compared with each other.")
-    for cell in cells:
+    for cell in results.cells:
         if not cell.done:
             console.print(_unfinished(cell))
-    if compared := comparison(settings):
+    if compared := comparison(results):
         console.print(Text(compared, style="bold"))
-    _print_continuations(console, done)
+    _print_continuations(console, results.done)
 
 
 def _table(cells: Sequence[Cell]) -> Table:
@@ -47,10 +45,8 @@ def _table(cells: Sequence[Cell]) -> Table:
     table = Table(box=SIMPLE_HEAD, pad_edge=False, show_edge=False)
     for name in ("model", "method", *fields):
         table.add_column(name, overflow="fold")
-    table.add_column("MB", justify="right")
-    for stage in STAGES:
-        table.add_column(f"NLL {stage}\nperplexity", justify="right")
-    for name in ("KL to teacher", "recovery", "seconds"):
+    numbers = ["MB", *(f"NLL {stage}\nperplexity" for stage in STAGES)]
+    for name in (*numbers, "KL to teacher", "recovery", "seconds"):
         table.add_column(name, justify="right")
     for cell in cells:
         table.add_row(*(Text(value) for value in _fields(cell, fields)))
@@ -60,7 +56,7 @@ def _table(cells: Sequence[Cell]) -> Table:
 def _fields(cell: Cell, fields: Sequence[str]) -> list[str]:
     head = cell.head
     plain = [str(head[n] if head[n] is not None else "") for n in ("model", "compressor")]
-    plain += [_chosen(head, name) for name in fields]
+    plain += [_choice(head, name) for name in fields]
     sizes = [megabytes(cell.get(stage, "bytes")) for stage in STAGES[:2]]
     values = [" → ".join(size for size in sizes if size)]
     for stage in STAGES:
@@ -75,32 +71,30 @@ def _fields(cell: Cell, fields: Sequence[str]) -> list[str]:
     return plain + values
 
 
-def _chosen(head: Row, name: str) -> str:
+def _choice(head: Fields, name: str) -> str:
     if name != "budget":
         return number(shown(head, name))
-    value, said = budget_of(head)
-    return f"{number(value)} {said}".strip()
+    value, unit = budget_of(head)
+    return f"{number(value)} {unit}".strip()
 
 
 def _unfinished(cell: Cell) -> Text:
-    head = cell.head
-    name = f"{head['model'] or '?'}, {label_of(head, ['ratio', 'samples'])}"
-    line = Text(f"{head['status'].replace('_', ' ')}: ", style="red")
-    reason = " ".join((head["reason"] or "no reason given").split())
-    return line.append(f"{name}: {reason}", style="default")
+    line = Text(f"{cell.status}: ", style="red")
+    reason = " ".join((cell.head["reason"] or "no reason given").split())
+    return line.append(f"{cell.name()}: {reason}", style="default")
 
 
 def _print_continuations(console: Console, cells: Sequence[Cell]) -> None:
     """Print the prompt and what came after it, for the first cell of each model."""
-    shown = set()
+    printed = set()
     for cell in cells:
         model = cell.head["model"]
-        if model in shown or not cell.get("repaired", "samples_text"):
+        if model in printed or not cell.get("repaired", "samples_text"):
             continue
-        shown.add(model)
+        printed.add(model)
         console.print()
-        name = f"{model}, {label_of(cell.head, ['ratio'])}: "
-        console.print(Text(name).append(cell.head["prompt"] or "", style="bold"))
+        prompt = cell.head["prompt"] or ""
+        console.print(Text(f"{cell.name(['ratio'])}: ").append(prompt, style="bold"))
         for stage in STAGES:
             words = " ".join((cell.get(stage, "samples_text") or "").split())
             console.print(Text(f"  {stage:<11}", style="dim").append(f"... {words}", style="none"))

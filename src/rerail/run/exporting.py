@@ -33,7 +33,7 @@ def check_export(cell: Cell, student: LanguageModel) -> None:
 def add_disk_bytes(cell: Cell, folder: Path, rows: Sequence[Row]) -> None:
     """Fill in the bytes on disk of the teacher (where it is a local folder) and of the export."""
     for row, path in ((rows[0], Path(cell.model.location)), (rows[-1], folder / "model")):
-        row["disk_bytes"] = sum(p.stat().st_size for p in path.glob("*.safetensors")) or None
+        row.disk_bytes = sum(p.stat().st_size for p in path.glob("*.safetensors")) or None
 
 
 def export(

@@ -1,11 +1,10 @@
 """Mirrors show a cell somewhere else while it runs; result.json stays the truth."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from rerail.run.results import Row, write_csv
+from rerail.run.results import Row
 
 
 class Live:
@@ -36,23 +35,3 @@ class Mirror(Protocol):
             config: choices, git revision and versions.
             folder: where its result.json will lie.
         """
-
-
-@dataclass(frozen=True)
-class CsvMirror:
-    """Writes results.csv beside result.json, and nothing else: the default."""
-
-    def open(self, key: str, claim: str | None, config: Mapping[str, Any], folder: Path) -> Live:
-        """Begin; the configuration is in the rows' choices already."""
-        del key, claim, config
-        return _Csv(Path(folder) / "results.csv")
-
-
-class _Csv(Live):
-    def __init__(self, path: Path):
-        self.path = path
-
-    def close(self, status: str, rows: Sequence[Row] = (), reason: str = "") -> None:
-        """Write the rows."""
-        if rows:
-            write_csv(self.path, rows)

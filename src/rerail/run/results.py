@@ -1,7 +1,7 @@
 """Rows of results: result.json is the truth, results.csv its flat copy.
 
-A row is a plain dict, one for each stage of a cell. `COLUMNS` names every column; a column that
-does not apply holds None, and an unknown or missing one is refused: files of one version agree.
+A row is what one step of a cell leaves (teacher, compressed, repaired). A column that does not
+apply holds None; an unknown or missing one is refused: files of one version agree.
 """
 
 import csv
@@ -10,33 +10,109 @@ import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
+
+from pydantic import BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic.dataclasses import dataclass
 
 from rerail.errors import InputError
-from rerail.evaluate.estimates import Recovery, mean_and_se, paired_difference, recovery_of
 from rerail.files import digest, whole_file, write_json
-
-__all__ = [
-    "COLUMNS",
-    "Recovery",
-    "Row",
-    "choices_key",
-    "gather",
-    "mean_and_se",
-    "new_row",
-    "paired_difference",
-    "read_rows",
-    "recovery_of",
-    "validate_row",
-    "write_csv",
-    "write_rows",
-]
 
 log = logging.getLogger(__name__)
 
-Row = dict[str, Any]
-
 RESULT = "result.json"
+STAGES = ("teacher", "compressed", "repaired")
+
+
+def _whole(value: Any) -> Any:
+    # a count that went through numpy or JSON may come as 7.0; a bool is no count
+    return int(value) if type(value) is float and value.is_integer() else value
+
+
+Number = float | None
+Text = str | None
+Count = Annotated[int | None, BeforeValidator(_whole)]
+Record = dict[str, Any]
+
+
+def _column(meaning: str) -> Any:
+    return Field(default=None, description=meaning)
+
+
+@dataclass(config=ConfigDict(strict=True, allow_inf_nan=False), eq=False)
+class Row(Mapping[str, Any]):
+    """One row: its columns are fields, and it is the mapping of their names to their values."""
+
+    key: Text = _column("hash of all choices of the cell")
+    status: Literal["done", "failed", "not_applicable"] = Field(
+        default="done", description="how the cell ended"
+    )
+    reason: Text = _column("why a cell is not done")
+    model: Text = _column("name of the model")
+    granularity: Literal["fine", "coarse"] | None = _column("fine (I <= H) or coarse")
+    compressor: Text = _column("name of the compression method")
+    paradigm: Text = _column("pruning, merging, editing ...")
+    paper: Text = _column("arXiv number of the method")
+    ratio: Number = _column("asked share to remove")
+    bits: Number = _column("asked average bits of an expert's number, for quantisers")
+    allocation: Text = _column("how the ratio is spread over layers")
+    samples: Count = _column("number of calibration blocks")
+    calibration: Text = _column("name of the calibration text")
+    distill: Text = _column("name of the repair")
+    seed: Count = _column("seed of the cell")
+    stage: Literal["teacher", "compressed", "repaired"] | None = _column("the model measured")
+    nll: Number = _column("held-out negative log-likelihood, nats a token")
+    nll_se: Number = _column("its standard error, clustered by block")
+    tokens: Count = _column("held-out tokens that were scored")
+    heldout: Text = _column("hash of the held-out token blocks; equal only for the same tokens")
+    perplexity: Number = _column("exp(nll)")
+    kl: Number = _column("KL(teacher, this model), nats a token")
+    kl_se: Number = _column("its standard error, clustered by block")
+    agreement: Number = _column("share of tokens with the teacher's most likely next token")
+    agreement_se: Number = _column("its standard error, clustered by block")
+    routing_changed: Number = _column("share of tokens whose selected set of experts changed")
+    load_entropy: Number = _column("entropy of the experts' load over its maximum")
+    bytes: Count = _column("size of the whole model in the checkpoint's dtype")
+    expert_bytes: Count = _column("size of the routed experts in the checkpoint's dtype")
+    removed_of_experts: Number = _column("achieved removed share of the routed experts' bytes")
+    removed_of_model: Number = _column("achieved removed share of the model's bytes")
+    active_parameters: Count = _column("parameters used a token")
+    active_experts: Number = _column("experts computed a token and layer, where some are skipped")
+    memory_bytes: Count = _column("bytes of the student in memory as it was scored")
+    disk_bytes: Count = _column("bytes of the exported checkpoint's weights")
+    recovery: Number = _column("(compressed - repaired) / (compressed - teacher), on NLL")
+    recovery_se: Number = _column("its standard error, jackknife over blocks")
+    kl_first: Number = _column("validation KL before the repair")
+    kl_best: Number = _column("lowest validation KL of the repair; its step is kept")
+    kl_last: Number = _column("validation KL after the last step")
+    seconds: Number = _column("wall time of making the model: compressing, repairing (teacher: 0)")
+    evaluation_seconds: Number = _column("wall time of scoring the held-out texts")
+    peak_memory: Count = _column("peak memory of the stage in bytes")
+    host: Text = _column("name of the machine")
+    time: Text = _column("when the row was written, ISO 8601")
+    revision: Text = _column("git revision of the code")
+    choices: Record | None = _column("every resolved choice of the cell")
+    nll_by: Record | None = _column(
+        "text -> {nll, se, tokens}, if repaired {recovery, recovery_se}, too"
+    )
+    curve: list[Record] | None = _column("points {step, train_kl, val_kl} of the repair")
+    layers: list[Record] | None = _column(
+        "per MoE layer {layer, routing_changed, load_entropy, load by expert}"
+    )
+    tasks: list[Record] | None = _column("lm-eval results {task, metric, value, se, n}")
+    samples_text: Text = _column("continuation of the fixed prompt")
+    prompt: Text = _column("the fixed prompt")
+
+    def __getitem__(self, name: str) -> Any:
+        if name not in COLUMNS:
+            raise KeyError(name)
+        return getattr(self, name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(COLUMNS)
+
+    def __len__(self) -> int:
+        return len(COLUMNS)
 
 
 class Column(NamedTuple):
@@ -46,69 +122,21 @@ class Column(NamedTuple):
     meaning: str
 
 
-COLUMNS: dict[str, Column] = {
-    "key": Column(str, "hash of all choices of the cell"),
-    "status": Column(str, "done, failed or not_applicable"),
-    "reason": Column(str, "why a cell is not done"),
-    "model": Column(str, "name of the model"),
-    "granularity": Column(str, "fine (I <= H) or coarse"),
-    "compressor": Column(str, "name of the compression method"),
-    "paradigm": Column(str, "pruning, merging, editing ..."),
-    "paper": Column(str, "arXiv number of the method"),
-    "ratio": Column(float, "asked share to remove"),
-    "bits": Column(float, "asked average bits of an expert's number, for quantisers"),
-    "allocation": Column(str, "how the ratio is spread over layers"),
-    "samples": Column(int, "number of calibration blocks"),
-    "calibration": Column(str, "name of the calibration text"),
-    "distill": Column(str, "name of the repair"),
-    "seed": Column(int, "seed of the cell"),
-    "stage": Column(str, "teacher, compressed or repaired"),
-    "nll": Column(float, "held-out negative log-likelihood, nats a token"),
-    "nll_se": Column(float, "its standard error, clustered by block"),
-    "tokens": Column(int, "held-out tokens that were scored"),
-    "heldout": Column(str, "hash of the held-out token blocks; equal only for the same tokens"),
-    "perplexity": Column(float, "exp(nll)"),
-    "kl": Column(float, "KL(teacher, this model), nats a token"),
-    "kl_se": Column(float, "its standard error, clustered by block"),
-    "agreement": Column(float, "share of tokens with the teacher's most likely next token"),
-    "agreement_se": Column(float, "its standard error, clustered by block"),
-    "routing_changed": Column(float, "share of tokens whose selected set of experts changed"),
-    "load_entropy": Column(float, "entropy of the experts' load over its maximum"),
-    "bytes": Column(int, "size of the whole model in the checkpoint's dtype"),
-    "expert_bytes": Column(int, "size of the routed experts in the checkpoint's dtype"),
-    "removed_of_experts": Column(float, "achieved removed share of the routed experts' bytes"),
-    "removed_of_model": Column(float, "achieved removed share of the model's bytes"),
-    "active_parameters": Column(int, "parameters used a token"),
-    "active_experts": Column(float, "experts computed a token and layer, where some are skipped"),
-    "memory_bytes": Column(int, "bytes of the student in memory as it was scored"),
-    "disk_bytes": Column(int, "bytes of the exported checkpoint's weights"),
-    "recovery": Column(float, "(compressed - repaired) / (compressed - teacher), on NLL"),
-    "recovery_se": Column(float, "its standard error, jackknife over blocks"),
-    "kl_first": Column(float, "validation KL before the repair"),
-    "kl_best": Column(float, "lowest validation KL of the repair; its step is kept"),
-    "kl_last": Column(float, "validation KL after the last step"),
-    "seconds": Column(float, "wall time of making the model: compressing, repairing (teacher: 0)"),
-    "evaluation_seconds": Column(float, "wall time of scoring the held-out texts"),
-    "peak_memory": Column(int, "peak memory of the stage in bytes"),
-    "host": Column(str, "name of the machine"),
-    "time": Column(str, "when the row was written, ISO 8601"),
-    "revision": Column(str, "git revision of the code"),
-    "choices": Column(dict, "every resolved choice of the cell"),
-    "nll_by": Column(dict, "text -> {nll, se, tokens}, if repaired {recovery, recovery_se}, too"),
-    "curve": Column(list, "points {step, train_kl, val_kl} of the repair"),
-    "layers": Column(list, "per MoE layer {layer, routing_changed, load_entropy, load by expert}"),
-    "tasks": Column(list, "lm-eval results {task, metric, value, se, n}"),
-    "samples_text": Column(str, "continuation of the fixed prompt"),
-    "prompt": Column(str, "the fixed prompt"),
-}
+def _kind(hint: Any) -> type:
+    """Return the plain type of a field: of `list[Record] | None` it is list, of a Literal str."""
+    for part in (hint, *get_args(hint)):
+        if (kind := get_origin(part) or part) in (str, float, int, dict, list):
+            return kind  # type: ignore[no-any-return]
+    return str
 
-_ALLOWED = {
-    "status": ("done", "failed", "not_applicable"),
-    "stage": ("teacher", "compressed", "repaired", None),
-    "granularity": ("fine", "coarse", None),
-}
 
-_NESTED = frozenset(name for name, column in COLUMNS.items() if column.kind in (dict, list))
+_FIELDS: Mapping[str, Any] = Row.__pydantic_fields__  # type: ignore[attr-defined]
+COLUMNS = {
+    name: Column(_kind(hint), _FIELDS[name].description)
+    for name, hint in get_type_hints(Row).items()
+    if name in _FIELDS
+}
+SCALARS = [name for name, column in COLUMNS.items() if column.kind not in (dict, list)]
 
 
 def choices_key(choices: Mapping[str, Any]) -> str:
@@ -120,17 +148,16 @@ def choices_key(choices: Mapping[str, Any]) -> str:
 
 
 def new_row(**known: Any) -> Row:
-    """Return a valid row with the known columns; the others are None, and status is done.
+    """Return a row with the known columns; the others are None, and status is done.
 
     Raises:
         ValueError: a column is unknown or a value does not fit it.
     """
-    row = {**dict.fromkeys(COLUMNS), "status": "done", **known}
-    return validate_row({name: row[name] for name in (*COLUMNS, *(row.keys() - COLUMNS.keys()))})
+    return validate_row({**dict.fromkeys(COLUMNS), "status": "done", **known})
 
 
 def validate_row(row: Mapping[str, Any]) -> Row:
-    """Return the row as plain Python values, in the order of `COLUMNS`.
+    """Return the row with plain Python values.
 
     Numbers of numpy or torch become int and float. Inside nested columns a number that is not
     finite becomes None, since JSON has none.
@@ -142,51 +169,26 @@ def validate_row(row: Mapping[str, Any]) -> Row:
         raise ValueError(f"unknown columns {unknown}; columns are {', '.join(COLUMNS)}")
     if missing := [name for name in COLUMNS if name not in row]:
         raise ValueError(f"missing columns {missing}; give None where a column does not apply")
-    return {name: _fitting(name, row[name]) for name in COLUMNS}
+    try:
+        return Row(**{name: _plain(row[name]) for name in COLUMNS})
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(map(str, first["loc"]))
+        allowed = first["msg"][0].lower() + first["msg"][1:]
+        raise ValueError(f"{field}={first['input']!r}: {allowed}") from error
 
 
-def _fitting(name: str, value: Any) -> Any:
-    """Return the value of one column as plain Python, or raise ValueError."""
-    value = _plain(value)
-    if name in _ALLOWED and value not in _ALLOWED[name]:
-        allowed = ", ".join(str(one) for one in _ALLOWED[name])
-        raise ValueError(f"{name}={value!r} is not one of {allowed}")
-    if value is None:
-        return None
-    kind = COLUMNS[name].kind
-    if kind is float and type(value) is int:
-        value = float(value)
-    if kind is int and type(value) is float and value.is_integer():
-        value = int(value)
-    if type(value) is not kind:
-        raise ValueError(f"{name}={value!r} is {type(value).__name__}, not {kind.__name__}")
-    if isinstance(value, float) and not math.isfinite(value):
-        raise ValueError(f"{name}={value!r} is not finite; write a failed row with the reason")
-    return _finite(value) if name in _NESTED else value
-
-
-def _plain(value: Any) -> Any:
-    """Return numbers of array libraries and paths as plain Python, through containers."""
+def _plain(value: Any, nested: bool = False) -> Any:
+    """Return paths and numbers of array libraries as plain Python, through containers."""
     if isinstance(value, Mapping):
-        return {str(name): _plain(one) for name, one in value.items()}
+        return {str(name): _plain(inner, True) for name, inner in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(one) for one in value]
+        return [_plain(inner, True) for inner in value]
     if isinstance(value, Path):
         return str(value)
-    if hasattr(value, "item") and callable(value.item):
-        return value.item()
-    return value
-
-
-def _finite(value: Any) -> Any:
-    """Return the value with numbers that are not finite replaced by None."""
-    if isinstance(value, dict):
-        return {name: _finite(one) for name, one in value.items()}
-    if isinstance(value, list):
-        return [_finite(one) for one in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
+    if callable(getattr(value, "item", None)):
+        value = value.item()
+    return None if nested and isinstance(value, float) and not math.isfinite(value) else value
 
 
 def write_rows(folder: Path | str, rows: Sequence[Mapping[str, Any]]) -> Path:
@@ -197,7 +199,7 @@ def write_rows(folder: Path | str, rows: Sequence[Mapping[str, Any]]) -> Path:
         InputError: no space is left on the device.
     """
     path = Path(folder) / RESULT
-    write_json(path, [validate_row(row) for row in rows])
+    write_json(path, [dict(validate_row(row)) for row in rows])
     return path
 
 
@@ -232,7 +234,9 @@ def gather(folder_or_file: Path | str, recursive: bool = True) -> tuple[list[Row
         return _rows_of(path), []
     rows: list[Row] = []
     problems: list[str] = []
-    for file in _result_files(path, recursive):
+    for file in sorted(path.rglob(RESULT) if recursive else path.glob(RESULT)):
+        if hidden(file, path):
+            continue
         try:
             rows += _rows_of(file)
         except InputError as error:
@@ -241,18 +245,16 @@ def gather(folder_or_file: Path | str, recursive: bool = True) -> tuple[list[Row
 
 
 def _rows_of(file: Path) -> list[Row]:
+    rows: list[Row] = []
+    place = ""
     try:
-        return [validate_row(row) for row in json.loads(file.read_text(encoding="utf-8"))]
+        for i, row in enumerate(json.loads(file.read_text(encoding="utf-8"))):
+            place = f"row {i}: "
+            rows.append(validate_row(row))
     except (OSError, ValueError, AttributeError, TypeError) as error:
-        message = f"{file} is not a list of result rows ({error}); remove it and run its cell again"
-        raise InputError(message) from error
-
-
-def _result_files(folder: Path, recursive: bool) -> Iterator[Path]:
-    """Yield result files in path order."""
-    for file in sorted(folder.rglob(RESULT) if recursive else folder.glob(RESULT)):
-        if not hidden(file, folder):
-            yield file
+        message = f"{file} is not a list of result rows ({place}{error}); "
+        raise InputError(f"{message}remove it and run its cell again") from error
+    return rows
 
 
 def hidden(file: Path, folder: Path) -> bool:
@@ -269,12 +271,11 @@ def write_csv(path: Path | str, rows: Sequence[Mapping[str, Any]]) -> Path:
         ValueError: a row does not fit `COLUMNS`.
     """
     checked = [validate_row(row) for row in rows]
-    choices = [dict(_flat(row["choices"] or {}, "choices")) for row in checked]
-    extra = sorted({name for one in choices for name in one})
-    scalars = [name for name in COLUMNS if name not in _NESTED]
+    choices = [dict(_flat(row.choices or {}, "choices")) for row in checked]
+    columns = [*SCALARS, *sorted({name for chosen in choices for name in chosen})]
     path = Path(path)
     with whole_file(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as out:
-        writer = csv.DictWriter(out, [*scalars, *extra], extrasaction="ignore", lineterminator="\n")
+        writer = csv.DictWriter(out, columns, extrasaction="ignore", lineterminator="\n")
         writer.writeheader()
         writer.writerows({**row, **chosen} for row, chosen in zip(checked, choices, strict=True))
     return path
@@ -282,8 +283,8 @@ def write_csv(path: Path | str, rows: Sequence[Mapping[str, Any]]) -> Path:
 
 def _flat(value: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
     """Yield (dotted name, scalar) pairs; a list is one JSON field."""
-    for name, one in value.items():
-        if isinstance(one, Mapping):
-            yield from _flat(one, f"{prefix}.{name}")
+    for name, inner in value.items():
+        if isinstance(inner, Mapping):
+            yield from _flat(inner, f"{prefix}.{name}")
         else:
-            yield f"{prefix}.{name}", json.dumps(one) if isinstance(one, list) else one
+            yield f"{prefix}.{name}", json.dumps(inner) if isinstance(inner, list) else inner

@@ -28,43 +28,45 @@ PINNED = (
 
 
 def _recovery(wr: Any) -> list[Any]:
-    bars = wr.BarPlot(
-        title="Recovery, fine against coarse: mean over seeds, bars one standard deviation",
-        metrics=["repaired/recovery"],
-        groupby=wr.Config("setting"),
-        groupby_aggfunc="mean",
-        groupby_rangefunc="stddev",
-        max_runs_to_show=SHOWN,
-        max_bars_to_show=SHOWN,
-        layout=wr.Layout(w=24, h=12),
-    )
-    return [bars]
+    title = "Recovery, fine against coarse: mean over seeds, bars one standard deviation"
+    means = {"groupby_aggfunc": "mean", "groupby_rangefunc": "stddev"}
+    many = {"max_runs_to_show": SHOWN, "max_bars_to_show": SHOWN, "layout": wr.Layout(w=24, h=12)}
+    setting = wr.Config("setting")
+    metrics = ["repaired/recovery"]
+    return [wr.BarPlot(title=title, metrics=metrics, groupby=setting, **means, **many)]
 
 
 def _pareto(wr: Any) -> list[Any]:
+    front = {"running_ymin": True}  # the best NLL at this size or below
     return [
-        wr.ScatterPlot(
-            title=f"Held-out NLL against bytes, {stage}",
-            x=wr.SummaryMetric(f"{stage}/bytes"),
-            y=wr.SummaryMetric(f"{stage}/nll"),
-            running_ymin=True,  # the front: the best NLL at this size or below
-            layout=wr.Layout(w=12, h=9),
+        _scatter(
+            wr,
+            f"Held-out NLL against bytes, {n}",
+            wr.SummaryMetric(f"{n}/bytes"),
+            f"{n}/nll",
+            **front,
         )
-        for stage in ("compressed", "repaired")
+        for n in ("compressed", "repaired")
     ]
 
 
 def _over(wr: Any) -> list[Any]:
+    axes = (("ratio", "removed share"), ("samples", "calibration blocks"))
     return [
-        wr.ScatterPlot(
-            title=f"Recovery against {said}",
-            x=wr.Config(column),
-            y=wr.SummaryMetric("repaired/recovery"),
+        _scatter(
+            wr,
+            f"Recovery against {words}",
+            wr.Config(column),
+            "repaired/recovery",
             log_x=column == "samples",
-            layout=wr.Layout(w=12, h=9),
         )
-        for column, said in (("ratio", "removed share"), ("samples", "calibration blocks"))
+        for column, words in axes
     ]
+
+
+def _scatter(wr: Any, title: str, x: Any, y: str, **options: Any) -> Any:
+    layout = wr.Layout(w=12, h=9)
+    return wr.ScatterPlot(title=title, x=x, y=wr.SummaryMetric(y), layout=layout, **options)
 
 
 def _lines(wr: Any) -> list[Any]:
@@ -120,8 +122,8 @@ def report(entity: str, project: str, claim: str | None = None, online: bool = F
         columns = {"pinned_columns": list(PINNED), "lock_columns": True}
         return wr.Runset(name="done", filters=_filters(claim), **place, **columns)
 
-    said = "Each bar is a setting: only seeds are averaged, never other models or held-out tokens."
-    blocks: list[Any] = [wr.TableOfContents(), wr.P(said)]
+    lead = "Each bar is a setting: only seeds are averaged, never other models or held-out tokens."
+    blocks: list[Any] = [wr.TableOfContents(), wr.P(lead)]
     for name, panels in SECTIONS.items():
         grid = wr.PanelGrid(runsets=[runs()], panels=panels(wr), hide_run_sets=True)
         blocks += [wr.H1(name), grid]

@@ -23,23 +23,26 @@ class Journal:
         self.path = path
         self.records: dict[str, dict[str, Any]] = {}
         self.closed = False
-        if path.exists():
-            self._read()
-
-    def _read(self) -> None:
-        lines = self.path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
-        sound = []
-        for line in lines:
-            entry = _entry(line)
-            if entry is None:
+        text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+        whole = ""
+        for line in text.splitlines(keepends=True):
+            if not self._take(line):
                 break
-            sound.append(line)
+            whole += line
+        if whole != text:
+            with whole_file(path) as temporary:
+                temporary.write_text(whole, encoding="utf-8")
+
+    def _take(self, line: str) -> bool:
+        """Take in what a line says; False where it is not a whole one."""
+        try:
+            entry: Any = json.loads(line) if line.endswith("\n") else None
             self.closed = "closed" in entry
             if not self.closed:
                 self.records[entry["name"]] = entry["record"]
-        if len(sound) < len(lines):
-            with whole_file(self.path) as temporary:
-                temporary.write_text("".join(sound), encoding="utf-8")
+        except (ValueError, TypeError, KeyError):
+            return False
+        return True
 
     def add(self, name: str, record: Mapping[str, Any]) -> None:
         """Write a record down; its name must be new."""
@@ -55,15 +58,3 @@ class Journal:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a", encoding="utf-8") as out:
             out.write(json.dumps(entry) + "\n")
-
-
-def _entry(line: str) -> dict[str, Any] | None:
-    """Return what a whole line holds, or None."""
-    if not line.endswith("\n"):
-        return None
-    try:
-        held = json.loads(line)
-    except ValueError:
-        return None
-    known = isinstance(held, dict) and ("closed" in held or {"name", "record"} <= held.keys())
-    return held if known else None

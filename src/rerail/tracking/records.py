@@ -4,11 +4,11 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from rerail.report.cells import choices_without
-from rerail.report.labels import label_of
-from rerail.run.results import COLUMNS, Row
+from rerail.run.results import SCALARS
+from rerail.run.settings import label_of, setting_of
 
-SCALARS = [name for name, column in COLUMNS.items() if column.kind not in (dict, list)]
+Row = Mapping[str, Any]  # a result row
+
 FLAT = (
     *("model", "granularity", "compressor", "paradigm", "paper", "ratio", "bits", "allocation"),
     *("samples", "calibration", "distill", "seed", "heldout"),
@@ -18,8 +18,8 @@ FLAT = (
 def point_record(point: Mapping[str, float | None]) -> tuple[str, dict[str, Any]]:
     """Return name and record of a point; what is not finite is left out, as in the rows."""
     kind = "validation" if "val_kl" in point else "batch"
-    found = {f"repair/{n}": v for n, v in point.items() if v is not None and math.isfinite(v)}
-    return f"repair/{kind}/{point['step']:g}", found
+    values = {f"repair/{n}": v for n, v in point.items() if v is not None and math.isfinite(v)}
+    return f"repair/{kind}/{point['step']:g}", values
 
 
 def records(row: Row) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -29,15 +29,14 @@ def records(row: Row) -> Iterator[tuple[str, dict[str, Any]]]:
     point of the curve one of `repair/<column>`.
     """
     stage = row["stage"] or "cell"
-    for point in row["curve"] or []:
-        yield point_record(point)
+    yield from map(point_record, row["curve"] or ())
     yield stage, scalars(row)
-    for layer in row["layers"] or []:
+    for layer in row["layers"] or ():
         values = {f"{stage}/layers/{name}": value for name, value in of_layer(layer).items()}
         yield f"{stage}/layers/{layer['layer']}", values
-    for one in row["tasks"] or []:
-        name = f"{stage}/tasks/{one['task']}/{one['metric']}"
-        yield name, {name: one["value"], f"{name}_se": one["se"], f"{name}_n": one["n"]}
+    for score in row["tasks"] or ():
+        name = f"{stage}/tasks/{score['task']}/{score['metric']}"
+        yield name, {name: score["value"], f"{name}_se": score["se"], f"{name}_n": score["n"]}
 
 
 def of_layer(layer: Mapping[str, Any]) -> dict[str, Any]:
@@ -59,4 +58,4 @@ def flat(row: Row) -> dict[str, Any]:
     """
     known = {name: row[name] for name in FLAT if row[name] is not None}
     label = label_of(row, ["ratio", "samples"])
-    return {**known, "setting": f"{label}, {row['granularity']} {choices_without(row)[:4]}"}
+    return {**known, "setting": f"{label}, {row['granularity']} {setting_of(row)[:4]}"}

@@ -20,18 +20,17 @@ from typing import Any
 from urllib.parse import urlparse
 
 from rerail.config.secrets import without_secrets
-from rerail.report.cells import STAGES
 from rerail.run.mirror import Live
-from rerail.run.results import Row
+from rerail.run.results import SCALARS, STAGES, Row
 from rerail.tracking.journal import Journal
-from rerail.tracking.records import SCALARS, flat, of_layer, point_record, records, scalars
+from rerail.tracking.records import flat, of_layer, point_record, records, scalars
 
 log = logging.getLogger(__name__)
 
 PATIENCE = 30.0  # seconds that a server may take to answer
 FAREWELL = 300.0  # seconds that the last records may take to arrive
 
-_said: set[str] = set()
+_offline: list[str] = []  # why every run of this process stays offline, once one does
 
 
 @dataclass(frozen=True)
@@ -108,7 +107,10 @@ class _Stream(Live):
             config=without_secrets({"claim": claim, **config}),
         )
         self._forget()
-        _define(self.run)
+        # what the columns are plotted over
+        self.run.define_metric("repair/*", step_metric="repair/step")
+        for layers in (f"{stage}/layers" for stage in STAGES):
+            self.run.define_metric(f"{layers}/*", step_metric=f"{layers}/layer", summary="none")
         sent = self.run.step
         for step, record in enumerate(self.journal.records.values()):
             if step >= sent:
@@ -122,9 +124,9 @@ class _Stream(Live):
 
     def _send(self, name: str, record: Mapping[str, Any]) -> None:
         if name not in self.journal.records:
-            held = without_secrets(record)
-            self.run.log(held, step=len(self.journal.records), commit=True)
-            self.journal.add(name, held)
+            record = without_secrets(record)
+            self.run.log(record, step=len(self.journal.records), commit=True)
+            self.journal.add(name, record)
 
     @_shielded
     def point(self, point: Mapping[str, float]) -> None:
@@ -143,13 +145,11 @@ class _Stream(Live):
     def close(self, status: str, rows: Sequence[Row] = (), reason: str = "") -> None:
         """End the run; what became of the rows after they were sent comes first."""
         for row in rows:
-            stage = row["stage"]
-            now = scalars(row)
-            held = self.journal.records.get(stage, {})
-            if changed := {name: value for name, value in now.items() if held.get(name) != value}:
-                self._send(f"{stage}/end", changed)
-        said = {"status": status, **({"reason": reason} if reason else {})}
-        self.run.summary.update(without_secrets(said))
+            sent = self.journal.records.get(row["stage"], {})
+            if changed := {n: value for n, value in scalars(row).items() if sent.get(n) != value}:
+                self._send(f"{row['stage']}/end", changed)
+        ending = {"status": status, **({"reason": reason} if reason else {})}
+        self.run.summary.update(without_secrets(ending))
         if rows and not self.run.offline:  # offline there are no artifacts
             self.run.log_artifact(artifact(self.key, rows, self.folder))
         self.run.finish(exit_code=0 if status == "done" else 1)
@@ -157,7 +157,7 @@ class _Stream(Live):
             self.journal.close()
 
 
-def _init(mirror: WandbMirror, **given: Any) -> Any:
+def _init(mirror: WandbMirror, **options: Any) -> Any:
     """Return a run; offline where the server does not answer or does not know the key."""
     import wandb
 
@@ -175,8 +175,8 @@ def _init(mirror: WandbMirror, **given: Any) -> Any:
         finish_timeout_raises=True,
     )
     settings.base_url = mirror.base_url or server()
-    given |= {"project": mirror.project, "entity": mirror.entity, "settings": settings}
-    begin = functools.partial(wandb.init, resume="allow", reinit="finish_previous", **given)
+    options |= {"project": mirror.project, "entity": mirror.entity, "settings": settings}
+    begin = functools.partial(wandb.init, resume="allow", reinit="finish_previous", **options)
     mode = mode_of(mirror.mode, str(settings.base_url))
     try:
         return begin(mode=mode)
@@ -189,8 +189,8 @@ def _init(mirror: WandbMirror, **given: Any) -> Any:
 
 
 def mode_of(mode: str | None, base_url: str) -> Any:
-    """Return the mode, and say once when it is offline for want of a key."""
-    if "offline" in _said:
+    """Return the mode, and warn once when it is offline for want of a key."""
+    if _offline:
         return "offline"
     if mode or os.environ.get("WANDB_MODE"):
         return mode
@@ -201,7 +201,7 @@ def mode_of(mode: str | None, base_url: str) -> Any:
 
 
 def _stay_offline(why: str) -> None:
-    _said.add("offline")
+    _offline.append(why)
     log.warning("W&B: %s, so runs stay offline; send them by `wandb sync` later", why)
 
 
@@ -217,17 +217,9 @@ def has_key(base_url: str) -> bool:
     if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
         return True
     with contextlib.suppress(OSError, netrc.NetrcParseError):
-        found = netrc.netrc(os.environ.get("NETRC") or str(Path.home() / ".netrc"))
-        return urlparse(base_url).hostname in found.hosts
+        known = netrc.netrc(os.environ.get("NETRC") or str(Path.home() / ".netrc"))
+        return urlparse(base_url).hostname in known.hosts
     return False
-
-
-def _define(run: Any) -> None:
-    """Say what the columns are plotted over."""
-    run.define_metric("repair/*", step_metric="repair/step")
-    for stage in STAGES:
-        layers = f"{stage}/layers"
-        run.define_metric(f"{layers}/*", step_metric=f"{layers}/layer", summary="none")
 
 
 def artifact(key: str, rows: Sequence[Row], folder: Path) -> Any:
@@ -238,15 +230,22 @@ def artifact(key: str, rows: Sequence[Row], folder: Path) -> Any:
     for name in ("result.json", "plan.json"):
         if (folder / name).exists():
             made.add_file(str(folder / name))
-    layers = [(row["stage"], of_layer(layer)) for row in rows for layer in row["layers"] or []]
-    names = sorted({name for _, layer in layers for name in layer})
-    said = [[r["stage"], r["prompt"], r["samples_text"]] for r in rows if r["samples_text"]]
-    tables: dict[str, tuple[list[Any], list[list[Any]]]] = {
-        "rows": (SCALARS, [[row[name] for name in SCALARS] for row in rows]),
-        "layers": (["stage", *names], [[s, *(one.get(n) for n in names)] for s, one in layers]),
-        "continuations": (["stage", "prompt", "continuation"], said),
+    tables: dict[str, list[Mapping[str, Any]]] = {
+        "rows": [{name: row[name] for name in SCALARS} for row in rows],
+        "layers": [
+            {"stage": row["stage"], **of_layer(layer)}
+            for row in rows
+            for layer in row["layers"] or ()
+        ],
+        "continuations": [
+            {"stage": r["stage"], "prompt": r["prompt"], "continuation": r["samples_text"]}
+            for r in rows
+            if r["samples_text"]
+        ],
     }
-    for name, (columns, data) in tables.items():
+    for name, entries in tables.items():
+        columns: Any = list(dict.fromkeys(column for entry in entries for column in entry))
+        data = [[entry.get(column) for column in columns] for entry in entries]
         if data:
             made.add(wandb.Table(columns=columns, data=without_secrets(data)), name)
     return made

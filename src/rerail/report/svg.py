@@ -5,16 +5,17 @@ import math
 import re
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import Any
 
 import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
+
+Grid = NDArray[np.float64]
 
 # Each stands for a colour of the page; no figure uses these colours for themselves.
 INK, SOFT, GRID, PAPER = "#010101", "#020202", "#030303", "#040404"
@@ -29,66 +30,9 @@ GRAIN = {"fine": FINE, "coarse": COARSE}
 MARKERS = "osD^vPX*<>"
 DASHES = ("-", (0, (5, 2)), (0, (1.5, 1.5)), (0, (6, 2, 1.5, 2)))
 
-_STYLE: Any = {
-    "svg.fonttype": "none",
-    "svg.hashsalt": "rerail",
-    "text.parse_math": False,
-    "font.family": "DejaVu Sans",
-    "font.size": 9.5,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.axisbelow": True,
-    "axes.facecolor": "none",
-    "figure.facecolor": "none",
-    "savefig.facecolor": "none",
-    "text.color": INK,
-    "axes.labelcolor": INK,
-    "axes.edgecolor": SOFT,
-    "xtick.color": SOFT,
-    "ytick.color": SOFT,
-    "xtick.labelcolor": INK,
-    "ytick.labelcolor": INK,
-    "grid.color": GRID,
-    "grid.linewidth": 0.8,
-    "lines.linewidth": 1.8,
-    "lines.markersize": 6,
-    "errorbar.capsize": 3,
-    "legend.frameon": False,
-    "legend.fontsize": 8.5,
-    "hatch.linewidth": 0.6,
-}
-
-
-@dataclass(frozen=True)
-class Picture:
-    """A figure of the page.
-
-    Attributes:
-        title: its heading.
-        caption: what is shown, with which errors.
-        spoken: what a screen reader says instead of the drawing.
-        svg: the drawing, an `<svg>` element without ids that another picture has.
-        columns: names of the columns of the numbers.
-        numbers: the rows behind the drawing, as text.
-        group: what it is folded under; empty where it is always open.
-    """
-
-    title: str
-    caption: str
-    spoken: str
-    svg: str
-    columns: Sequence[str]
-    numbers: Sequence[Sequence[str]] = field(default_factory=list)
-    group: str = ""
-
-
-class Bar(NamedTuple):
-    """A horizontal bar: place on the y axis, length, whisker and printed words."""
-
-    place: float
-    length: float
-    error: float | None
-    text: str
+_STYLE = mpl.rc_params_from_file(
+    Path(__file__).with_name("page.mplstyle"), use_default_template=False
+)
 
 
 def brief(label: str, at_most: int = 34) -> str:
@@ -96,20 +40,12 @@ def brief(label: str, at_most: int = 34) -> str:
     return label if len(label) <= at_most else f"{label[: at_most - 1]}…"
 
 
-def panels(items: Sequence[Any], at_most: int) -> list[tuple[str, Sequence[Any]]]:
-    """Return items in parts of at most this many, each with what its title adds."""
-    parts = [items[i : i + at_most] for i in range(0, len(items), at_most)]
-    if len(parts) < 2:
-        return [("", part) for part in parts]
-    return [(f" ({i} of {len(parts)})", part) for i, part in enumerate(parts, 1)]
-
-
-def within(values: Sequence[float]) -> float:
+def within(values: Any) -> float:
     """Return the end of an axis that shows all values, or all but those that are far off.
 
     Far off is more than four times as far from the smallest as three quarters of them are.
     """
-    low, most, high = np.quantile(values, [0, 0.75, 1])
+    low, most, high = np.nanquantile(values, [0, 0.75, 1])
     return float(low + 2 * (most - low)) if high - low > 4 * (most - low) > 0 else math.inf
 
 
@@ -131,7 +67,7 @@ def margins(axes: Axes, **inches: float) -> None:
     sizes = {"left": width, "right": width, "bottom": height, "top": height}
     shares = {side: room / sizes[side] for side, room in inches.items()}
     far = ("right", "top")
-    figure.subplots_adjust(**{n: 1 - one if n in far else one for n, one in shares.items()})
+    figure.subplots_adjust(**{n: 1 - share if n in far else share for n, share in shares.items()})
 
 
 def style() -> AbstractContextManager[None]:
@@ -139,57 +75,28 @@ def style() -> AbstractContextManager[None]:
     return mpl.rc_context(_STYLE)
 
 
-def bars(axes: Axes, held: Sequence[Bar], width: float, colour: str, label: str) -> None:
-    """Draw bars of one colour with their whiskers, and their words behind both."""
-    places, lengths = [one.place for one in held], [one.length for one in held]
-    axes.barh(places, lengths, width, color=colour, label=label)
-    errors = [one.error or 0.0 for one in held]
-    if any(errors):
-        whisker: dict[str, Any] = {"color": INK, "linewidth": 1.2, "linestyle": "none"}
-        axes.errorbar(lengths, places, xerr=errors, **whisker)
-    for one in held:
-        how: dict[str, Any] = {"textcoords": "offset points", "va": "center", "fontsize": 8.5}
-        axes.annotate(one.text, (end_of(one), one.place), (4, 0), **how)
+def colours(axes: Axes, grid: Grid, most: float, *, image: bool) -> None:
+    """Draw a grid (rows, columns) of 0 to `most` as colours; what is missing is left empty.
 
-
-def end_of(one: Bar) -> float:
-    """Return where the words of a bar begin."""
-    return max(0.0, one.length + (one.error or 0.0))
-
-
-def pixels(axes: Axes, grid: NDArray[np.float64], most: float) -> None:
-    """Draw a grid (rows, columns) of 0 to `most` as an image inside the drawing.
-
-    For grids of thousands; what is missing is left empty.
+    As an image where there are thousands of fields; else with their numbers where there is room.
     """
     rows, columns = grid.shape
-    held = np.ma.masked_invalid(grid)
-    place: Any = (0, columns, rows, 0)
-    axes.imshow(
-        held, cmap="viridis", vmin=0, vmax=most, interpolation="none", aspect="auto", extent=place
-    )
+    look: dict[str, Any] = {"cmap": "viridis", "vmin": 0, "vmax": most}
+    if image:
+        place = (0, columns, rows, 0)
+        look |= {"interpolation": "none", "aspect": "auto", "extent": place}
+        axes.imshow(np.ma.masked_invalid(grid), **look)
+    else:
+        look |= {"edgecolor": "face", "linewidth": 0.3}  # no seams
+        axes.pcolormesh(np.ma.masked_invalid(grid), **look)
+        axes.invert_yaxis()
+    for (row, column), value in np.ndenumerate(grid):
+        if not image and columns <= 13 and rows <= 12 and not np.isnan(value):
+            ink = "#000000" if value > 0.45 * most else "#ffffff"
+            how: dict[str, Any] = {"ha": "center", "va": "center", "fontsize": 7.5, "color": ink}
+            axes.text(column + 0.5, row + 0.5, f"{value:.2f}", **how)
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
-
-
-def row_labels(axes: Axes, labels: Sequence[str]) -> None:
-    """Name the rows of a bar chart, the first on top."""
-    name_rows(axes, range(len(labels)), labels)
-    axes.set_ylim(len(labels) - 0.4, -0.6)
-    axes.xaxis.set_major_locator(MaxNLocator(5))
-    axes.grid(visible=True, axis="x")
-    axes.tick_params(axis="y", length=0)
-
-
-def room_for_words(axes: Axes, ends: Sequence[float], words: Sequence[str]) -> None:
-    """Widen the x axis so that each word, written to the right of its end, stays inside."""
-    figure: Any = axes.figure
-    low, high = axes.get_xlim()
-    width = figure.get_size_inches()[0] * (figure.subplotpars.right - figure.subplotpars.left)
-    for end, word in zip(ends, words, strict=True):
-        free = 1 - (0.08 + 0.075 * len(word)) / width
-        high = max(high, low + (end - low) / max(free, 0.1))
-    axes.set_xlim(low, high)
 
 
 def name_rows(axes: Axes, places: Sequence[float], labels: Sequence[str]) -> None:
@@ -224,10 +131,12 @@ def to_svg(figure: Figure, name: str) -> str:
     name = re.sub(r"[^\w-]", "_", name)
     text = text[text.index(">", text.index("<svg")) + 1 :]
     text = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", text, flags=re.DOTALL)
+    # ids that nothing refers to go; the others get the name before them
     used = set(re.findall(r'(?:xlink:href="#|url\(#)([^")]+)', text))
     text = re.sub(r'\sid="([^"]*)"', lambda m: f' id="{name}-{m[1]}"' if m[1] in used else "", text)
     text = re.sub(r'xlink:href="#', f'href="#{name}-', text)
     text = text.replace("url(#", f"url(#{name}-")
+    # font and colours are those of the page
     text = text.replace("'DejaVu Sans'", "inherit").replace("DejaVu Sans", "inherit")
     for colour, variable in _PAGE.items():
         text = text.replace(colour, f"var(--{variable})")
