@@ -40,13 +40,13 @@ from rerail.methods.reap import MomentScore
 from rerail.moe.model import MoEModel
 from rerail.plan.allocation import Uniform
 from rerail.plan.apply import apply_plan
-from rerail.plan.budget import Ratio
+from rerail.plan.budget import Ratio, dense_numbers, numbers_kept
 from rerail.run import rows
 from rerail.statistics.collect import collect
 from rerail.statistics.moments import InputMoment, MiddleMoment
 from rerail.statistics.routed import Count
 from rerail.teacher.hidden_states import CachedTeacher, LiveTeacher, Teacher, final_hidden_states
-from rerail.teacher.kl import chunked_kl
+from rerail.teacher.kl import chunked_kl, default_chunk
 from rerail.text.calibration import TokenBlocks
 
 GB = 1e9
@@ -111,6 +111,7 @@ class Bench:
     model: MoEModel = field(init=False)
     student: MoEModel = field(init=False)
     plain: float = 0.0  # seconds of a plain forward of the body
+    kl: float = 0.0  # seconds of the KL of one batch and its gradient
     matmul: float = 0.0  # TFLOP/s
 
     def add(self, *rows: Row) -> None:
@@ -255,7 +256,7 @@ def student_rows(bench: Bench) -> None:
 
 
 def kl_rows(bench: Bench) -> None:
-    s, settings = bench.shape, RouterKD()
+    s = bench.shape
     generator = torch.Generator(bench.device).manual_seed(0)
     shape = (s.tokens, s.hidden)
     states = [
@@ -268,11 +269,12 @@ def kl_rows(bench: Bench) -> None:
         student = states[0].detach().requires_grad_()
         chunked_kl(student, states[1], weights, bench.model.head, chunk=chunk).backward()
 
-    for chunk in (settings.chunk, 4 * settings.chunk):
-        limit = 1.0 if chunk == settings.chunk else None
+    usual = default_chunk(bench.device)
+    for chunk in (usual // 2, 2 * usual, usual):
+        limit = 1.0 if chunk == usual else None
         with bench.peak(f"chunked KL, {chunk} tokens at a time: peak memory", limit):
             work(chunk)
-        seconds = bench.seconds(partial(work, chunk))
+        bench.kl = seconds = bench.seconds(partial(work, chunk))
         name = f"chunked KL and its gradient, {chunk} tokens at a time"
         bench.add(row(name, s.tokens / seconds, None, "tokens/s"))
 
@@ -321,7 +323,8 @@ def router_kd_rows(bench: Bench, kind: str) -> None:
     if done.steps != s.steps:
         raise RuntimeError(f"the fit made {done.steps} steps and not {s.steps}")
     speed = s.tokens / steps.seconds
-    scaled = speed * s.layers / s.deepest
+    head = min(bench.kl, steps.seconds)  # there once, however many layers
+    scaled = s.tokens / ((steps.seconds - head) * s.deepest / s.layers + head)
     goal = 12_000 if kind == "cached" else None
     bench.add(
         row(name, speed, None, "tokens/s"),
@@ -351,7 +354,7 @@ def planning_rows(bench: Bench, name: str) -> None:
 def mobe_rows(bench: Bench) -> None:
     """One start and a few steps of one of its three fits, scaled to the whole."""
     method, layer = MoBE(), bench.model.layers[0]
-    sizes = method.sizes(layer, Ratio(0.5).numbers_kept(layer))
+    sizes = method.sizes(layer, numbers_kept(dense_numbers(layer), 0.5))
     bases, rank = sizes["bases"], sizes["rank"]
     stack = layer.stack().gate.detach().float()
     few = stack[: len(stack) // bases]

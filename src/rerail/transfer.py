@@ -10,7 +10,15 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-PIECE = 1 << 26  # bytes of a buffer
+PIECE = 1 << 24  # bytes of a buffer
+
+
+def free_bytes(device: torch.device) -> int:
+    """Return the bytes that new tensors can take on a GPU; 0 on other devices."""
+    if device.type != "cuda":
+        return 0
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return int(torch.cuda.mem_get_info(device)[0]) + unused
 
 
 def moved(tensor: Tensor, device: torch.device | str) -> Tensor:

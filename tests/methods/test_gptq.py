@@ -111,8 +111,11 @@ def test_few_tokens_are_damped_more_and_none_are_rounded_to_nearest() -> None:
     layer, count = tiny("qwen3_moe").layers[0], [200, 64, 63, 33, 31, 3, 1, 0]
     statistics, h = scarce(count)
     method = GPTQ(group=16, least=2)
-    found = method.moments(layer, statistics)
+    everyone = torch.arange(8)
+    found = {name: of(everyone) for name, of in method.moments(layer, statistics).items()}
     assert torch.equal(found["gate"], found["up"])
+    few = method.moments(layer, statistics)["down"](torch.tensor([5, 2]))
+    assert torch.equal(few, found["down"][[5, 2]])
     for e, n in enumerate(count):
         more = 0.09 * h[e].diagonal().mean() if n < 64 else 0.0
         expected = (h[e] + more * torch.eye(16)) * (n >= 2)

@@ -23,18 +23,20 @@ scales dequantises twice where packing is off, and is not offered; neither is or
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from rerail.compress.solvers.rounding import coded, grid, inverse_root
-from rerail.compress.templates.quantiser import Quantiser
+from rerail.compress.templates.quantiser import MomentsOf, Quantiser
 from rerail.experts.quantized import Coded
 from rerail.moe.model import MoELayer
 from rerail.statistics.moments import InputMoment, MiddleMoment
 from rerail.statistics.routed import Count
 from rerail.statistics.statistic import LayerStatistics, Statistic
+from rerail.transfer import moved
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,17 +61,20 @@ class GPTQ(Quantiser):
     def requires(self) -> tuple[Statistic, ...]:
         return (Count(), InputMoment(), MiddleMoment())
 
-    def moments(self, layer: MoELayer, statistics: LayerStatistics) -> Mapping[str, Tensor]:
+    def moments(self, layer: MoELayer, statistics: LayerStatistics) -> Mapping[str, MomentsOf]:
         """Return H by matrix, damped where tokens are few and zero where there are too few."""
-        count = statistics[Count()]
-        moments = {"gate": statistics[InputMoment()], "down": statistics[MiddleMoment()]}
-        for name, moment in moments.items():
+        count, device = statistics[Count()], layer.router_rows.device
+
+        def damped(sums: Tensor, experts: Tensor) -> Tensor:
+            moment, tokens = moved(sums[experts], device), count[experts].to(device)
             mean = moment.diagonal(dim1=1, dim2=2).mean(dim=1)
-            more = self.scarce * mean * (count < 4 * moment.shape[1]).to(mean)
-            eye = torch.eye(moment.shape[1], dtype=moment.dtype, device=moment.device)
-            usable = (count >= self.least).to(mean).view(-1, 1, 1)
-            moments[name] = (moment + more.view(-1, 1, 1) * eye) * usable
-        return moments | {"up": moments["gate"]}
+            more = self.scarce * mean * (tokens < 4 * moment.shape[1]).to(mean)
+            eye = torch.eye(moment.shape[1], dtype=moment.dtype, device=device)
+            usable = (tokens >= self.least).to(mean).view(-1, 1, 1)
+            return (moment + more.view(-1, 1, 1) * eye) * usable
+
+        inputs = partial(damped, statistics[InputMoment()])
+        return {"gate": inputs, "up": inputs, "down": partial(damped, statistics[MiddleMoment()])}
 
     def remarks(self, layer: MoELayer, statistics: LayerStatistics) -> tuple[str, ...]:
         """Name the experts that had too few tokens."""

@@ -11,16 +11,9 @@ from torch import Tensor
 
 from rerail.moe.model import MoELayer
 from rerail.statistics.statistic import Statistic
+from rerail.transfer import free_bytes
 
 _SHARE = 0.5  # of a GPU's free memory; the rest is for activations
-
-
-def free_bytes(device: torch.device) -> int:
-    """Return the bytes that new tensors can take on a GPU; 0 on other devices."""
-    if device.type != "cuda":
-        return 0
-    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return int(torch.cuda.mem_get_info(device)[0]) + unused
 
 
 def empty_statistics(

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from rerail.moe.model import MoEModel
 from rerail.parallel import gather_on_first, my_share
+from rerail.transfer import free_bytes, moved
 
 Batch = tuple[Tensor, Tensor]
 Progress = Callable[[Sequence[Batch]], Iterable[Batch]]
@@ -35,16 +36,24 @@ class LiveTeacher:
 class CachedTeacher:
     """Looks the states up: exact, since final norm and head of a student are the teacher's own.
 
+    States that take at most an eighth of a GPU's free memory are brought there once: a copy a step
+    from the CPU's memory costs a tenth of the step.
+
     Args:
         states: (N, S, H), one row a block, in the order of the text.
     """
 
     def __init__(self, states: Tensor):
         self.states = states
+        self._placed = False
 
     def hidden(self, index: Tensor, input_ids: Tensor, mask: Tensor) -> Tensor:
         """Return the cached states on the device of the ids."""
-        return self.states[index.to(self.states.device)].to(input_ids.device)
+        device = input_ids.device
+        if not self._placed and 8 * self.states.nbytes <= free_bytes(device):
+            self.states = moved(self.states, device)
+        self._placed = True
+        return self.states[index.to(self.states.device)].to(device)
 
 
 @torch.no_grad()

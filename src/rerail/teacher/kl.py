@@ -36,8 +36,11 @@ def target_weights(
 
 def log_distribution(logits: Tensor, tau: float = 1.0) -> Tensor:
     """Return log softmax(logits / tau) over the last axis, in float32 or wider."""
-    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    out: Tensor = torch.log_softmax(wide if tau == 1.0 else wide / tau, dim=-1)
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    if tau != 1.0:
+        logits = logits.to(wide) / tau
+    # with its dtype argument log_softmax widens as it reads: no wide copy of the logits
+    out: Tensor = torch.log_softmax(logits, dim=-1, dtype=wide)
     return out
 
 
@@ -53,15 +56,38 @@ def token_kl(
     teacher: Float[Tensor, "N H"],
     head: Head,
     temperature: float,
-    chunk: int,
+    chunk: int | None = None,
 ) -> Float[Tensor, " N"]:
     """Return tau^2 KL of each token from final hidden states of both. No gradient."""
+    chunk = chunk or default_chunk(student.device)
     pieces = zip(torch.split(student, chunk), torch.split(teacher, chunk), strict=True)
     parts = [
         kl_of(log_distribution(head(t), temperature), log_distribution(head(s), temperature))
         for s, t in pieces
     ]
     return temperature**2 * torch.cat(parts)
+
+
+def _kl_and_gradient(s: Tensor, t: Tensor, head: Head, tau: float) -> tuple[Tensor, Tensor]:
+    """Return the KL of each token (n,), and (p_S - p_T) carried back through the head (n, H)."""
+    log_t = log_distribution(head(t), tau)
+    with torch.enable_grad():
+        state = s.detach().requires_grad_()
+        logits = head(state)
+    log_s = log_distribution(logits.detach(), tau)
+    p_t = log_t.exp()
+    kl: Tensor = torch.linalg.vecdot(p_t, log_t.sub_(log_s))
+    difference = log_s.exp_().sub_(p_t).to(logits.dtype)
+    return kl, torch.autograd.grad(logits, state, difference)[0]
+
+
+def default_chunk(device: torch.device) -> int:
+    """Return how many tokens go through the head at a time.
+
+    Each chunk reads the head's weights three times, which a GPU feels: twice the tokens cost it a
+    third less time at V = 151,936, and still under 1 GB.
+    """
+    return 256 if device.type == "cuda" else 128
 
 
 class _ChunkedKL(torch.autograd.Function):
@@ -81,16 +107,11 @@ class _ChunkedKL(torch.autograd.Function):
         gradient = torch.empty_like(student)
         pieces = (torch.split(x, chunk) for x in (student, teacher, weights, gradient))
         for s, t, w, g in zip(*pieces, strict=True):
-            log_t = log_distribution(head(t), tau)
-            with torch.enable_grad():
-                state = s.detach().requires_grad_()
-                logits = head(state)
-            log_s = log_distribution(logits.detach(), tau)
-            p_t = log_t.exp()
-            total += torch.dot(w.double(), torch.linalg.vecdot(p_t, log_t.sub_(log_s)).double())
+            # a function of its own, so that nothing of one piece is there while the next is made
+            kl, gradient_s = _kl_and_gradient(s, t, head, tau)
+            total += torch.dot(w.double(), kl.double())
             # per token the head's backward is linear, so its weight can wait until after it
-            (g_s,) = torch.autograd.grad(logits, state, log_s.exp_().sub_(p_t).to(logits.dtype))
-            g.copy_(g_s * (tau * w).unsqueeze(1))
+            g.copy_(gradient_s * (tau * w).unsqueeze(1))
         ctx.save_for_backward(gradient)
         return (tau**2 * total).to(torch.promote_types(student.dtype, torch.float32))
 
@@ -107,7 +128,7 @@ def chunked_kl(
     head: Head,
     *,
     temperature: float = 1.0,
-    chunk: int = 128,
+    chunk: int | None = None,
 ) -> Float[Tensor, ""]:
     """Return tau^2 sum_n w_n KL_n as a scalar whose gradient reaches `student` only.
 
@@ -117,7 +138,8 @@ def chunked_kl(
         weights: as from `target_weights`; tokens of weight zero should be left out.
         head: the frozen head, hidden states -> logits (n, V).
         temperature: tau.
-        chunk: tokens at a time; the peak memory is a few (chunk, V) tensors.
+        chunk: tokens at a time; the peak memory is a few (chunk, V) tensors. None: `default_chunk`.
     """
+    chunk = chunk or default_chunk(student.device)
     out: Tensor = _ChunkedKL.apply(student, teacher, weights, head, temperature, chunk)  # type: ignore[no-untyped-call]
     return out

@@ -20,6 +20,7 @@ from rerail.moe.model import MoELayer
 from rerail.statistics.moments import InputMoment, MiddleMoment
 from rerail.statistics.routed import Count
 from rerail.statistics.statistic import LayerStatistics, Statistic
+from rerail.transfer import moved
 
 log = logging.getLogger(__name__)
 
@@ -48,9 +49,16 @@ class Moments:
     ridge: float = 0.0
 
     @functools.cached_property
-    def _pooled(self) -> Tensor:
-        assert self.sums is not None
-        return self.sums.sum(dim=0, dtype=torch.float64) / self.count.sum().clamp(min=1)
+    def _pools(self) -> dict[torch.device, Tensor]:
+        return {}
+
+    def _pooled(self, device: torch.device) -> Tensor:
+        """Return the mean over all experts, made once and brought to a device once."""
+        if device not in self._pools:
+            assert self.sums is not None
+            pooled = self.sums.sum(dim=0, dtype=torch.float64) / self.count.sum().clamp(min=1)
+            self._pools[device] = moved(pooled, device)
+        return self._pools[device]
 
     def of(self, expert: int, device: torch.device) -> Tensor:
         """Return C_e, float64 (D, D)."""
@@ -58,14 +66,14 @@ class Moments:
             return torch.eye(self.size, dtype=torch.float64, device=device)
         count, few = float(self.count[expert]), self.shrink * self.size
         w = few / (few + count) if count else 1.0
-        own = self.sums[expert].to(device, torch.float64) / max(count, 1.0)
-        return self._ridged((1 - w) * own + w * self._pooled.to(device))
+        own = moved(self.sums[expert], device).to(torch.float64) / max(count, 1.0)
+        return self._ridged((1 - w) * own + w * self._pooled(device))
 
     def layer(self, device: torch.device) -> Tensor:
         """Return the layer's own C, float64 (D, D)."""
         if self.sums is None:
             return torch.eye(self.size, dtype=torch.float64, device=device)
-        return self._ridged(self._pooled.to(device))
+        return self._ridged(self._pooled(device))
 
     def sliced(self, kept: Sequence[int]) -> "Moments":
         """Return the moments of some channels."""

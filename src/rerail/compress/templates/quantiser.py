@@ -5,7 +5,7 @@ give the effective bits with them. The router stays as it is.
 """
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -20,9 +20,13 @@ from rerail.moe.model import MoELayer
 from rerail.plan.allocation import Allocation, removed_shares
 from rerail.plan.budget import Bits, Budget, numbers_kept
 from rerail.statistics.statistic import LayerStatistics
+from rerail.transfer import free_bytes
 
 WIDTHS = (1, 2, 3, 4, 8, DENSE)
-_AT_ONCE = 2**26  # numbers of matrices or moments that are encoded together
+_AT_ONCE = 2**26  # numbers of matrices or moments that are encoded together, more on a large GPU
+
+# gives the (n, in, in) second moments of some experts, by their numbers (n,)
+MomentsOf = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,8 +59,8 @@ class Quantiser(Compressor):
             bits: of the codes, below 16.
         """
 
-    def moments(self, layer: MoELayer, statistics: LayerStatistics) -> Mapping[str, Tensor]:
-        """Return second moments (E, in, in) for gate, up and down; none by default."""
+    def moments(self, layer: MoELayer, statistics: LayerStatistics) -> Mapping[str, MomentsOf]:
+        """Return what gives second moments for gate, up and down; none by default."""
         return {}
 
     def remarks(self, layer: MoELayer, statistics: LayerStatistics) -> tuple[str, ...]:
@@ -114,7 +118,7 @@ def quantised(
 def _encoded(
     quantiser: Quantiser,
     stack: Tensor,
-    moment: Tensor | None,
+    moments: MomentsOf | None,
     bits: int,
     experts: Sequence[int],
 ) -> dict[str, Tensor]:
@@ -122,11 +126,12 @@ def _encoded(
     if bits == DENSE:
         return {"dense": stack[torch.tensor(experts)].clone()}
     out, inner = stack.shape[1:]
-    few = max(1, _AT_ONCE // (inner * (out if moment is None else max(out, inner))))
+    most = max(_AT_ONCE, free_bytes(stack.device) // 64)  # eight temporaries of eight bytes
+    few = max(1, most // (inner * (out if moments is None else max(out, inner))))
     done = []
     for some in torch.split(torch.tensor(experts), few):
-        inputs = None if moment is None else moment[some].to(stack.device)
-        codes, scale, zero = quantiser.encode(stack[some], inputs, bits)
+        moment = None if moments is None else moments(some)
+        codes, scale, zero = quantiser.encode(stack[some], moment, bits)
         done.append((pack(codes.flatten(-2), bits), scale, zero))
     codes, scale, zero = (torch.cat(parts) for parts in zip(*done, strict=True))
     return {"codes": codes, "scale": scale} | ({"zero": zero} if bits > 1 else {})
