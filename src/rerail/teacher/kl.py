@@ -84,8 +84,8 @@ def _kl_and_gradient(s: Tensor, t: Tensor, head: Head, tau: float) -> tuple[Tens
 def default_chunk(device: torch.device) -> int:
     """Return how many tokens go through the head at a time.
 
-    Each chunk reads the head's weights three times, which a GPU feels: twice the tokens cost it a
-    third less time at V = 151,936, and still under 1 GB.
+    Each chunk reads the head's weights three times, which a GPU feels: at V = 151,936 on an H100,
+    512 tokens at a time cost 31 % less than 128, and 1.9 GB in the place of 0.5; 256 lie between.
     """
     return 256 if device.type == "cuda" else 128
 
