@@ -229,9 +229,13 @@ def cell(folder: Path) -> list[dict[str, Any]]:
     words = json.loads((folder / "words.json").read_text(encoding="utf-8"))
     with initialize_config_dir(str(config_root() / "conf"), version_base="1.3"):
         made = to_cell(compose("config", words), "rerail test")
-    rows = runner.run_cell(made, folder / "out")
-    assert json.loads(json.dumps(runner.run_cell(made, folder / "out"))) == json.loads(
-        json.dumps(rows)
-    )
-    plain: list[dict[str, Any]] = json.loads(json.dumps(rows))
-    return plain
+
+    def rows() -> list[dict[str, Any]]:
+        plain: list[dict[str, Any]] = json.loads(
+            json.dumps([dict(row) for row in runner.run_cell(made, folder / "out")])
+        )
+        return plain
+
+    first = rows()
+    assert rows() == first
+    return first
