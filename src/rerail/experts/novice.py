@@ -30,8 +30,7 @@ class NoviceExperts(ExpertBank):
         rows = [kept[s] if s < len(kept) else own + s - len(kept) for s in parts.slots]
         super().__init__(parts._replace(slots=rows))
         self.shell = shell_of(parts.stock, {}, own)
-        like = next(iter(expert_parameters(parts.stock).values()))
-        novices = parts.tensors["novices"].detach().to(like)
+        novices = parts.tensors["novices"].detach().to(parts.like)
         self.novices = nn.Parameter(novices, requires_grad=False)
 
     @staticmethod
@@ -52,12 +51,10 @@ class NoviceExperts(ExpertBank):
 
     @classmethod
     def predicted(cls, spec: BankSpec, layer: int, dims: Dims) -> Stored:
-        """Return one dense expert for each kept one, and H numbers for each novice."""
         kept: Stored = {((layer, e, 1.0),): dims.expert for e in spec.each("kept")}
         return kept | {(layer, "novices"): (spec.stored - len(spec.each("kept"))) * dims.hidden}
 
     def stored(self) -> Stored:
-        """Count kept experts, biases included, and novices."""
         each = sum(p[0].numel() for p in expert_parameters(self.shell).values())
         kept: Stored = {((self.layer, e, 1.0),): each for e in self.spec.each("kept")}
         return kept | {(self.layer, "novices"): self.novices.numel()}

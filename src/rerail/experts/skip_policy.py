@@ -73,74 +73,55 @@ class SkipPolicy(ExpertBank):
 
     @property
     def wrapped(self) -> ExpertBank:
-        """What it wraps, as a bank."""
         return bank_of(self.inner, self.layer)
 
     @property
     def shell(self) -> nn.Module:  # type: ignore[override]
-        """The family's module that computes in the end."""
         return self.wrapped.shell
 
     def nested(self) -> list[ExpertBank]:
-        """Return what it wraps, then itself."""
         return [*self.wrapped.nested(), self]
 
     def unwrapped(self) -> nn.Module:
-        """Return the module that it wraps."""
         return self.inner
 
     @classmethod
     def predicted(cls, spec: BankSpec, layer: int, dims: Dims) -> Stored:  # noqa: ARG003
-        """Return nothing: a policy stores no expert."""
         return {}
 
     @staticmethod
     def shapes(spec: BankSpec, dims: Dims) -> dict[str, tuple[int, ...]]:  # noqa: ARG004
-        """Return the shape of the threshold."""
         return {"threshold": (1,)}
 
     def dense(self) -> dict[str, Tensor]:
-        """Return the fused tensors of what it wraps."""
         return self.wrapped.dense()
 
     def by_slot(self) -> dict[str, Tensor]:
-        """Return the fused tensors of what it wraps, by slot."""
         return self.wrapped.by_slot()
 
     def materialise(self, slot: int) -> ExpertWeights:
-        """Return the expert that answers a slot where it is not skipped."""
         return self.wrapped.materialise(slot)
 
     def stored(self) -> Stored:
-        """Count what it wraps."""
         return self.wrapped.stored()
 
     def stored_bits(self, width: int) -> Stored:
-        """Count the bits of what it wraps."""
         return self.wrapped.stored_bits(width)
 
     def numbers_used(self, chosen: float) -> float:
-        """Count what it wraps."""
         return self.wrapped.numbers_used(chosen)
 
     def check_plain(self) -> None:
-        """Refuse: plain experts compute every slot.
-
-        Raises:
-            InputError: always.
-        """
         raise InputError(
             f"layer {self.layer} skips slots by a policy, and plain experts compute them all; "
             "use export.form=package or remote, or export the model without its policy"
         )
 
     def as_stock(self, width: int | None = None) -> nn.Module:
-        """Refuse, as `check_plain` does."""
         self.check_plain()
         return self.wrapped.as_stock(width)
 
     def stored_form(self) -> StoredForm:
-        """Return the threshold."""
         return StoredForm(self.spec, self.slots.tolist(), {}, self.solved_tensors())
 
     def skipped(self, hidden: Tensor, weights: Tensor) -> Tensor:

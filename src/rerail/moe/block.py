@@ -3,7 +3,7 @@
 import contextlib
 import hashlib
 from collections.abc import Iterator, Sequence
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from rerail.moe.families import (
 )
 from rerail.moe.fused_experts import shell_of
 from rerail.moe.router import MaskedRouter, gates_are_constant, rows_of, slice_rows
+from rerail.moe.stand_in import StandIn
 
 
 class RoutedBlock:
@@ -37,7 +38,6 @@ class RoutedBlock:
 
     @property
     def experts(self) -> nn.Module:
-        """The module that answers: the family's own, or the bank that replaced it."""
         return experts_of(self.block)
 
     @property
@@ -53,7 +53,6 @@ class RoutedBlock:
 
     @property
     def router(self) -> nn.Module:
-        """The module that scores experts."""
         return cast(nn.Module, getattr(self.block, self.router_name))
 
     @property
@@ -62,7 +61,6 @@ class RoutedBlock:
         return traits_of(self.block).router
 
     def set_router(self, router: nn.Module) -> None:
-        """Put a module in the place of the router."""
         setattr(self.block, self.router_name, router)
 
     @property
@@ -249,19 +247,10 @@ class _Reached(Exception):
     """The block has called its experts."""
 
 
-class _Catcher(nn.Module):
+class _Catcher(StandIn):
     """Stands in for `experts`, and ends the block's forward with what it was handed."""
 
-    def __init__(self, experts: nn.Module):
-        super().__init__()
-        self.inner = experts
-        self.routed: tuple[Tensor, Tensor] | None = None
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(super().__getattr__("inner"), name)
+    routed: tuple[Tensor, Tensor] | None = None
 
     def forward(self, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         self.routed = index, weights

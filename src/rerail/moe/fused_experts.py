@@ -80,6 +80,12 @@ class Dims(NamedTuple):
         """Numbers in one dense expert."""
         return sum(self.numbers.values())
 
+    @property
+    def matrices(self) -> dict[str, tuple[int, int]]:
+        """(out, in) of each matrix of an expert."""
+        wide = (self.intermediate, self.hidden)
+        return {"gate": wide, "up": wide, "down": wide[::-1]}
+
 
 def expert_parameters(experts: nn.Module) -> dict[str, nn.Parameter]:
     """Return the fused parameters of a stock experts module: those with a leading expert axis."""

@@ -1,6 +1,5 @@
 """A causal language model of transformers as MoE layers, a body and a head."""
 
-import copy
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -13,6 +12,7 @@ from rerail.moe.block import RoutedBlock
 from rerail.moe.families import body_of, check_family, decoder_layers, is_moe_block, layer_number
 from rerail.moe.fused_experts import Dims, ExpertWeights, Layout
 from rerail.moe.head import head_logits
+from rerail.moe.stand_in import copy_of_modules
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,7 +31,6 @@ class MoELayer(RoutedBlock):
 
     @property
     def dims(self) -> Dims:
-        """Sizes of the dense experts, whatever form they are stored in."""
         return self.bank.dims
 
     @property
@@ -51,7 +50,6 @@ class MoELayer(RoutedBlock):
 
     @property
     def layout(self) -> Layout:
-        """How the family fuses its tensors."""
         return self.bank.layout
 
     @property
@@ -72,11 +70,9 @@ class MoELayer(RoutedBlock):
         return self.bank.as_stock()
 
     def stored(self) -> Stored:
-        """Return the numbers of each stored expert (or solved tensor) by name."""
         return self.bank.stored()
 
     def stored_bits(self, width: int) -> Stored:
-        """Return the bits of each stored expert (or solved tensor) by name."""
         return self.bank.stored_bits(width)
 
     def used(self, k: float) -> float:
@@ -118,7 +114,6 @@ class MoEModel:
 
     @property
     def config(self) -> Any:
-        """The transformers config."""
         return self.model.config
 
     @property
@@ -148,7 +143,6 @@ class MoEModel:
         return head_logits(self.model, hidden)
 
     def decoder_layers(self) -> list[nn.Module]:
-        """Return all decoder layers, dense ones too."""
         return decoder_layers(self.model, self.layers[0].name)
 
     def parameters_total(self) -> int:
@@ -181,9 +175,7 @@ class MoEModel:
 
     def with_shared_parameters(self) -> "MoEModel":
         """Return a copy with new modules and the very same Parameters and buffers."""
-        memo: dict[int, Any] = {id(p): p for p in self.model.parameters()}
-        memo |= {id(b): b for b in self.model.buffers()}
-        return MoEModel(copy.deepcopy(self.model, memo))
+        return MoEModel(copy_of_modules(self.model))
 
 
 def _state(module: nn.Module) -> list[Tensor]:

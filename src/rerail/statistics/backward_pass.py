@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from rerail.experts.base import bank_of
 from rerail.moe.model import MoELayer, MoEModel
+from rerail.moe.stand_in import StandIn
 from rerail.statistics.loss import summed_loss
 from rerail.statistics.pairs import Products, unseen, weight_of
-from rerail.statistics.stand_in import StandIn
 from rerail.statistics.statistic import BackwardStatistic, Filled
 
 WEIGHTS = ("gate_up_proj", "down_proj")
@@ -33,7 +33,6 @@ class _Leaves(Products):
         self.slots = {p: [e for e, s in enumerate(slots) if s == p] for p in stored}
 
     def product(self, func: Any, args: Any, named: dict[str, Any], name: str) -> Any:
-        """Compute with a leaf in the place of the weight."""
         self.seen.append((args[0], name))
         weight, whole = args[1].detach(), self.watched[name]
         first = (args[1].data_ptr() - whole.data_ptr()) // (whole[0].numel() * whole.element_size())

@@ -9,13 +9,14 @@ have.
 import contextlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from rerail.moe.model import MoELayer, MoEModel
-from rerail.statistics.pairs import Answer, answer
-from rerail.statistics.stand_in import StandIn
+from rerail.moe.stand_in import StandIn
+from rerail.statistics.pairs import answer
 from rerail.statistics.statistic import DenseStatistic, Filled, RoutedStatistic, RoutedTokens
 from rerail.statistics.surroundings import Surroundings
 
@@ -58,31 +59,22 @@ class _Recorder(StandIn):
 
     def forward(self, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         """Compute as the experts do, and keep what is needed."""
-        found = None
+        found = {}
         if self.needs & {"norms", "middle", "outputs"}:
             found = answer(self.inner, hidden, index, weights, self.needs)
         if self.routed:
-            tensors = {"hidden": hidden, "index": index, "gates": weights}
-            tensors |= self._needed(found)
-            self._update_routed(tensors)
+            self._update_routed({"hidden": hidden, "index": index, "gates": weights, **found})
         if self.dense:
             self._update_dense(hidden, index, weights)
         if self.last:
             raise _Enough
-        if found is not None:
-            return found.routed
-        out: Tensor = self.inner(hidden, index, weights)
-        return out
+        return found["routed"] if found else cast(Tensor, self.inner(hidden, index, weights))
 
-    def _needed(self, found: Answer | None) -> dict[str, Tensor]:
-        tensors = {} if found is None else {n: t for n, t in vars(found).items() if t is not None}
+    def _update_routed(self, tensors: dict[str, Tensor]) -> None:
         if "logits" in self.needs:
             tensors["logits"] = self.surroundings.logits()
         if "residual" in self.needs:
             tensors["residual"] = self.surroundings.residual()
-        return tensors
-
-    def _update_routed(self, tensors: dict[str, Tensor]) -> None:
         assert self.text.position is not None
         tensors["position"] = self.text.position
         valid = {name: self.text.valid(tensor) for name, tensor in tensors.items()}

@@ -227,10 +227,9 @@ class UndeclaredError(KeyError):
 
 @dataclass(frozen=True)
 class StatisticSet:
-    """Filled statistics: layer index -> statistic name -> tensor, with their lineage."""
+    """Filled statistics: layer index -> statistic name -> tensor."""
 
     tensors: Mapping[int, Mapping[str, Tensor]] = field(default_factory=dict)
-    lineage: Mapping[str, Any] = field(default_factory=dict)
 
     def of(self, layer: MoELayer, required: Iterable[Statistic]) -> "LayerStatistics":
         """Return the view that a compressor gets: the required statistics of one layer."""
@@ -243,8 +242,7 @@ class StatisticSet:
             {
                 i: {s.name: s.merge(own[s.name], other.tensors[i][s.name]) for s in wanted}
                 for i, own in self.tensors.items()
-            },
-            self.lineage,
+            }
         )
 
 
@@ -277,9 +275,7 @@ class LayerStatistics(Mapping[Statistic, Tensor]):
         return self._tensors[statistic.name]
 
     def __iter__(self) -> Iterator[Statistic]:
-        """Iterate over the required statistics."""
         return iter(self._required)
 
     def __len__(self) -> int:
-        """Return how many are required."""
         return len(self._required)
