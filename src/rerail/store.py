@@ -84,6 +84,7 @@ def write(path: Path, artefact: Artefact | None, version: str = "") -> Artefact:
     """
     if artefact is None:
         raise TypeError(f"{path} has nothing to hold: the first process must make it")
+    # as JSON will have it (tuples are lists): what is made and what is read are the same
     data = json.loads(json.dumps(artefact.data, sort_keys=True))
     tensors = {n: t.detach().contiguous().cpu() for n, t in artefact.tensors.items()}
     seal = None
@@ -91,6 +92,7 @@ def write(path: Path, artefact: Artefact | None, version: str = "") -> Artefact:
         from safetensors.torch import save
 
         beside = path.with_suffix(".safetensors")
+        # tensors first: JSON with their hash exists only when they do
         with whole_file(beside) as temporary:
             temporary.write_bytes(save(tensors))
             seal = file_digest(temporary)

@@ -324,11 +324,10 @@ class EncodedExperts(ExpertBank):
     def __init__(self, parts: BankParts):
         super().__init__(parts)
         spec, like = parts.spec, parts.like
-        self._names = {name: name.replace(".", "_") for name in parts.tensors}
         for name, tensor in parts.tensors.items():
             place = like if tensor.is_floating_point() else like.device  # codes keep their dtype
             solved = nn.Parameter(tensor.detach().to(place), requires_grad=False)
-            self.register_parameter(self._names[name], solved)
+            self.register_parameter(name.replace(".", "_"), solved)
         fused = expert_parameters(parts.stock)
         self._untouched = tuple(n for n in fused if n not in self.touched(spec))
         self.shell = shell_of(parts.stock, {}, spec.stored)
@@ -357,7 +356,7 @@ class EncodedExperts(ExpertBank):
 
     def solved(self, name: str) -> Tensor:
         """Return a solved tensor by its name in the plan."""
-        return self.get_parameter(self._names[name])
+        return self.get_parameter(name.replace(".", "_"))
 
     def dense(self) -> dict[str, Tensor]:
         with torch.no_grad():
@@ -389,12 +388,13 @@ class EncodedExperts(ExpertBank):
         return shared, (sum(stored.values()) - shared) / spec.stored
 
     def stored(self) -> Stored:
-        tensors = {**{name: self.solved(name) for name in self._names}, **self.untouched()}
+        tensors = {**self.solved_tensors(), **self.untouched()}
         return {(self.layer, name): tensor.numel() for name, tensor in tensors.items()}
 
     def stored_form(self) -> StoredForm:
         """Return the solved tensors, which a reader expands at every forward, and what is dense."""
         form = super().stored_form()
+        # a reader has no dense tensors to expand into
         spec = replace(form.spec, options={**form.spec.options, "run": "lazy"})
         experts = {name: tensor.detach() for name, tensor in self.untouched().items()}
         return form._replace(spec=spec, experts=experts)
@@ -425,6 +425,7 @@ def bank_class(kind: str) -> type[ExpertBank]:
     if kind not in known:
         raise InputError(f"bank kind {kind!r} is not known; allowed: {known}")
     module = importlib.import_module(f"rerail.experts.{kind}")
+    # what the module imports (ExpertBank itself) does not count
     own = [c for c in vars(module).values() if getattr(c, "__module__", "") == module.__name__]
     [bank] = [c for c in own if isinstance(c, type) and issubclass(c, ExpertBank)]
     return bank

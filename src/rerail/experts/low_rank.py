@@ -41,6 +41,7 @@ class LowRankExperts(EncodedExperts):
         u, v = self.solved(f"{name}.U"), self.solved(f"{name}.V")
         if self.spec.options["rows"] == "own":
             ranks = list(self.spec.each(name))
+            # ranks differ, so there is no batched product
             pairs = zip(torch.split(u, ranks, dim=1), torch.split(v, ranks), strict=True)
             return torch.stack([a @ b for a, b in pairs])
         if "distinct" in self.spec.integers:

@@ -52,11 +52,13 @@ class NarrowExperts(EncodedExperts):
     def fused(self, width: int) -> dict[str, Tensor]:
         """Return the touched stock tensors, every expert padded with zeros to one width."""
         widths = torch.tensor(self.spec.each("widths"), device=self.slots.device)
+        # (P, width), true for real channels: in this order the solved tensors have their rows
         filled = torch.arange(width, device=widths.device) < widths.unsqueeze(1)
         gate, up, down = (self._padded(name, filled) for name in ("gate", "up", "down"))
         packed = self.layout.pack(ExpertWeights(gate, up, down.mT))
         if "gate_up_proj_bias" in self.touched(self.spec):
             gate, up = (self._padded(n, filled).unsqueeze(-1) for n in ("gate_bias", "up_bias"))
+            # as matrices of one column, so that the layout interleaves biases as it does rows
             bias = self.layout.pack(ExpertWeights(gate, up, up.mT))["gate_up_proj"]
             packed["gate_up_proj_bias"] = bias.flatten(1)
         return packed

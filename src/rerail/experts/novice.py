@@ -81,6 +81,7 @@ class NoviceExperts(ExpertBank):
         self.check_plain()
         dense = {}
         for name, tensor in expert_parameters(self.shell).items():
+            # with down = 0 an expert answers its down bias, whatever the token
             zeros = tensor.new_zeros(len(self.novices), *tensor.shape[1:])
             dense[name] = torch.cat([tensor, self.novices if name == _BIAS else zeros])
         return dense
@@ -110,6 +111,7 @@ class NoviceExperts(ExpertBank):
         out = live_sum(self.shell, hidden, rows, weights, live)
         if not len(self.novices) or bool(live.all()):
             return out
+        # several choices of a token may be novices: their gate weights, by novice
         share = weights.new_zeros(len(index), len(self.novices))
         share = share.scatter_add(1, (rows - own).clamp(min=0), weights.masked_fill(live, 0))
         return out + (share @ self.novices.to(share.dtype)).to(out.dtype)

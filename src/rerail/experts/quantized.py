@@ -36,6 +36,7 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     """Return codes (..., n) below 2^bits as uint8 (..., ceil(n bits / 8))."""
     per_word, size, word = _word(bits)
     *lead, n = codes.shape
+    # a word is the fewest codes that end on a byte: 8 of 3 bits in 3 bytes, 4 of 2 bits in one
     padded = F.pad(codes.to(word), (0, -n % per_word))
     parts = padded.reshape(*lead, padded.shape[-1] // per_word, per_word)
     words = (parts << _steps(per_word, bits, parts)).sum(dim=-1, keepdim=True, dtype=word)
@@ -129,6 +130,7 @@ class QuantizedExperts(EncodedExperts):
             parts.append(self._stack(f"{name}.b{bits}", bits, shape))
             order += experts
         whole = torch.cat(parts)
+        # stacks lie by bit width: back to the order of experts
         return whole[torch.tensor(order, device=whole.device).argsort()]
 
     def _stack(self, key: str, bits: int, shape: tuple[int, int]) -> Tensor:

@@ -25,6 +25,7 @@ BINS = 1 << 14  # thresholds are multiples of 1 / BINS, so that a histogram of t
 def tails(weights: Tensor) -> Tensor:
     """Return t (T, K) of gate weights (T, K), slot by slot, float32; inf for the highest weight."""
     ranked, order = weights.detach().float().sort(dim=1, descending=True, stable=True)
+    # summed from the smallest weight up
     mass = ranked.flip(1).cumsum(dim=1).flip(1)
     tail = mass / mass[:, :1].clamp(min=torch.finfo(mass.dtype).tiny)
     tail[:, 0] = math.inf
@@ -129,6 +130,7 @@ class SkipPolicy(ExpertBank):
         low = tails(weights) < self.threshold / BINS
         if not self.watches:
             return low
+        # used up: the next forward may be one whose attention nobody saw
         seen, self.received = self.received, None
         if seen is None or seen[1].numel() != len(hidden):
             _warn_unprotected()
@@ -137,15 +139,16 @@ class SkipPolicy(ExpertBank):
 
     def forward(self, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         """Answer the slots that are kept; the others are not computed."""
-        skip = self.skipped(hidden, weights)
-        if bool(skip.any()):
-            weights = rescaled(weights, skip)
-        out = live_sum(self.inner, hidden, index, weights, ~skip)
-        self.active = (~skip).sum(dim=1)
+        live = ~self.skipped(hidden, weights)
+        all_live = bool(live.all())
+        if not all_live:
+            weights = rescaled(weights, ~live)
+        out = live_sum(self.inner, hidden, index, weights, live)
+        self.active = live.sum(dim=1)
         if (below := self.wrapped.active) is not None:
-            rows = (~skip).nonzero()[:, 0] if len(below) != len(hidden) else None
-            zeros = torch.zeros_like(self.active)
-            self.active = below if rows is None else zeros.index_add(0, rows, below)
+            # what it wraps saw whole tokens, or each live choice as a token of its own
+            zeros, tokens = torch.zeros_like(self.active), live.nonzero()[:, 0]
+            self.active = below if all_live else zeros.index_add(0, tokens, below)
         return out
 
 

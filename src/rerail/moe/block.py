@@ -116,6 +116,7 @@ class RoutedBlock:
     @property
     def row_size(self) -> int:
         """Numbers that a checkpoint holds for one router row: the row and its biases."""
+        # a correction bias may lie on the block itself; its submodules are experts
         owners = [(self.inner_router, True), (self.block, False)]
         rows = [r for m, deep in owners for r in rows_of(m, self.num_experts, recurse=deep)]
         return sum(tensor.numel() // self.num_experts for _, _, tensor, _ in rows)
@@ -189,6 +190,7 @@ class RoutedBlock:
                 f"{len(kept)} selectable experts are too few for a router that chooses "
                 f"{self.top_k}: at least {self.top_k} are needed"
             )
+        # around the inner router: masks do not nest, and `kept` obeys the mask that is there
         self.set_router(MaskedRouter(inner, kept, self.num_experts))
         try:
             yield
@@ -210,6 +212,7 @@ class RoutedBlock:
         catcher = _Catcher(experts)
         self.swap(catcher)
         try:
+            # the block itself routes, whatever its family does between the router and its experts
             with contextlib.suppress(_Reached):
                 self.block(hidden.unsqueeze(0))
         finally:

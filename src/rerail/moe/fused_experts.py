@@ -113,6 +113,7 @@ def shell_of(experts: nn.Module, parameters: Mapping[str, Tensor], count: int) -
     shell = copy.copy(experts)
     for name in _DISPATCHED:
         vars(shell).pop(name, None)
+    # copy.copy shares these dicts with the original
     for table in ("_parameters", "_buffers", "_modules"):
         setattr(shell, table, dict(getattr(experts, table)))
     for name, tensor in parameters.items():
@@ -135,6 +136,7 @@ def live_sum(
     if bool(live.all()):
         return cast(Tensor, experts(hidden, index, weights))
     flat = live.flatten().nonzero().squeeze(1)
+    # a row for each choice, summed at the end: index_add would add in any order
     out = hidden.new_zeros(tokens * k, hidden.shape[1])
     if len(flat):
         slots, gates = index.flatten()[flat, None], weights.flatten()[flat, None]

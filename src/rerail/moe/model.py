@@ -1,5 +1,6 @@
 """A causal language model of transformers as MoE layers, a body and a head."""
 
+from collections import ChainMap
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -91,6 +92,7 @@ def find_layers(model: nn.Module) -> tuple[MoELayer, ...]:
     layers: list[MoELayer] = []
     for path, module in model.named_modules():
         if is_moe_block(module):
+            # a model whose path has no numbers has its MoE layers counted
             number = layer_number(path)
             layers.append(MoELayer(len(layers) if number is None else number, path, module))
             if not layers[-1].bank.is_fused:
@@ -128,6 +130,7 @@ class MoEModel:
 
     def hidden(self, input_ids: Tensor, mask: Tensor | None = None) -> Tensor:
         """Return the final hidden states (B, S, H), after the final norm, before the head."""
+        # a mask that masks nothing may choose another attention kernel, with other roundings
         if mask is not None and bool(mask.all()):
             mask = None
         out = body_of(self.model)(
@@ -150,23 +153,18 @@ class MoEModel:
 
         Persistent buffers (correction biases) count, as they lie in the checkpoint too.
         """
+        # by identity, not by name: tied and shared tensors are one object under several names
         routed = {id(t) for layer in self.layers for t in _state(layer.experts)}
         rest = {id(t): t.numel() for t in _state(self.model) if id(t) not in routed}
         return sum(rest.values()) + self.parameters_routed()
 
     def parameters_routed(self) -> int:
         """Numbers in stored routed experts; one that several layers use counts once."""
-        stored: Stored = {}
-        for layer in self.layers:
-            stored |= layer.stored()
-        return sum(stored.values())
+        return sum(ChainMap(*(layer.stored() for layer in self.layers)).values())
 
     def bits_routed(self, width: int) -> int:
         """Bits of stored routed experts, where a dense number takes `width` of them."""
-        stored: Stored = {}
-        for layer in self.layers:
-            stored |= layer.stored_bits(width)
-        return sum(stored.values())
+        return sum(ChainMap(*(layer.stored_bits(width) for layer in self.layers)).values())
 
     def parameters_active(self, chosen: float | None = None) -> int:
         """Numbers read for a token that `chosen` (K) experts a layer answer, others in full."""

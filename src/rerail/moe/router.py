@@ -25,6 +25,7 @@ def rows_of(
     for part in module.modules() if recurse else [module]:
         tables = cast(list[_Table], [part._parameters, part._buffers])
         for table in tables:
+            # a copy of the table: callers replace its entries while they iterate
             for name, tensor in list(table.items()):
                 axis = None if tensor is None else _expert_axis(tuple(tensor.shape), experts)
                 if axis is not None:
@@ -53,6 +54,7 @@ def slice_rows(module: nn.Module, kept: Sequence[int], experts: int, *, recurse:
 
 def gates_are_constant(router: nn.Module, hidden_size: int) -> bool:
     """Return whether a random copy of the router gives every token the same gate weight."""
+    # to_empty: the router may lie on the meta device, where there is nothing to copy
     random = copy.deepcopy(router).to_empty(device="cpu").float()
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -110,6 +112,7 @@ class _MinusInfinity(TorchFunctionMode):
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         out = func(*args, **(kwargs or {}))
+        # before the softmax or sigmoid, which only the inner forward knows
         if func is F.linear and out.shape[-1] == len(self.dropped):
             return out.masked_fill(self.dropped, -torch.inf)
         return out

@@ -29,18 +29,23 @@ class _Leaves(Products):
         super().__init__({name: weight_of(experts, name) for name in WEIGHTS})
         self.filled = {s: t for s, t in filled.items() if isinstance(s, BackwardStatistic)}
         stored = range(len(self.watched[WEIGHTS[0]]))
+        # slots that share a stored expert share its gradient
         slots = bank_of(experts).slots.tolist()
         self.slots = {p: [e for e, s in enumerate(slots) if s == p] for p in stored}
 
     def product(self, func: Any, args: Any, named: dict[str, Any], name: str) -> Any:
         self.seen.append((args[0], name))
+        # eager experts multiply by one expert's slice, grouped ones by the whole stack: the offset
+        # in memory says at which stored expert the factor begins
         weight, whole = args[1].detach(), self.watched[name]
         first = (args[1].data_ptr() - whole.data_ptr()) // (whole[0].numel() * whole.element_size())
         leaf = weight.requires_grad_()
+        # some products take the stored matrix, others a transposed view of it
         turned = weight.stride()[-2:] != whole.stride()[-2:]
 
         def take(done: Tensor) -> None:
             assert done.grad is not None
+            # taken off the leaf at once: only one product's gradient is in memory at a time
             gradient, done.grad = done.grad.mT if turned else done.grad, None
             self._take(gradient.reshape(-1, *whole.shape[1:]), first, name)
 
@@ -103,6 +108,7 @@ def backward_pass(
     device = next(model.model.parameters()).device
     with _watching(model, layers, filled), torch.enable_grad():
         for input_ids, mask in batches:
+            # one by one: a square of a sequence's gradient is not in that of a batch
             for ids, valid in zip(input_ids.to(device), mask.to(device), strict=True):
                 loss, targets = summed_loss(model, ids[None], valid[None])
                 if targets:

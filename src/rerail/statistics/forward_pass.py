@@ -36,6 +36,7 @@ class _Text:
     def turn_to(self, valid: Tensor) -> None:
         """Go on to the next batch, with this mask (B, S)."""
         flat = valid.flatten()
+        # without padding no copy of the valid rows is made
         self.mask = None if bool(flat.all()) else flat
         self.position = self.passed + torch.arange(len(flat), device=flat.device)
         self.passed += len(flat)
@@ -66,6 +67,7 @@ class _Recorder(StandIn):
             self._update_routed({"hidden": hidden, "index": index, "gates": weights, **found})
         if self.dense:
             self._update_dense(hidden, index, weights)
+        # nothing behind the last layer is asked for, so the rest of the forward is saved
         if self.last:
             raise _Enough
         return found["routed"] if found else cast(Tensor, self.inner(hidden, index, weights))
@@ -87,6 +89,7 @@ class _Recorder(StandIn):
         ones = torch.ones(len(valid), 1, dtype=weights.dtype, device=weights.device)
         for e in range(self.num_slots):
             chosen = torch.full((len(valid), 1), e, dtype=index.dtype, device=index.device)
+            # a gate weight of one makes the answer the expert's own output
             output = self.inner(valid, chosen, ones)
             for s in self.dense:
                 state = self.filled[s][e]
@@ -97,6 +100,7 @@ class _Recorder(StandIn):
 def _recording(
     model: MoEModel, layers: Sequence[MoELayer], filled: dict[int, Filled], text: _Text
 ) -> Iterator[None]:
+    # after the last MoE layer of the model the forward may as well run to its end
     stop = layers[-1].index if layers[-1].index != model.layers[-1].index else None
     recorders = []
     try:

@@ -35,6 +35,7 @@ def answer(
     if _grouped(experts):
         with Products({"down_proj": weight_of(experts, "down_proj")}) as products:
             out: Tensor = experts(hidden, index, weights)
+        # one product over all pairs, or the kernel does not run as this function knows it
         if [len(made) for made in products.made] == [index.numel()]:
             [(middle, _)], [pairs] = products.seen, products.made
             order = torch.sort(index.reshape(-1)).indices  # as the experts sort, ties included
@@ -78,6 +79,7 @@ def pair_outputs(experts: nn.Module, hidden: Tensor, index: Tensor) -> Tensor:
     matrix product has the rows that it has in the plain forward.
     """
     k = index.shape[1]
+    # eager goes choice by choice through the tokens of an expert, grouped kernels token by token
     presented = index.T.reshape(-1, 1) if is_eager(experts) else index.reshape(-1, 1)
     repeated = hidden.repeat(k, 1) if is_eager(experts) else hidden.repeat_interleave(k, dim=0)
     out: Tensor = experts(repeated, presented, hidden.new_ones(index.numel(), 1))
@@ -119,6 +121,8 @@ def combined(experts: nn.Module, pairs: Tensor, index: Tensor, weights: Tensor) 
         return gated.sum(dim=1).to(pairs.dtype)
     slots = bank_of(experts).slots[index]
     order, (tokens, k) = slots.argsort(dim=1, stable=True), index.shape
+    # the eager loop adds experts up in ascending order, one at a time and in the output's dtype:
+    # sums of floats depend on both
     by_choice = gated.transpose(0, 1).reshape(k * tokens, -1)
     rows = order * tokens + torch.arange(tokens, device=index.device).unsqueeze(1)
     out = torch.zeros_like(pairs[:, 0])

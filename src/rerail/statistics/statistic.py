@@ -124,6 +124,7 @@ class RoutedTokens:
 
     @cached_property
     def _order(self) -> tuple[Tensor, Tensor]:
+        # stable: within a slot tokens keep their order, so that sums are the same in every run
         order, k = self.index.flatten().argsort(stable=True), self.index.shape[1]
         return order // k, order % k
 
@@ -146,6 +147,7 @@ class Statistic(ABC):
     @property
     def name(self) -> str:
         """A file-safe name: that of the class in snake case, and the settings."""
+        # an underscore before each capital but the first
         words = re.sub(r"(?<!^)(?=[A-Z])", "_", type(self).__name__).lower()
         settings = dataclasses.asdict(cast(Any, self)).values()
         short = (f"{v:g}" if isinstance(v, float) else str(v) for v in settings)
