@@ -325,8 +325,7 @@ class EncodedExperts(ExpertBank):
         super().__init__(parts)
         spec, like = parts.spec, parts.like
         for name, tensor in parts.tensors.items():
-            place = like if tensor.is_floating_point() else like.device  # codes keep their dtype
-            solved = nn.Parameter(tensor.detach().to(place), requires_grad=False)
+            solved = nn.Parameter(self.cast(tensor.detach(), like), requires_grad=False)
             self.register_parameter(name.replace(".", "_"), solved)
         fused = expert_parameters(parts.stock)
         self._untouched = tuple(n for n in fused if n not in self.touched(spec))
@@ -335,6 +334,11 @@ class EncodedExperts(ExpertBank):
             del self.shell._parameters[name]  # so that the replaced weights can be let go
         if not self.lazy:
             self.shell = self._expanded()
+
+    @staticmethod
+    def cast(tensor: Tensor, like: Tensor) -> Tensor:
+        """Return a solved tensor on the device of the experts; numbers take their dtype too."""
+        return tensor.to(like) if tensor.is_floating_point() else tensor.to(like.device)
 
     @property
     def lazy(self) -> bool:

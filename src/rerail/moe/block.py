@@ -49,6 +49,16 @@ class RoutedBlock:
         """Put a bank in the place of the experts."""
         set_experts(self.block, experts)
 
+    @contextlib.contextmanager
+    def swapped(self, experts: nn.Module) -> Iterator[None]:
+        """Put a module in the place of the experts for a while."""
+        before = self.experts
+        self.swap(experts)
+        try:
+            yield
+        finally:
+            self.swap(before)
+
     # ---- router
 
     @property
@@ -208,15 +218,10 @@ class RoutedBlock:
         if slots is not None:
             with self.only(slots):
                 return self.route(hidden)
-        experts = self.experts
-        catcher = _Catcher(experts)
-        self.swap(catcher)
-        try:
-            # the block itself routes, whatever its family does between the router and its experts
-            with contextlib.suppress(_Reached):
-                self.block(hidden.unsqueeze(0))
-        finally:
-            self.swap(experts)
+        catcher = _Catcher(self.experts)
+        # the block itself routes, whatever its family does between the router and its experts
+        with self.swapped(catcher), contextlib.suppress(_Reached):
+            self.block(hidden.unsqueeze(0))
         assert catcher.routed is not None
         return catcher.routed
 

@@ -84,18 +84,14 @@ def _watching(
     model: MoEModel, layers: Sequence[MoELayer], filled: dict[int, Filled]
 ) -> Iterator[None]:
     trained = [p for p in model.model.parameters() if p.requires_grad]
-    inner = [layer.experts for layer in layers]
-    try:
+    with contextlib.ExitStack() as stack:
         for parameter in trained:
+            stack.callback(parameter.requires_grad_, True)
             parameter.requires_grad_(False)
         for layer in layers:
-            layer.swap(_Watched(layer.experts, filled[layer.index]))
+            watched = _Watched(layer.experts, filled[layer.index])
+            stack.enter_context(layer.swapped(watched))
         yield
-    finally:
-        for layer, experts in zip(layers, inner, strict=True):
-            layer.swap(experts)
-        for parameter in trained:
-            parameter.requires_grad_(True)
 
 
 def backward_pass(

@@ -102,17 +102,13 @@ def _recording(
 ) -> Iterator[None]:
     # after the last MoE layer of the model the forward may as well run to its end
     stop = layers[-1].index if layers[-1].index != model.layers[-1].index else None
-    recorders = []
-    try:
+    with contextlib.ExitStack() as stack:
         for layer in layers:
             last = layer.index == stop
-            recorders.append((layer, _Recorder(model, layer, filled[layer.index], text, last)))
-            layer.swap(recorders[-1][1])
+            recorder = _Recorder(model, layer, filled[layer.index], text, last)
+            stack.callback(recorder.surroundings.remove)
+            stack.enter_context(layer.swapped(recorder))
         yield
-    finally:
-        for layer, recorder in recorders:
-            recorder.surroundings.remove()
-            layer.swap(recorder.inner)
 
 
 def forward_pass(
