@@ -57,14 +57,13 @@ def read(path: Path, version: str = "") -> Artefact | None:
     content = _read_sealed(path)
     if content is None:
         return None
-    try:
-        data, seal, made_by = content["data"], content["tensors"], content["version"]
-    except (KeyError, TypeError):
+    if not isinstance(content, dict) or content.keys() != {"data", "tensors", "version"}:
         _warn_of_damage(path)
         return None
-    if made_by != version:
+    if content["version"] != version:
         log.info("%s was made by other code and will be made again", path)
         return None
+    data, seal = content["data"], content["tensors"]
     if seal is None:
         return Artefact(data)
     from safetensors.torch import load_file

@@ -79,11 +79,16 @@ def pair_outputs(experts: nn.Module, hidden: Tensor, index: Tensor) -> Tensor:
     matrix product has the rows that it has in the plain forward.
     """
     k = index.shape[1]
-    # eager goes choice by choice through the tokens of an expert, grouped kernels token by token
-    presented = index.T.reshape(-1, 1) if is_eager(experts) else index.reshape(-1, 1)
     repeated = hidden.repeat(k, 1) if is_eager(experts) else hidden.repeat_interleave(k, dim=0)
+    presented = _presented(experts, index).unsqueeze(1)
     out: Tensor = experts(repeated, presented, hidden.new_ones(index.numel(), 1))
     return _by_token(out, index, experts)
+
+
+def _presented(experts: nn.Module, index: Tensor) -> Tensor:
+    """Return the slots (T, K) of pairs as (T * K,), in the order in which pairs are presented."""
+    # eager goes choice by choice through the tokens of an expert, grouped kernels token by token
+    return (index.T if is_eager(experts) else index).reshape(-1)
 
 
 def pairs_and_middle(experts: nn.Module, hidden: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
@@ -96,19 +101,12 @@ def pairs_and_middle(experts: nn.Module, hidden: Tensor, index: Tensor) -> tuple
         OutOfReach: the products do not read the stored weights (another experts implementation, or
             a bank that expands its experts at every forward).
     """
-    presented: list[Tensor] = []
-    hook = bank_of(experts).shell.register_forward_pre_hook(
-        lambda _, args: presented.append(args[1])
-    )
-    try:
-        with Products({"down_proj": weight_of(experts, "down_proj")}) as products:
-            pairs = pair_outputs(experts, hidden, index)
-    finally:
-        hook.remove()
+    with Products({"down_proj": weight_of(experts, "down_proj")}) as products:
+        pairs = pair_outputs(experts, hidden, index)
     runs = [left for left, _ in products.seen]
-    if len(presented) != 1 or sum(len(run) for run in runs) != index.numel():
+    if sum(len(run) for run in runs) != index.numel():
         raise unseen(experts, "middle activations")
-    stored = presented[0].reshape(-1)
+    stored = bank_of(experts).slots[_presented(experts, index)]
     # grouped_mm sorts by this very call, and ties fall as they fall there
     order = stored.argsort(stable=True) if is_eager(experts) else torch.sort(stored).indices
     return pairs, _by_token(_unsorted(torch.cat(runs), order), index, experts)
