@@ -53,7 +53,15 @@ PACKAGE = {
         ''',
     "late": "def add(a, b):\n    return a + b\n",
     "second": "from mended.base import Base\n\nclass Second(Base):\n    size = 1\n",
-    "alone": "register = list\nregister('form')\n\ndef alone():\n    return lambda: 1\n",
+    "alone": """
+        register = list
+        register('form')
+
+        def alone():
+            return lambda: 1
+
+        alone.width = 1
+        """,
 }
 
 
@@ -113,6 +121,7 @@ def package(tmp_path, monkeypatch):
         ("first", "class Kept:\n    size = 1", "class Kept:\n    size = 2", {"first"}),
         ("alone", "register('form')", "register('other')", {"alone"}),
         ("alone", "lambda: 1", "lambda: 2", {"alone"}),
+        ("alone", "alone.width = 1", "alone.width = 2", {"alone"}),
         # what is not reached, and what is only words
         ("first", "class Neighbour:\n    size = 1", "class Neighbour:\n    size = 2", set()),
         ("first", "# a remark", "# another", set()),
