@@ -71,6 +71,8 @@ def _take_name(temporary: Path, path: Path) -> None:
         except OSError as error:
             if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
                 raise
+        # a folder cannot take the name of one that is not empty, and deleting that one where it is
+        # would leave half of it for a while: so it is renamed away
         old = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.old")
         with contextlib.suppress(FileNotFoundError):
             path.rename(old)

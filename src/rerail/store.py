@@ -57,14 +57,13 @@ def read(path: Path, version: str = "") -> Artefact | None:
     content = _read_sealed(path)
     if content is None:
         return None
-    try:
-        data, seal, made_by = content["data"], content["tensors"], content["version"]
-    except (KeyError, TypeError):
+    if not isinstance(content, dict) or content.keys() != {"data", "tensors", "version"}:
         _warn_of_damage(path)
         return None
-    if made_by != version:
+    if content["version"] != version:
         log.info("%s was made by other code and will be made again", path)
         return None
+    data, seal = content["data"], content["tensors"]
     if seal is None:
         return Artefact(data)
     from safetensors.torch import load_file
@@ -84,6 +83,7 @@ def write(path: Path, artefact: Artefact | None, version: str = "") -> Artefact:
     """
     if artefact is None:
         raise TypeError(f"{path} has nothing to hold: the first process must make it")
+    # as JSON will have it (tuples are lists): what is made and what is read are the same
     data = json.loads(json.dumps(artefact.data, sort_keys=True))
     tensors = {n: t.detach().contiguous().cpu() for n, t in artefact.tensors.items()}
     seal = None
@@ -91,6 +91,7 @@ def write(path: Path, artefact: Artefact | None, version: str = "") -> Artefact:
         from safetensors.torch import save
 
         beside = path.with_suffix(".safetensors")
+        # tensors first: JSON with their hash exists only when they do
         with whole_file(beside) as temporary:
             temporary.write_bytes(save(tensors))
             seal = file_digest(temporary)

@@ -171,7 +171,6 @@ class TwoFiles:
         for name in [n for n in sys.modules if n.startswith("edited_")]:
             del sys.modules[name]
         importlib.invalidate_caches()
-        code_version._file.cache_clear()
         code_version._source.cache_clear()
 
 

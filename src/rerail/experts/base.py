@@ -88,6 +88,11 @@ class BankParts(NamedTuple):
         """The experts that the bank replaces."""
         return self.stocks[self.layer]
 
+    @property
+    def like(self) -> Tensor:
+        """A weight of these experts, for its device and dtype."""
+        return next(iter(expert_parameters(self.stock).values()))
+
 
 class StoredForm(NamedTuple):
     """What a checkpoint holds of a bank.
@@ -139,12 +144,11 @@ class ExpertBank(nn.Module):
         super().__init__()
         self.spec, self.layer = parts.spec, parts.layer
         self.dims = dims_of(parts.stock)._replace(experts=len(parts.slots))
-        device = next(iter(expert_parameters(parts.stock).values())).device
-        self.register_buffer("slots", torch.tensor(parts.slots, dtype=torch.int64, device=device))
+        slots = torch.tensor(parts.slots, dtype=torch.int64, device=parts.like.device)
+        self.register_buffer("slots", slots)
 
     @property
     def config(self) -> Any:
-        """The model's config, as on a stock experts module."""
         return self.shell.config
 
     @property
@@ -154,7 +158,6 @@ class ExpertBank(nn.Module):
 
     @property
     def layout(self) -> Layout:
-        """The family's layout."""
         return Layout.of(self.shell)
 
     @property
@@ -257,7 +260,6 @@ class ExpertBank(nn.Module):
         return StoredForm(self.spec, self.slots.tolist(), experts, self.solved_tensors())
 
     def forward(self, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
-        """Answer router slots `index` (T, K) by the stored experts."""
         return cast(Tensor, self.shell(hidden, self.slots[index], weights))
 
 
@@ -275,46 +277,37 @@ class StockExperts(ExpertBank):
 
     @property
     def spec(self) -> BankSpec:  # type: ignore[override]
-        """The dense form, in which each expert is stored for itself."""
         count = self.num_experts
         return BankSpec("dense", count, tuple(((self.layer, e, 1.0),) for e in range(count)))
 
     @property
     def dims(self) -> Dims:  # type: ignore[override]
-        """Sizes of the experts."""
         return dims_of(self.shell)
 
     @property
     def slots(self) -> Tensor:  # type: ignore[override]
-        """Every slot is answered by the expert of its own number."""
         device = next(iter(expert_parameters(self.shell).values())).device
         return torch.arange(self.num_experts, device=device)
 
     @property
     def num_experts(self) -> int:
-        """Number of router slots, one for each expert."""
         return cast(int, self.shell.num_experts)
 
     @property
     def is_fused(self) -> bool:
-        """Whether there are fused tensors with a leading axis of experts."""
         parts = [getattr(self.shell, name, None) for name in ("gate_up_proj", "down_proj")]
         return all(isinstance(part, Tensor) and part.dim() == 3 for part in parts)
 
     def unwrapped(self) -> nn.Module:
-        """Return the family's module."""
         return self.shell
 
     def by_slot(self) -> dict[str, Tensor]:
-        """Return the experts' own tensors: nothing is copied."""
-        return self.dense()
+        return self.dense()  # the experts' own tensors: nothing is copied
 
     def as_stock(self, width: int | None = None) -> nn.Module:
-        """Return the family's module itself."""
         return self.shell
 
     def forward(self, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
-        """Answer as the family's module does."""
         return cast(Tensor, self.shell(hidden, index, weights))
 
 
@@ -330,18 +323,17 @@ class EncodedExperts(ExpertBank):
 
     def __init__(self, parts: BankParts):
         super().__init__(parts)
-        spec, fused = parts.spec, expert_parameters(parts.stock)
-        like = next(iter(fused.values()))
-        self._names = {name: name.replace(".", "_") for name in parts.tensors}
+        spec, like = parts.spec, parts.like
         for name, tensor in parts.tensors.items():
             solved = nn.Parameter(self.cast(tensor.detach(), like), requires_grad=False)
-            self.register_parameter(self._names[name], solved)
+            self.register_parameter(name.replace(".", "_"), solved)
+        fused = expert_parameters(parts.stock)
+        self._untouched = tuple(n for n in fused if n not in self.touched(spec))
         self.shell = shell_of(parts.stock, {}, spec.stored)
         for name in self.touched(spec):
-            del self.shell._parameters[name]
-        self._untouched = tuple(n for n in fused if n not in self.touched(spec))
+            del self.shell._parameters[name]  # so that the replaced weights can be let go
         if not self.lazy:
-            self.shell = shell_of(self.shell, self.dense(), spec.stored)
+            self.shell = self._expanded()
 
     @staticmethod
     def cast(tensor: Tensor, like: Tensor) -> Tensor:
@@ -368,16 +360,21 @@ class EncodedExperts(ExpertBank):
 
     def solved(self, name: str) -> Tensor:
         """Return a solved tensor by its name in the plan."""
-        return self.get_parameter(self._names[name])
+        return self.get_parameter(name.replace(".", "_"))
 
     def dense(self) -> dict[str, Tensor]:
-        """Return the fused tensors with leading axis P."""
         with torch.no_grad():
             return {**self.untouched(), **self.expand()}
 
+    def running(self) -> dict[str, Tensor]:
+        """Return the fused tensors that forwards use."""
+        return self.dense()
+
+    def _expanded(self) -> nn.Module:
+        return shell_of(self.shell, self.running(), self.spec.stored)
+
     @classmethod
     def predicted(cls, spec: BankSpec, layer: int, dims: Dims) -> Stored:
-        """Return the size of each solved tensor and of what stays dense."""
         solved = {n: math.prod(shape) for n, shape in cls.shapes(spec, dims).items()}
         dense = {n: c * dims.experts for n, c in dims.numbers.items() if n not in cls.touched(spec)}
         return {(layer, n): count for n, count in {**solved, **dense}.items()}
@@ -395,22 +392,19 @@ class EncodedExperts(ExpertBank):
         return shared, (sum(stored.values()) - shared) / spec.stored
 
     def stored(self) -> Stored:
-        """Count the solved tensors and what stays dense."""
-        tensors = {**{name: self.solved(name) for name in self._names}, **self.untouched()}
+        tensors = {**self.solved_tensors(), **self.untouched()}
         return {(self.layer, name): tensor.numel() for name, tensor in tensors.items()}
 
     def stored_form(self) -> StoredForm:
         """Return the solved tensors, which a reader expands at every forward, and what is dense."""
         form = super().stored_form()
+        # a reader has no dense tensors to expand into
         spec = replace(form.spec, options={**form.spec.options, "run": "lazy"})
         experts = {name: tensor.detach() for name, tensor in self.untouched().items()}
         return form._replace(spec=spec, experts=experts)
 
     def forward(self, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
-        """Answer router slots `index` (T, K) by the stored experts."""
-        if not self.lazy:
-            return super().forward(hidden, index, weights)
-        shell = shell_of(self.shell, self.dense(), self.spec.stored)
+        shell = self._expanded() if self.lazy else self.shell
         return cast(Tensor, shell(hidden, self.slots[index], weights))
 
 
@@ -435,6 +429,7 @@ def bank_class(kind: str) -> type[ExpertBank]:
     if kind not in known:
         raise InputError(f"bank kind {kind!r} is not known; allowed: {known}")
     module = importlib.import_module(f"rerail.experts.{kind}")
+    # what the module imports (ExpertBank itself) does not count
     own = [c for c in vars(module).values() if getattr(c, "__module__", "") == module.__name__]
     [bank] = [c for c in own if isinstance(c, type) and issubclass(c, ExpertBank)]
     return bank

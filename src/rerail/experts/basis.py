@@ -41,7 +41,6 @@ class BasisExperts(EncodedExperts):
 
     @staticmethod
     def shapes(spec: BankSpec, dims: Dims) -> dict[str, tuple[int, ...]]:
-        """Return the shapes of A, alpha and B of each factorised matrix."""
         n, p, d = dims.experts, dims.intermediate, dims.hidden
         m, r = spec.integer("bases"), spec.integer("rank")
         parts = {"A": (n, p, r), "alpha": (n, m), "B": (m, r, d)}
@@ -50,11 +49,9 @@ class BasisExperts(EncodedExperts):
 
     @staticmethod
     def common(spec: BankSpec, name: str) -> bool:  # noqa: ARG004
-        """The bases."""
         return name.endswith(".B")
 
     def expand(self) -> dict[str, Tensor]:
-        """Return fused tensors in the model's dtype."""
         parts = {n: self._matrix(n) for n in self.spec.options["matrices"].split("+")}
         down = parts.get("down", parts["gate"]).mT
         packed = self.layout.pack(ExpertWeights(parts["gate"], parts["up"], down))

@@ -18,11 +18,10 @@ class DeltaExperts(EncodedExperts):
 
     @staticmethod
     def shapes(spec: BankSpec, dims: Dims) -> dict[str, tuple[int, ...]]:
-        """Return the shapes of the base, U and V of each matrix."""
-        p, d = dims.intermediate, dims.hidden
-        p = len(spec.each("channels")) if "channels" in spec.integers else p
+        if "channels" in spec.integers:
+            dims = dims._replace(intermediate=len(spec.each("channels")))
         shapes: dict[str, tuple[int, ...]] = {}
-        for name, (out, inner) in {"gate": (p, d), "up": (p, d), "down": (d, p)}.items():
+        for name, (out, inner) in dims.matrices.items():
             own = spec.options["rows"] == "own"
             rank = sum(spec.each(name)) if own else spec.integer(name)
             left = (out, rank) if own else (spec.stored, out, rank)
@@ -31,12 +30,10 @@ class DeltaExperts(EncodedExperts):
 
     @staticmethod
     def common(spec: BankSpec, name: str) -> bool:
-        """The base, and shared rows."""
         return name.endswith(".base") or (spec.options["rows"] == "shared" and name.endswith(".V"))
 
     def expand(self) -> dict[str, Tensor]:
-        """Return fused tensors in the model's dtype, of the full width."""
-        gate, up, down = (self._matrix(n) for n in ("gate", "up", "down"))
+        gate, up, down = map(self._matrix, self.dims.matrices)
         if "channels" in self.spec.integers:
             gate, up, down = self._padded(gate, 1), self._padded(up, 1), self._padded(down, 2)
         return self.layout.pack(ExpertWeights(gate, up, down))

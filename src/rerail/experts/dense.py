@@ -21,6 +21,7 @@ class DenseExperts(ExpertBank):
         spec, stock = parts.spec, parts.stock
         own = all(len(g) == 1 and g[0][0] == parts.layer and g[0][2] == 1.0 for g in spec.members)
         if own:
+            # slots point at the rows of the layer's own tensors, not at stored experts
             rows = [spec.members[slot][0][1] for slot in parts.slots]
             super().__init__(parts._replace(slots=rows))
             self.shell = shell_of(stock, {}, cast(int, stock.num_experts))
@@ -42,6 +43,7 @@ def _gather(
     out = torch.empty((len(members), *like.shape[1:]), dtype=like.dtype, device=like.device)
     for row, group in enumerate(members):
         parts = [stacks[layer].detach()[expert].to(like.device) for layer, expert, _ in group]
+        # bit for bit, and without a copy in the wider dtype
         if len(group) == 1 and group[0][2] == 1.0:
             out[row] = parts[0]
             continue

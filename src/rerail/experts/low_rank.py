@@ -17,10 +17,8 @@ class LowRankExperts(EncodedExperts):
 
     @staticmethod
     def shapes(spec: BankSpec, dims: Dims) -> dict[str, tuple[int, ...]]:
-        """Return the shapes of U, V and mix of each matrix."""
-        p, d = dims.intermediate, dims.hidden
         shapes: dict[str, tuple[int, ...]] = {}
-        for name, (out, inner) in {"gate": (p, d), "up": (p, d), "down": (d, p)}.items():
+        for name, (out, inner) in dims.matrices.items():
             if spec.options["rows"] == "own":
                 rank = sum(spec.each(name))
                 shapes |= {f"{name}.U": (out, rank), f"{name}.V": (rank, inner)}
@@ -33,18 +31,17 @@ class LowRankExperts(EncodedExperts):
 
     @staticmethod
     def common(spec: BankSpec, name: str) -> bool:
-        """Shared rows, and the few U that are mixed."""
         shared = spec.options["rows"] == "shared" and name.endswith(".V")
         return shared or ("distinct" in spec.integers and name.endswith(".U"))
 
     def expand(self) -> dict[str, Tensor]:
-        """Return fused tensors in the model's dtype."""
-        return self.layout.pack(ExpertWeights(*(self._matrix(n) for n in ("gate", "up", "down"))))
+        return self.layout.pack(ExpertWeights(*map(self._matrix, self.dims.matrices)))
 
     def _matrix(self, name: str) -> Tensor:
         u, v = self.solved(f"{name}.U"), self.solved(f"{name}.V")
         if self.spec.options["rows"] == "own":
             ranks = list(self.spec.each(name))
+            # ranks differ, so there is no batched product
             pairs = zip(torch.split(u, ranks, dim=1), torch.split(v, ranks), strict=True)
             return torch.stack([a @ b for a, b in pairs])
         if "distinct" in self.spec.integers:

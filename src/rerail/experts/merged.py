@@ -21,7 +21,6 @@ class MergedExperts(ExpertBank):
 
     @classmethod
     def predicted(cls, spec: BankSpec, layer: int, dims: Dims) -> Stored:  # noqa: ARG003
-        """Return P times the numbers of one expert, by tensor."""
         return {(layer, n): spec.stored * math.prod(spec.each(n)) for n in spec.integers}
 
     @staticmethod
@@ -34,5 +33,4 @@ class MergedExperts(ExpertBank):
         return shapes
 
     def stored(self) -> Stored:
-        """Count each tensor."""
         return {(self.layer, name): t.numel() for name, t in self.dense().items()}

@@ -8,22 +8,15 @@ To run, experts are padded to one width with zeros. Zeros are exact: the down co
 act(0) * up is finite in every family (gpt_oss: (0 + 1) * 0).
 """
 
-from typing import cast
-
 import torch
 from torch import Tensor, nn
 
-from rerail.experts.base import BankParts, BankSpec, EncodedExperts
+from rerail.experts.base import BankSpec, EncodedExperts
 from rerail.moe.fused_experts import Dims, ExpertWeights, shell_of
 
 
 class NarrowExperts(EncodedExperts):
     """Integers: `widths`, one for each expert; option `biases`: `gate+up` where there are some."""
-
-    def __init__(self, parts: BankParts):
-        super().__init__(parts)
-        if not self.lazy:
-            self.shell = self._narrow_shell()
 
     @staticmethod
     def touched(spec: BankSpec) -> frozenset[str]:
@@ -33,7 +26,6 @@ class NarrowExperts(EncodedExperts):
 
     @staticmethod
     def shapes(spec: BankSpec, dims: Dims) -> dict[str, tuple[int, ...]]:
-        """Return (S, H) for the matrices and (S,) for the biases."""
         total = sum(spec.each("widths"))
         biases = ("gate_bias", "up_bias") if "gate_up_proj_bias" in dims.numbers else ()
         matrices = dict.fromkeys(("gate", "up", "down"), (total, dims.hidden))
@@ -41,22 +33,32 @@ class NarrowExperts(EncodedExperts):
 
     @property
     def uniform(self) -> int | None:
-        """The width of every expert, where it is one."""
         widths = set(self.spec.each("widths"))
         return widths.pop() if len(widths) == 1 else None
 
     def expand(self) -> dict[str, Tensor]:
-        """Return whole experts: zeros where channels were dropped."""
         return self.fused(self.dims.intermediate)
+
+    def running(self) -> dict[str, Tensor]:
+        """Return experts of the largest width, in whole runs of 16 bytes as kernels ask."""
+        step = 16 // self.solved("gate").element_size()
+        width = max(1, -(-max(self.spec.each("widths")) // step)) * step
+        return self._of_width(min(width, self.dims.intermediate))
+
+    def _of_width(self, width: int) -> dict[str, Tensor]:
+        with torch.no_grad():
+            return {**self.untouched(), **self.fused(width)}
 
     def fused(self, width: int) -> dict[str, Tensor]:
         """Return the touched stock tensors, every expert padded with zeros to one width."""
         widths = torch.tensor(self.spec.each("widths"), device=self.slots.device)
+        # (P, width), true for real channels: in this order the solved tensors have their rows
         filled = torch.arange(width, device=widths.device) < widths.unsqueeze(1)
         gate, up, down = (self._padded(name, filled) for name in ("gate", "up", "down"))
         packed = self.layout.pack(ExpertWeights(gate, up, down.mT))
         if "gate_up_proj_bias" in self.touched(self.spec):
             gate, up = (self._padded(n, filled).unsqueeze(-1) for n in ("gate_bias", "up_bias"))
+            # as matrices of one column, so that the layout interleaves biases as it does rows
             bias = self.layout.pack(ExpertWeights(gate, up, up.mT))["gate_up_proj"]
             packed["gate_up_proj_bias"] = bias.flatten(1)
         return packed
@@ -65,9 +67,7 @@ class NarrowExperts(EncodedExperts):
         """Return a plain experts module, as `ExpertBank.as_stock`, also of a smaller width."""
         if width is None:
             return super().as_stock()
-        with torch.no_grad():
-            fused = {**self.untouched(), **self.fused(width)}
-            rows = {name: tensor[self.slots] for name, tensor in fused.items()}
+        rows = {name: tensor.detach()[self.slots] for name, tensor in self._of_width(width).items()}
         return shell_of(self.shell, rows, len(self.slots))
 
     def _padded(self, name: str, filled: Tensor) -> Tensor:
@@ -75,16 +75,3 @@ class NarrowExperts(EncodedExperts):
         out = solved.new_zeros(*filled.shape, *solved.shape[1:])
         out[filled] = solved
         return out
-
-    def _narrow_shell(self) -> nn.Module:
-        """Return the shell at the largest width, in whole runs of 16 bytes as kernels ask."""
-        step = 16 // self.solved("gate").element_size()
-        width = max(1, -(-max(self.spec.each("widths")) // step)) * step
-        with torch.no_grad():
-            fused = self.fused(min(width, self.dims.intermediate))
-        return shell_of(self.shell, fused, self.spec.stored)
-
-    def forward(self, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
-        """Answer router slots `index` (T, K) by the stored experts."""
-        shell = self._narrow_shell() if self.lazy else self.shell
-        return cast(Tensor, shell(hidden, self.slots[index], weights))

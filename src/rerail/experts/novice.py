@@ -30,8 +30,7 @@ class NoviceExperts(ExpertBank):
         rows = [kept[s] if s < len(kept) else own + s - len(kept) for s in parts.slots]
         super().__init__(parts._replace(slots=rows))
         self.shell = shell_of(parts.stock, {}, own)
-        like = next(iter(expert_parameters(parts.stock).values()))
-        novices = parts.tensors["novices"].detach().to(like)
+        novices = parts.tensors["novices"].detach().to(parts.like)
         self.novices = nn.Parameter(novices, requires_grad=False)
 
     @staticmethod
@@ -52,12 +51,10 @@ class NoviceExperts(ExpertBank):
 
     @classmethod
     def predicted(cls, spec: BankSpec, layer: int, dims: Dims) -> Stored:
-        """Return one dense expert for each kept one, and H numbers for each novice."""
         kept: Stored = {((layer, e, 1.0),): dims.expert for e in spec.each("kept")}
         return kept | {(layer, "novices"): (spec.stored - len(spec.each("kept"))) * dims.hidden}
 
     def stored(self) -> Stored:
-        """Count kept experts, biases included, and novices."""
         each = sum(p[0].numel() for p in expert_parameters(self.shell).values())
         kept: Stored = {((self.layer, e, 1.0),): each for e in self.spec.each("kept")}
         return kept | {(self.layer, "novices"): self.novices.numel()}
@@ -84,6 +81,7 @@ class NoviceExperts(ExpertBank):
         self.check_plain()
         dense = {}
         for name, tensor in expert_parameters(self.shell).items():
+            # with down = 0 an expert answers its down bias, whatever the token
             zeros = tensor.new_zeros(len(self.novices), *tensor.shape[1:])
             dense[name] = torch.cat([tensor, self.novices if name == _BIAS else zeros])
         return dense
@@ -113,6 +111,7 @@ class NoviceExperts(ExpertBank):
         out = live_sum(self.shell, hidden, rows, weights, live)
         if not len(self.novices) or bool(live.all()):
             return out
+        # several choices of a token may be novices: their gate weights, by novice
         share = weights.new_zeros(len(index), len(self.novices))
         share = share.scatter_add(1, (rows - own).clamp(min=0), weights.masked_fill(live, 0))
         return out + (share @ self.novices.to(share.dtype)).to(out.dtype)

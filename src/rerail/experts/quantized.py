@@ -10,8 +10,9 @@ experts' dtype. The codes of one matrix form a bit stream, row by row: code i ta
 b i on, lowest first, and the last byte is filled with zeros. Biases stay dense.
 """
 
+from collections.abc import Mapping
 from math import gcd
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -35,6 +36,7 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     """Return codes (..., n) below 2^bits as uint8 (..., ceil(n bits / 8))."""
     per_word, size, word = _word(bits)
     *lead, n = codes.shape
+    # a word is the fewest codes that end on a byte: 8 of 3 bits in 3 bytes, 4 of 2 bits in one
     padded = F.pad(codes.to(word), (0, -n % per_word))
     parts = padded.reshape(*lead, padded.shape[-1] // per_word, per_word)
     words = (parts << _steps(per_word, bits, parts)).sum(dim=-1, keepdim=True, dtype=word)
@@ -80,10 +82,10 @@ def buckets(spec: BankSpec) -> dict[int, list[int]]:
     return {b: [e for e, own in enumerate(each) if own == b] for b in sorted(set(each))}
 
 
-def matrix_shapes(dims: Dims) -> dict[str, tuple[int, int]]:
-    """Return (out, in) of each matrix."""
-    wide, hidden = dims.intermediate, dims.hidden
-    return {"gate": (wide, hidden), "up": (wide, hidden), "down": (hidden, wide)}
+def _bits(stored: Stored, width: int) -> Stored:
+    """Return 8 bits for a byte of codes, `width` for every other number."""
+    names = cast(Mapping[tuple[int, str], int], stored)
+    return {key: n * (8 if key[1].endswith(".codes") else width) for key, n in names.items()}
 
 
 class QuantizedExperts(EncodedExperts):
@@ -91,9 +93,8 @@ class QuantizedExperts(EncodedExperts):
 
     @staticmethod
     def shapes(spec: BankSpec, dims: Dims) -> dict[str, tuple[int, ...]]:
-        """Return the shapes of codes, scale and zero of each matrix and bit width."""
         shapes: dict[str, tuple[int, ...]] = {}
-        for name, (out, inner) in matrix_shapes(dims).items():
+        for name, (out, inner) in dims.matrices.items():
             for bits, experts in buckets(spec).items():
                 n, key = len(experts), f"{name}.b{bits}"
                 if bits == DENSE:
@@ -108,10 +109,7 @@ class QuantizedExperts(EncodedExperts):
 
     @classmethod
     def predicted_bits(cls, spec: BankSpec, layer: int, dims: Dims, width: int) -> Stored:
-        """Count 8 bits for a byte of codes, `width` for every other number."""
-        counted = cls.predicted(spec, layer, dims)
-        packed = {(layer, name) for name in cls.shapes(spec, dims) if name.endswith(".codes")}
-        return {key: n * (8 if key in packed else width) for key, n in counted.items()}
+        return _bits(cls.predicted(spec, layer, dims), width)
 
     @classmethod
     def used(cls, spec: BankSpec, dims: Dims, stored: Stored) -> tuple[float, float]:  # noqa: ARG003
@@ -119,14 +117,11 @@ class QuantizedExperts(EncodedExperts):
         return 0, dims.expert
 
     def stored_bits(self, width: int) -> Stored:
-        """Count 8 bits for a byte of codes, `width` for every other number."""
-        whole = {(self.layer, n) for n in self._names if not self.solved(n).is_floating_point()}
-        return {key: n * (8 if key in whole else width) for key, n in self.stored().items()}
+        return _bits(self.stored(), width)
 
     def expand(self) -> dict[str, Tensor]:
-        """Return fused tensors in the experts' dtype."""
-        shapes = matrix_shapes(self.dims)
-        return self.layout.pack(ExpertWeights(*(self._matrix(n, shapes[n]) for n in shapes)))
+        matrices = (self._matrix(name, shape) for name, shape in self.dims.matrices.items())
+        return self.layout.pack(ExpertWeights(*matrices))
 
     def _matrix(self, name: str, shape: tuple[int, int]) -> Tensor:
         """Return all experts' matrices (E, out, in) of one type."""
@@ -135,6 +130,7 @@ class QuantizedExperts(EncodedExperts):
             parts.append(self._stack(f"{name}.b{bits}", bits, shape))
             order += experts
         whole = torch.cat(parts)
+        # stacks lie by bit width: back to the order of experts
         return whole[torch.tensor(order, device=whole.device).argsort()]
 
     def _stack(self, key: str, bits: int, shape: tuple[int, int]) -> Tensor:

@@ -25,6 +25,7 @@ BINS = 1 << 14  # thresholds are multiples of 1 / BINS, so that a histogram of t
 def tails(weights: Tensor) -> Tensor:
     """Return t (T, K) of gate weights (T, K), slot by slot, float32; inf for the highest weight."""
     ranked, order = weights.detach().float().sort(dim=1, descending=True, stable=True)
+    # summed from the smallest weight up
     mass = ranked.flip(1).cumsum(dim=1).flip(1)
     tail = mass / mass[:, :1].clamp(min=torch.finfo(mass.dtype).tiny)
     tail[:, 0] = math.inf
@@ -73,74 +74,55 @@ class SkipPolicy(ExpertBank):
 
     @property
     def wrapped(self) -> ExpertBank:
-        """What it wraps, as a bank."""
         return bank_of(self.inner, self.layer)
 
     @property
     def shell(self) -> nn.Module:  # type: ignore[override]
-        """The family's module that computes in the end."""
         return self.wrapped.shell
 
     def nested(self) -> list[ExpertBank]:
-        """Return what it wraps, then itself."""
         return [*self.wrapped.nested(), self]
 
     def unwrapped(self) -> nn.Module:
-        """Return the module that it wraps."""
         return self.inner
 
     @classmethod
     def predicted(cls, spec: BankSpec, layer: int, dims: Dims) -> Stored:  # noqa: ARG003
-        """Return nothing: a policy stores no expert."""
         return {}
 
     @staticmethod
     def shapes(spec: BankSpec, dims: Dims) -> dict[str, tuple[int, ...]]:  # noqa: ARG004
-        """Return the shape of the threshold."""
         return {"threshold": (1,)}
 
     def dense(self) -> dict[str, Tensor]:
-        """Return the fused tensors of what it wraps."""
         return self.wrapped.dense()
 
     def by_slot(self) -> dict[str, Tensor]:
-        """Return the fused tensors of what it wraps, by slot."""
         return self.wrapped.by_slot()
 
     def materialise(self, slot: int) -> ExpertWeights:
-        """Return the expert that answers a slot where it is not skipped."""
         return self.wrapped.materialise(slot)
 
     def stored(self) -> Stored:
-        """Count what it wraps."""
         return self.wrapped.stored()
 
     def stored_bits(self, width: int) -> Stored:
-        """Count the bits of what it wraps."""
         return self.wrapped.stored_bits(width)
 
     def numbers_used(self, chosen: float) -> float:
-        """Count what it wraps."""
         return self.wrapped.numbers_used(chosen)
 
     def check_plain(self) -> None:
-        """Refuse: plain experts compute every slot.
-
-        Raises:
-            InputError: always.
-        """
         raise InputError(
             f"layer {self.layer} skips slots by a policy, and plain experts compute them all; "
             "use export.form=package or remote, or export the model without its policy"
         )
 
     def as_stock(self, width: int | None = None) -> nn.Module:
-        """Refuse, as `check_plain` does."""
         self.check_plain()
         return self.wrapped.as_stock(width)
 
     def stored_form(self) -> StoredForm:
-        """Return the threshold."""
         return StoredForm(self.spec, self.slots.tolist(), {}, self.solved_tensors())
 
     def skipped(self, hidden: Tensor, weights: Tensor) -> Tensor:
@@ -148,6 +130,7 @@ class SkipPolicy(ExpertBank):
         low = tails(weights) < self.threshold / BINS
         if not self.watches:
             return low
+        # used up: the next forward may be one whose attention nobody saw
         seen, self.received = self.received, None
         if seen is None or seen[1].numel() != len(hidden):
             _warn_unprotected()
@@ -156,15 +139,16 @@ class SkipPolicy(ExpertBank):
 
     def forward(self, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         """Answer the slots that are kept; the others are not computed."""
-        skip = self.skipped(hidden, weights)
-        if bool(skip.any()):
-            weights = rescaled(weights, skip)
-        out = live_sum(self.inner, hidden, index, weights, ~skip)
-        self.active = (~skip).sum(dim=1)
+        live = ~self.skipped(hidden, weights)
+        all_live = bool(live.all())
+        if not all_live:
+            weights = rescaled(weights, ~live)
+        out = live_sum(self.inner, hidden, index, weights, live)
+        self.active = live.sum(dim=1)
         if (below := self.wrapped.active) is not None:
-            rows = (~skip).nonzero()[:, 0] if len(below) != len(hidden) else None
-            zeros = torch.zeros_like(self.active)
-            self.active = below if rows is None else zeros.index_add(0, rows, below)
+            # what it wraps saw whole tokens, or each live choice as a token of its own
+            zeros, tokens = torch.zeros_like(self.active), live.nonzero()[:, 0]
+            self.active = below if all_live else zeros.index_add(0, tokens, below)
         return out
 
 

@@ -43,12 +43,15 @@ def attention_received(maps: Tensor, mask: Tensor | None) -> tuple[Tensor, Tenso
     by_query = maps.float().mean(dim=1)
     batch, queries, keys = by_query.shape
     valid = torch.ones(batch, queries, dtype=torch.bool, device=maps.device)
+    # decoding with a cache
     if queries < keys:
         return torch.zeros(batch, queries, device=maps.device), ~valid
     if mask is not None:
+        # an additive mask has the dtype's least number (or sums with it) where nobody may look
         seen = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
         valid = seen.any(dim=1).any(dim=1)[:, :keys].expand(batch, keys)
     gets = (by_query * valid.unsqueeze(2)).sum(dim=1)
+    # for each position the number of valid ones from it on
     later = valid.flip(1).cumsum(dim=1).flip(1)
     return gets / later.clamp(min=1), valid
 
@@ -66,6 +69,7 @@ def watch_attention(model: Any, blocks: Mapping[str, nn.Module]) -> None:
         attention = attention_of(decoder_layer(model, path))
         if attention is None or not bank_of(experts_of(block)).watches:
             continue
+        # a copy of a watched model brings its hook along
         if not any(isinstance(hook, AttentionHook) for hook in attention._forward_hooks.values()):
             attention.register_forward_hook(AttentionHook(block), with_kwargs=True)
             model.set_attn_implementation("eager")

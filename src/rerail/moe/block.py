@@ -3,7 +3,7 @@
 import contextlib
 import hashlib
 from collections.abc import Iterator, Sequence
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from rerail.moe.families import (
 )
 from rerail.moe.fused_experts import shell_of
 from rerail.moe.router import MaskedRouter, gates_are_constant, rows_of, slice_rows
+from rerail.moe.stand_in import StandIn
 
 
 class RoutedBlock:
@@ -37,7 +38,6 @@ class RoutedBlock:
 
     @property
     def experts(self) -> nn.Module:
-        """The module that answers: the family's own, or the bank that replaced it."""
         return experts_of(self.block)
 
     @property
@@ -49,11 +49,20 @@ class RoutedBlock:
         """Put a bank in the place of the experts."""
         set_experts(self.block, experts)
 
+    @contextlib.contextmanager
+    def swapped(self, experts: nn.Module) -> Iterator[None]:
+        """Put a module in the place of the experts for a while."""
+        before = self.experts
+        self.swap(experts)
+        try:
+            yield
+        finally:
+            self.swap(before)
+
     # ---- router
 
     @property
     def router(self) -> nn.Module:
-        """The module that scores experts."""
         return cast(nn.Module, getattr(self.block, self.router_name))
 
     @property
@@ -62,7 +71,6 @@ class RoutedBlock:
         return traits_of(self.block).router
 
     def set_router(self, router: nn.Module) -> None:
-        """Put a module in the place of the router."""
         setattr(self.block, self.router_name, router)
 
     @property
@@ -118,6 +126,7 @@ class RoutedBlock:
     @property
     def row_size(self) -> int:
         """Numbers that a checkpoint holds for one router row: the row and its biases."""
+        # a correction bias may lie on the block itself; its submodules are experts
         owners = [(self.inner_router, True), (self.block, False)]
         rows = [r for m, deep in owners for r in rows_of(m, self.num_experts, recurse=deep)]
         return sum(tensor.numel() // self.num_experts for _, _, tensor, _ in rows)
@@ -191,6 +200,7 @@ class RoutedBlock:
                 f"{len(kept)} selectable experts are too few for a router that chooses "
                 f"{self.top_k}: at least {self.top_k} are needed"
             )
+        # around the inner router: masks do not nest, and `kept` obeys the mask that is there
         self.set_router(MaskedRouter(inner, kept, self.num_experts))
         try:
             yield
@@ -208,14 +218,10 @@ class RoutedBlock:
         if slots is not None:
             with self.only(slots):
                 return self.route(hidden)
-        experts = self.experts
-        catcher = _Catcher(experts)
-        self.swap(catcher)
-        try:
-            with contextlib.suppress(_Reached):
-                self.block(hidden.unsqueeze(0))
-        finally:
-            self.swap(experts)
+        catcher = _Catcher(self.experts)
+        # the block itself routes, whatever its family does between the router and its experts
+        with self.swapped(catcher), contextlib.suppress(_Reached):
+            self.block(hidden.unsqueeze(0))
         assert catcher.routed is not None
         return catcher.routed
 
@@ -249,19 +255,10 @@ class _Reached(Exception):
     """The block has called its experts."""
 
 
-class _Catcher(nn.Module):
+class _Catcher(StandIn):
     """Stands in for `experts`, and ends the block's forward with what it was handed."""
 
-    def __init__(self, experts: nn.Module):
-        super().__init__()
-        self.inner = experts
-        self.routed: tuple[Tensor, Tensor] | None = None
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(super().__getattr__("inner"), name)
+    routed: tuple[Tensor, Tensor] | None = None
 
     def forward(self, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         self.routed = index, weights

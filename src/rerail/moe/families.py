@@ -102,6 +102,7 @@ def top_k_of(block: nn.Module, router: nn.Module) -> int:
 
 def groups_of(router: nn.Module) -> int:
     """Return the groups of a group-limited router; 1 where routing is not grouped."""
+    # DeepSeek-V2 names its method, and has group counts that `greedy` does not use
     method = getattr(router, "topk_method", "group_limited_greedy")
     groups = getattr(router, "num_group", None) or getattr(router, "n_group", None)
     return int(groups) if groups and method != "greedy" else 1

@@ -80,6 +80,12 @@ class Dims(NamedTuple):
         """Numbers in one dense expert."""
         return sum(self.numbers.values())
 
+    @property
+    def matrices(self) -> dict[str, tuple[int, int]]:
+        """(out, in) of each matrix of an expert."""
+        wide = (self.intermediate, self.hidden)
+        return {"gate": wide, "up": wide, "down": wide[::-1]}
+
 
 def expert_parameters(experts: nn.Module) -> dict[str, nn.Parameter]:
     """Return the fused parameters of a stock experts module: those with a leading expert axis."""
@@ -107,6 +113,7 @@ def shell_of(experts: nn.Module, parameters: Mapping[str, Tensor], count: int) -
     shell = copy.copy(experts)
     for name in _DISPATCHED:
         vars(shell).pop(name, None)
+    # copy.copy shares these dicts with the original
     for table in ("_parameters", "_buffers", "_modules"):
         setattr(shell, table, dict(getattr(experts, table)))
     for name, tensor in parameters.items():
@@ -129,6 +136,7 @@ def live_sum(
     if bool(live.all()):
         return cast(Tensor, experts(hidden, index, weights))
     flat = live.flatten().nonzero().squeeze(1)
+    # a row for each choice, summed at the end: index_add would add in any order
     out = hidden.new_zeros(tokens * k, hidden.shape[1])
     if len(flat):
         slots, gates = index.flatten()[flat, None], weights.flatten()[flat, None]

@@ -16,6 +16,7 @@ def head_logits(model: PreTrainedModel, hidden: Tensor) -> Tensor:
     """Return logits (..., V) for final hidden states (..., H), by the model's own forward."""
     flat = hidden.reshape(1, -1, hidden.shape[-1])
     with router_logits_off(model.config), _body_returns(body_of(model), flat):
+        # never looked at: the body below hands over `hidden` whatever it is given
         dummy = torch.zeros(1, 1, dtype=torch.int64, device=hidden.device)
         out = model(input_ids=dummy, use_cache=False, return_dict=True)
     logits = cast(Tensor, out.logits)
@@ -27,6 +28,7 @@ def _body_returns(body: Any, hidden: Tensor) -> Iterator[None]:
     def forward(*_: Any, **__: Any) -> MoeModelOutputWithPast:
         return MoeModelOutputWithPast(last_hidden_state=cast(Any, hidden))
 
+    # an instance's forward (of a device map) is put back; the class's own comes back by itself
     own = body.__dict__.get("forward")
     body.forward = forward
     try:

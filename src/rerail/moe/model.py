@@ -1,6 +1,6 @@
 """A causal language model of transformers as MoE layers, a body and a head."""
 
-import copy
+from collections import ChainMap
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -13,6 +13,7 @@ from rerail.moe.block import RoutedBlock
 from rerail.moe.families import body_of, check_family, decoder_layers, is_moe_block, layer_number
 from rerail.moe.fused_experts import Dims, ExpertWeights, Layout
 from rerail.moe.head import head_logits
+from rerail.moe.stand_in import copy_of_modules
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,7 +32,6 @@ class MoELayer(RoutedBlock):
 
     @property
     def dims(self) -> Dims:
-        """Sizes of the dense experts, whatever form they are stored in."""
         return self.bank.dims
 
     @property
@@ -51,7 +51,6 @@ class MoELayer(RoutedBlock):
 
     @property
     def layout(self) -> Layout:
-        """How the family fuses its tensors."""
         return self.bank.layout
 
     @property
@@ -72,11 +71,9 @@ class MoELayer(RoutedBlock):
         return self.bank.as_stock()
 
     def stored(self) -> Stored:
-        """Return the numbers of each stored expert (or solved tensor) by name."""
         return self.bank.stored()
 
     def stored_bits(self, width: int) -> Stored:
-        """Return the bits of each stored expert (or solved tensor) by name."""
         return self.bank.stored_bits(width)
 
     def used(self, k: float) -> float:
@@ -95,6 +92,7 @@ def find_layers(model: nn.Module) -> tuple[MoELayer, ...]:
     layers: list[MoELayer] = []
     for path, module in model.named_modules():
         if is_moe_block(module):
+            # a model whose path has no numbers has its MoE layers counted
             number = layer_number(path)
             layers.append(MoELayer(len(layers) if number is None else number, path, module))
             if not layers[-1].bank.is_fused:
@@ -118,7 +116,6 @@ class MoEModel:
 
     @property
     def config(self) -> Any:
-        """The transformers config."""
         return self.model.config
 
     @property
@@ -133,6 +130,7 @@ class MoEModel:
 
     def hidden(self, input_ids: Tensor, mask: Tensor | None = None) -> Tensor:
         """Return the final hidden states (B, S, H), after the final norm, before the head."""
+        # a mask that masks nothing may choose another attention kernel, with other roundings
         if mask is not None and bool(mask.all()):
             mask = None
         out = body_of(self.model)(
@@ -148,7 +146,6 @@ class MoEModel:
         return head_logits(self.model, hidden)
 
     def decoder_layers(self) -> list[nn.Module]:
-        """Return all decoder layers, dense ones too."""
         return decoder_layers(self.model, self.layers[0].name)
 
     def parameters_total(self) -> int:
@@ -156,23 +153,18 @@ class MoEModel:
 
         Persistent buffers (correction biases) count, as they lie in the checkpoint too.
         """
+        # by identity, not by name: tied and shared tensors are one object under several names
         routed = {id(t) for layer in self.layers for t in _state(layer.experts)}
         rest = {id(t): t.numel() for t in _state(self.model) if id(t) not in routed}
         return sum(rest.values()) + self.parameters_routed()
 
     def parameters_routed(self) -> int:
         """Numbers in stored routed experts; one that several layers use counts once."""
-        stored: Stored = {}
-        for layer in self.layers:
-            stored |= layer.stored()
-        return sum(stored.values())
+        return sum(ChainMap(*(layer.stored() for layer in self.layers)).values())
 
     def bits_routed(self, width: int) -> int:
         """Bits of stored routed experts, where a dense number takes `width` of them."""
-        stored: Stored = {}
-        for layer in self.layers:
-            stored |= layer.stored_bits(width)
-        return sum(stored.values())
+        return sum(ChainMap(*(layer.stored_bits(width) for layer in self.layers)).values())
 
     def parameters_active(self, chosen: float | None = None) -> int:
         """Numbers read for a token that `chosen` (K) experts a layer answer, others in full."""
@@ -181,9 +173,7 @@ class MoEModel:
 
     def with_shared_parameters(self) -> "MoEModel":
         """Return a copy with new modules and the very same Parameters and buffers."""
-        memo: dict[int, Any] = {id(p): p for p in self.model.parameters()}
-        memo |= {id(b): b for b in self.model.buffers()}
-        return MoEModel(copy.deepcopy(self.model, memo))
+        return MoEModel(copy_of_modules(self.model))
 
 
 def _state(module: nn.Module) -> list[Tensor]:

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from rerail.moe.families import is_correction_bias, set_row_count
+from rerail.moe.stand_in import StandIn, copy_of_modules
 
 _Table = dict[str, Any]
 
@@ -24,6 +25,7 @@ def rows_of(
     for part in module.modules() if recurse else [module]:
         tables = cast(list[_Table], [part._parameters, part._buffers])
         for table in tables:
+            # a copy of the table: callers replace its entries while they iterate
             for name, tensor in list(table.items()):
                 axis = None if tensor is None else _expert_axis(tuple(tensor.shape), experts)
                 if axis is not None:
@@ -52,6 +54,7 @@ def slice_rows(module: nn.Module, kept: Sequence[int], experts: int, *, recurse:
 
 def gates_are_constant(router: nn.Module, hidden_size: int) -> bool:
     """Return whether a random copy of the router gives every token the same gate weight."""
+    # to_empty: the router may lie on the meta device, where there is nothing to copy
     random = copy.deepcopy(router).to_empty(device="cpu").float()
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -61,7 +64,7 @@ def gates_are_constant(router: nn.Module, hidden_size: int) -> bool:
     return bool(torch.allclose(weights, weights.flatten()[0].expand_as(weights)))
 
 
-class MaskedRouter(nn.Module):
+class MaskedRouter(StandIn):
     """A router that keeps all rows but never selects the dropped ones: their logit is -inf.
 
     The family's own router computes; -inf is put into the one product that has E columns, and into
@@ -74,9 +77,7 @@ class MaskedRouter(nn.Module):
     """
 
     def __init__(self, router: nn.Module, kept: Sequence[int], experts: int):
-        super().__init__()
-        memo: dict[int, Any] = {id(t): t for t in [*router.parameters(), *router.buffers()]}
-        self.inner = copy.deepcopy(router, memo)
+        super().__init__(copy_of_modules(router))
         dropped = torch.ones(experts, dtype=torch.bool, device=next(router.parameters()).device)
         dropped[list(kept)] = False
         self.register_buffer("dropped", dropped, persistent=False)
@@ -86,14 +87,7 @@ class MaskedRouter(nn.Module):
                 trained = isinstance(tensor, nn.Parameter)
                 table[name] = nn.Parameter(new, requires_grad=False) if trained else new
 
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(super().__getattr__("inner"), name)
-
     def forward(self, hidden: Tensor, *others: Any, **named: Any) -> Any:
-        """Route as the inner router does, over the kept rows only."""
         dropped = self.get_buffer("dropped")
         with _MinusInfinity(dropped):
             silent = [_silenced(value, dropped) for value in others]
@@ -118,6 +112,7 @@ class _MinusInfinity(TorchFunctionMode):
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         out = func(*args, **(kwargs or {}))
+        # before the softmax or sigmoid, which only the inner forward knows
         if func is F.linear and out.shape[-1] == len(self.dropped):
             return out.masked_fill(self.dropped, -torch.inf)
         return out

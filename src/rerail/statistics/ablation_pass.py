@@ -32,11 +32,13 @@ def ablation_pass(
     device = next(model.model.parameters()).device
     for input_ids, mask in batches:
         ids, valid = input_ids.to(device), mask.to(device)
+        # once a batch: the loss without a slot is compared with it for every slot and layer
         plain, tokens = summed_loss(model, ids, valid)
         for layer in layers:
             wanted = [s for s in filled[layer.index] if isinstance(s, AblationStatistic)]
             for e in range(layer.num_experts):
                 others = tuple(slot for slot in range(layer.num_experts) if slot != e)
+                # gate weights are normalised over the others, as if the slot had never been
                 with layer.only(others):
                     without, _ = summed_loss(model, ids, valid)
                 for s in wanted:

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from rerail.experts.base import bank_of
 from rerail.moe.model import MoELayer, MoEModel
+from rerail.moe.stand_in import StandIn
 from rerail.statistics.loss import summed_loss
 from rerail.statistics.pairs import Products, unseen, weight_of
-from rerail.statistics.stand_in import StandIn
 from rerail.statistics.statistic import BackwardStatistic, Filled
 
 WEIGHTS = ("gate_up_proj", "down_proj")
@@ -29,19 +29,23 @@ class _Leaves(Products):
         super().__init__({name: weight_of(experts, name) for name in WEIGHTS})
         self.filled = {s: t for s, t in filled.items() if isinstance(s, BackwardStatistic)}
         stored = range(len(self.watched[WEIGHTS[0]]))
+        # slots that share a stored expert share its gradient
         slots = bank_of(experts).slots.tolist()
         self.slots = {p: [e for e, s in enumerate(slots) if s == p] for p in stored}
 
     def product(self, func: Any, args: Any, named: dict[str, Any], name: str) -> Any:
-        """Compute with a leaf in the place of the weight."""
         self.seen.append((args[0], name))
+        # eager experts multiply by one expert's slice, grouped ones by the whole stack: the offset
+        # in memory says at which stored expert the factor begins
         weight, whole = args[1].detach(), self.watched[name]
         first = (args[1].data_ptr() - whole.data_ptr()) // (whole[0].numel() * whole.element_size())
         leaf = weight.requires_grad_()
+        # some products take the stored matrix, others a transposed view of it
         turned = weight.stride()[-2:] != whole.stride()[-2:]
 
         def take(done: Tensor) -> None:
             assert done.grad is not None
+            # taken off the leaf at once: only one product's gradient is in memory at a time
             gradient, done.grad = done.grad.mT if turned else done.grad, None
             self._take(gradient.reshape(-1, *whole.shape[1:]), first, name)
 
@@ -80,18 +84,14 @@ def _watching(
     model: MoEModel, layers: Sequence[MoELayer], filled: dict[int, Filled]
 ) -> Iterator[None]:
     trained = [p for p in model.model.parameters() if p.requires_grad]
-    inner = [layer.experts for layer in layers]
-    try:
+    with contextlib.ExitStack() as stack:
         for parameter in trained:
+            stack.callback(parameter.requires_grad_, True)
             parameter.requires_grad_(False)
         for layer in layers:
-            layer.swap(_Watched(layer.experts, filled[layer.index]))
+            watched = _Watched(layer.experts, filled[layer.index])
+            stack.enter_context(layer.swapped(watched))
         yield
-    finally:
-        for layer, experts in zip(layers, inner, strict=True):
-            layer.swap(experts)
-        for parameter in trained:
-            parameter.requires_grad_(True)
 
 
 def backward_pass(
@@ -104,6 +104,7 @@ def backward_pass(
     device = next(model.model.parameters()).device
     with _watching(model, layers, filled), torch.enable_grad():
         for input_ids, mask in batches:
+            # one by one: a square of a sequence's gradient is not in that of a batch
             for ids, valid in zip(input_ids.to(device), mask.to(device), strict=True):
                 loss, targets = summed_loss(model, ids[None], valid[None])
                 if targets:

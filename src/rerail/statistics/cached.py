@@ -28,6 +28,7 @@ def cached_statistics(
     """
     wanted = dict.fromkeys(statistics)
     stored = {s: _read(folder, s) for s in wanted} if is_first() else {}
+    # only the first process looks: files may appear between two looks, and all measure the same
     missing = broadcast_from_first(
         lambda: [s for s, stored_set in stored.items() if stored_set is None]
     )

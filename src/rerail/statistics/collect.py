@@ -62,6 +62,7 @@ def collect(
         ablation_pass(model, chosen, progress(own), filled)
     for index, tensors in filled.items():
         for statistic, tensor in tensors.items():
+            # one at a time, so that a GPU's tensor is let go before the next is copied
             tensors[statistic] = reduce_in_rank_order(moved(tensor, "cpu"), statistic.merge)
             _check(statistic, tensors[statistic], index)
     return StatisticSet({i: {s.name: t for s, t in h.items()} for i, h in filled.items()})

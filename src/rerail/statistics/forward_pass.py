@@ -9,13 +9,14 @@ have.
 import contextlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from rerail.moe.model import MoELayer, MoEModel
-from rerail.statistics.pairs import Answer, answer
-from rerail.statistics.stand_in import StandIn
+from rerail.moe.stand_in import StandIn
+from rerail.statistics.pairs import answer
 from rerail.statistics.statistic import DenseStatistic, Filled, RoutedStatistic, RoutedTokens
 from rerail.statistics.surroundings import Surroundings
 
@@ -35,6 +36,7 @@ class _Text:
     def turn_to(self, valid: Tensor) -> None:
         """Go on to the next batch, with this mask (B, S)."""
         flat = valid.flatten()
+        # without padding no copy of the valid rows is made
         self.mask = None if bool(flat.all()) else flat
         self.position = self.passed + torch.arange(len(flat), device=flat.device)
         self.passed += len(flat)
@@ -58,31 +60,23 @@ class _Recorder(StandIn):
 
     def forward(self, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         """Compute as the experts do, and keep what is needed."""
-        found = None
+        found = {}
         if self.needs & {"norms", "middle", "outputs"}:
             found = answer(self.inner, hidden, index, weights, self.needs)
         if self.routed:
-            tensors = {"hidden": hidden, "index": index, "gates": weights}
-            tensors |= self._needed(found)
-            self._update_routed(tensors)
+            self._update_routed({"hidden": hidden, "index": index, "gates": weights, **found})
         if self.dense:
             self._update_dense(hidden, index, weights)
+        # nothing behind the last layer is asked for, so the rest of the forward is saved
         if self.last:
             raise _Enough
-        if found is not None:
-            return found.routed
-        out: Tensor = self.inner(hidden, index, weights)
-        return out
+        return found["routed"] if found else cast(Tensor, self.inner(hidden, index, weights))
 
-    def _needed(self, found: Answer | None) -> dict[str, Tensor]:
-        tensors = {} if found is None else {n: t for n, t in vars(found).items() if t is not None}
+    def _update_routed(self, tensors: dict[str, Tensor]) -> None:
         if "logits" in self.needs:
             tensors["logits"] = self.surroundings.logits()
         if "residual" in self.needs:
             tensors["residual"] = self.surroundings.residual()
-        return tensors
-
-    def _update_routed(self, tensors: dict[str, Tensor]) -> None:
         assert self.text.position is not None
         tensors["position"] = self.text.position
         valid = {name: self.text.valid(tensor) for name, tensor in tensors.items()}
@@ -95,6 +89,7 @@ class _Recorder(StandIn):
         ones = torch.ones(len(valid), 1, dtype=weights.dtype, device=weights.device)
         for e in range(self.num_slots):
             chosen = torch.full((len(valid), 1), e, dtype=index.dtype, device=index.device)
+            # a gate weight of one makes the answer the expert's own output
             output = self.inner(valid, chosen, ones)
             for s in self.dense:
                 state = self.filled[s][e]
@@ -105,18 +100,15 @@ class _Recorder(StandIn):
 def _recording(
     model: MoEModel, layers: Sequence[MoELayer], filled: dict[int, Filled], text: _Text
 ) -> Iterator[None]:
+    # after the last MoE layer of the model the forward may as well run to its end
     stop = layers[-1].index if layers[-1].index != model.layers[-1].index else None
-    recorders = []
-    try:
+    with contextlib.ExitStack() as stack:
         for layer in layers:
             last = layer.index == stop
-            recorders.append((layer, _Recorder(model, layer, filled[layer.index], text, last)))
-            layer.swap(recorders[-1][1])
+            recorder = _Recorder(model, layer, filled[layer.index], text, last)
+            stack.callback(recorder.surroundings.remove)
+            stack.enter_context(layer.swapped(recorder))
         yield
-    finally:
-        for layer, recorder in recorders:
-            recorder.surroundings.remove()
-            layer.swap(recorder.inner)
 
 
 def forward_pass(

@@ -1,7 +1,6 @@
 """Experts one (token, choice) pair at a time: their outputs and middle activations, bit for bit."""
 
 from collections.abc import Collection
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,62 +17,47 @@ def is_eager(experts: nn.Module) -> bool:
     return experts_implementation(experts.config) in (None, "eager")
 
 
-@dataclass(frozen=True)
-class Answer:
-    """What experts answered, and what it was made of; None where that is not needed.
-
-    Attributes:
-        routed: (T, H) as the experts give it without a pass.
-        norms: float32 (T, K) euclidean norms of the outputs (`norms`).
-        outputs: (T, K, H) each chosen expert's own output before the gate (`outputs`).
-        middle: (T, K, I) what went into the down projections (`middle`).
-    """
-
-    routed: Tensor
-    norms: Tensor | None
-    outputs: Tensor | None
-    middle: Tensor | None
-
-
 def answer(
     experts: nn.Module, hidden: Tensor, index: Tensor, weights: Tensor, needs: Collection[str]
-) -> Answer:
-    """Return the experts' answer and the parts of it that are needed.
+) -> dict[str, Tensor]:
+    """Return the experts' own answer, `routed` (T, H), and the parts of it that are needed.
 
     Stock experts under `grouped_mm` compute all pairs in one product, which can be watched in their
     own forward; others are asked for each pair on its own, and the answer is added up again.
+
+    Args:
+        experts: of a block.
+        hidden: (T, H) their inputs.
+        index: (T, K) chosen slots.
+        weights: (T, K) gate weights.
+        needs: of `norms`, `outputs` and `middle`, which `RoutedTokens` describes.
     """
     if _grouped(experts):
         with Products({"down_proj": weight_of(experts, "down_proj")}) as products:
             out: Tensor = experts(hidden, index, weights)
+        # one product over all pairs, or the kernel does not run as this function knows it
         if [len(made) for made in products.made] == [index.numel()]:
+            [(middle, _)], [pairs] = products.seen, products.made
             order = torch.sort(index.reshape(-1)).indices  # as the experts sort, ties included
-            [middle], [pairs] = [left for left, _ in products.seen], products.made
-            norms = _norms(pairs) if "norms" in needs else None
-            # a norm is one number: only what is needed whole is put in order whole
-            parts = {"norms": norms, "outputs": pairs, "middle": middle}
-            return Answer(
-                out,
-                **{
-                    name: _unsorted(part, order, index)
-                    if name in needs and part is not None
-                    else None
-                    for name, part in parts.items()
-                },
-            )
-    middle = None
+            parts = _needed(needs, pairs, middle)
+            in_order = {name: _unsorted(part, order) for name, part in parts.items()}
+            by_token = {n: p.view(*index.shape, *p.shape[1:]) for n, p in in_order.items()}
+            return {"routed": out, **by_token}
     if "middle" in needs:
         pairs, middle = pairs_and_middle(experts, hidden, index)
+        parts = _needed(needs, pairs, middle)
     else:
         pairs = pair_outputs(experts, hidden, index)
-    out = combined(experts, pairs, index, weights)
-    norms = _norms(pairs) if "norms" in needs else None
-    return Answer(out, norms, pairs if "outputs" in needs else None, middle)
+        parts = _needed(needs, pairs, None)
+    return {"routed": combined(experts, pairs, index, weights), **parts}
 
 
-def _norms(pairs: Tensor) -> Tensor:
-    norms: Tensor = torch.linalg.vector_norm(pairs, dim=-1, dtype=torch.float32)
-    return norms
+def _needed(needs: Collection[str], pairs: Tensor, middle: Tensor | None) -> dict[str, Tensor]:
+    """Return the needed ones of norms, outputs and middle activations, pair by pair."""
+    parts = {"outputs": pairs, "middle": middle}
+    if "norms" in needs:  # before pairs are put in order: of these a norm is one number
+        parts["norms"] = torch.linalg.vector_norm(pairs, dim=-1, dtype=torch.float32)
+    return {name: part for name, part in parts.items() if name in needs and part is not None}
 
 
 def _grouped(experts: nn.Module) -> bool:
@@ -81,11 +65,11 @@ def _grouped(experts: nn.Module) -> bool:
     return plain and experts_implementation(experts.config) == "grouped_mm"
 
 
-def _unsorted(rows: Tensor, order: Tensor, index: Tensor) -> Tensor:
-    """Return sorted pairs (T * K, ...) in the order of tokens and choices, (T, K, ...)."""
+def _unsorted(rows: Tensor, order: Tensor) -> Tensor:
+    """Return rows in the order that they had before they were sorted by `order`."""
     out = torch.empty_like(rows)
     out[order] = rows
-    return out.view(*index.shape, *rows.shape[1:])
+    return out
 
 
 def pair_outputs(experts: nn.Module, hidden: Tensor, index: Tensor) -> Tensor:
@@ -95,10 +79,16 @@ def pair_outputs(experts: nn.Module, hidden: Tensor, index: Tensor) -> Tensor:
     matrix product has the rows that it has in the plain forward.
     """
     k = index.shape[1]
-    presented = index.T.reshape(-1, 1) if is_eager(experts) else index.reshape(-1, 1)
     repeated = hidden.repeat(k, 1) if is_eager(experts) else hidden.repeat_interleave(k, dim=0)
+    presented = _presented(experts, index).unsqueeze(1)
     out: Tensor = experts(repeated, presented, hidden.new_ones(index.numel(), 1))
     return _by_token(out, index, experts)
+
+
+def _presented(experts: nn.Module, index: Tensor) -> Tensor:
+    """Return the slots (T, K) of pairs as (T * K,), in the order in which pairs are presented."""
+    # eager goes choice by choice through the tokens of an expert, grouped kernels token by token
+    return (index.T if is_eager(experts) else index).reshape(-1)
 
 
 def pairs_and_middle(experts: nn.Module, hidden: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
@@ -111,25 +101,15 @@ def pairs_and_middle(experts: nn.Module, hidden: Tensor, index: Tensor) -> tuple
         OutOfReach: the products do not read the stored weights (another experts implementation, or
             a bank that expands its experts at every forward).
     """
-    presented: list[Tensor] = []
-    hook = bank_of(experts).shell.register_forward_pre_hook(
-        lambda _, args: presented.append(args[1])
-    )
-    try:
-        with Products({"down_proj": weight_of(experts, "down_proj")}) as products:
-            pairs = pair_outputs(experts, hidden, index)
-    finally:
-        hook.remove()
+    with Products({"down_proj": weight_of(experts, "down_proj")}) as products:
+        pairs = pair_outputs(experts, hidden, index)
     runs = [left for left, _ in products.seen]
-    if len(presented) != 1 or sum(len(run) for run in runs) != index.numel():
+    if sum(len(run) for run in runs) != index.numel():
         raise unseen(experts, "middle activations")
-    stored = presented[0].reshape(-1)
+    stored = bank_of(experts).slots[_presented(experts, index)]
     # grouped_mm sorts by this very call, and ties fall as they fall there
     order = stored.argsort(stable=True) if is_eager(experts) else torch.sort(stored).indices
-    sorted_middle = torch.cat(runs)
-    middle = torch.empty_like(sorted_middle)
-    middle[order] = sorted_middle
-    return pairs, _by_token(middle, index, experts)
+    return pairs, _by_token(_unsorted(torch.cat(runs), order), index, experts)
 
 
 def combined(experts: nn.Module, pairs: Tensor, index: Tensor, weights: Tensor) -> Tensor:
@@ -139,6 +119,8 @@ def combined(experts: nn.Module, pairs: Tensor, index: Tensor, weights: Tensor) 
         return gated.sum(dim=1).to(pairs.dtype)
     slots = bank_of(experts).slots[index]
     order, (tokens, k) = slots.argsort(dim=1, stable=True), index.shape
+    # the eager loop adds experts up in ascending order, one at a time and in the output's dtype:
+    # sums of floats depend on both
     by_choice = gated.transpose(0, 1).reshape(k * tokens, -1)
     rows = order * tokens + torch.arange(tokens, device=index.device).unsqueeze(1)
     out = torch.zeros_like(pairs[:, 0])
@@ -174,7 +156,7 @@ class Products(TorchFunctionMode):
         named = kwargs or {}
         if len(args) > 1 and isinstance(args[0], Tensor) and isinstance(args[1], Tensor):
             for name, weight in self.watched.items():
-                if is_part(args[1], weight):
+                if _is_part(args[1], weight):
                     return self.product(func, args, named, name)
         return func(*args, **named)
 
@@ -186,7 +168,7 @@ class Products(TorchFunctionMode):
         return out
 
 
-def is_part(tensor: Tensor, whole: Tensor) -> bool:
+def _is_part(tensor: Tensor, whole: Tensor) -> bool:
     """Return whether a tensor reads the memory of a stacked weight."""
     if tensor.dim() < 2 or tensor.dtype != whole.dtype:
         return False

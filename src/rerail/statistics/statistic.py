@@ -124,6 +124,7 @@ class RoutedTokens:
 
     @cached_property
     def _order(self) -> tuple[Tensor, Tensor]:
+        # stable: within a slot tokens keep their order, so that sums are the same in every run
         order, k = self.index.flatten().argsort(stable=True), self.index.shape[1]
         return order // k, order % k
 
@@ -146,6 +147,7 @@ class Statistic(ABC):
     @property
     def name(self) -> str:
         """A file-safe name: that of the class in snake case, and the settings."""
+        # an underscore before each capital but the first
         words = re.sub(r"(?<!^)(?=[A-Z])", "_", type(self).__name__).lower()
         settings = dataclasses.asdict(cast(Any, self)).values()
         short = (f"{v:g}" if isinstance(v, float) else str(v) for v in settings)
@@ -227,10 +229,9 @@ class UndeclaredError(KeyError):
 
 @dataclass(frozen=True)
 class StatisticSet:
-    """Filled statistics: layer index -> statistic name -> tensor, with their lineage."""
+    """Filled statistics: layer index -> statistic name -> tensor."""
 
     tensors: Mapping[int, Mapping[str, Tensor]] = field(default_factory=dict)
-    lineage: Mapping[str, Any] = field(default_factory=dict)
 
     def of(self, layer: MoELayer, required: Iterable[Statistic]) -> "LayerStatistics":
         """Return the view that a compressor gets: the required statistics of one layer."""
@@ -243,8 +244,7 @@ class StatisticSet:
             {
                 i: {s.name: s.merge(own[s.name], other.tensors[i][s.name]) for s in wanted}
                 for i, own in self.tensors.items()
-            },
-            self.lineage,
+            }
         )
 
 
@@ -277,9 +277,7 @@ class LayerStatistics(Mapping[Statistic, Tensor]):
         return self._tensors[statistic.name]
 
     def __iter__(self) -> Iterator[Statistic]:
-        """Iterate over the required statistics."""
         return iter(self._required)
 
     def __len__(self) -> int:
-        """Return how many are required."""
         return len(self._required)

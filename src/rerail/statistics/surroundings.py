@@ -43,8 +43,10 @@ class Surroundings:
 
     def _entered(self, _module: nn.Module, args: Any, named: Any) -> None:
         entering = _first(args, named)
+        # by identity: the child whose very output enters is the norm, and it saw the residual
         before = [tensor for output, tensor in self._passed if output is entering]
         self._residual = before[-1] if before else None
+        # tensors of this forward must not live until the next one
         self._passed.clear()
 
     def logits(self) -> Tensor:

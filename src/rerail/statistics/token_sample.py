@@ -64,6 +64,7 @@ def keys_of(rows: Tensor) -> Tensor:
 
 def hashed(position: Tensor) -> Tensor:
     """Return the upper 48 bits of splitmix64 of int64 positions (sums and products wrap)."""
+    # torch has no unsigned 64-bit products; signed ones wrap to the same bits
     z = (position + 1) * _signed(0x9E3779B97F4A7C15)
     z = (z ^ _shifted(z, 30)) * _signed(0xBF58476D1CE4E5B9)
     z = (z ^ _shifted(z, 27)) * _signed(0x94D049BB133111EB)

@@ -188,4 +188,4 @@ def restricted(
                 if before != after:
                     tensor = tensor.index_select(axis, kept[layer.index].to(tensor.device))
             cut[layer.index][statistic.name] = tensor
-    return StatisticSet(cut, statistics.lineage)
+    return StatisticSet(cut)
