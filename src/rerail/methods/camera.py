@@ -72,11 +72,14 @@ class Camera(Narrower):
     alpha: float = 0.9
 
     paper: ClassVar[str] = "arXiv 2508.02322"
-    driver: ClassVar[Literal["one_shot", "sequential"]] = "sequential"
 
     def __post_init__(self) -> None:
         if not 0 <= self.alpha <= 1:
             raise InputError(f"compressor.alpha={self.alpha} is outside [0, 1]")
+
+    @property
+    def driver(self) -> Literal["one_shot", "sequential"]:
+        return "sequential"
 
     @property
     def requires(self) -> tuple[Statistic, ...]:

@@ -133,18 +133,6 @@ def removed_shares(
     return allocation.shares(layers, budget.removed, least, scores)
 
 
-def experts_kept(
-    layers: Layers,
-    budget: Budget,
-    allocation: Allocation,
-    least: Sequence[int],
-    scores: Scores = None,
-) -> list[int]:
-    """Return how many experts each layer keeps; arguments as for `removed_shares`."""
-    shares = removed_shares(layers, budget, allocation, least, scores)
-    return [units_kept(la.num_experts, share) for la, share in zip(layers, shares, strict=True)]
-
-
 def check_kept(layers: Layers, counts: Sequence[int], least: Sequence[int]) -> None:
     """Check kept counts before anything heavy.
 

@@ -8,16 +8,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from rerail.compress.base import (
-    Compressor,
-    Counts,
-    Decision,
-    Layers,
-    Statistics,
-    Views,
-    make_plan,
-    untouched,
-)
+from rerail.compress.base import Compressor, Decision, Layers, Statistics, make_plan, untouched
 from rerail.errors import InputError, OutOfReach
 from rerail.experts.base import BankSpec
 from rerail.experts.skip_policy import BINS, tails
@@ -25,7 +16,13 @@ from rerail.moe.model import MoELayer, MoEModel
 from rerail.plan.allocation import Allocation, Uniform
 from rerail.plan.budget import Budget, Skip
 from rerail.plan.plan import Plan
-from rerail.statistics.statistic import RoutedStatistic, RoutedTokens, Statistic, StatisticSet
+from rerail.statistics.statistic import (
+    LayerStatistics,
+    RoutedStatistic,
+    RoutedTokens,
+    Statistic,
+    StatisticSet,
+)
 
 
 @dataclass(frozen=True)
@@ -38,7 +35,6 @@ class GateTails(RoutedStatistic):
     """
 
     def empty(self, layer: MoELayer) -> Tensor:
-        """Return int64 zeros (BINS,)."""
         return torch.zeros(BINS, dtype=torch.int64)
 
     def measure(self, tokens: RoutedTokens) -> Tensor:
@@ -68,7 +64,6 @@ class Skipper(Compressor):
 
     @property
     def requires(self) -> tuple[Statistic, ...]:
-        """The tails of gate weights."""
         return (GateTails(),)
 
     @abstractmethod
@@ -117,16 +112,13 @@ class Skipper(Compressor):
             return below(tails, self.threshold(layer, tails))
         return round(share * lower * layer.top_k / (layer.top_k - 1))
 
-    def decide(self, layers: Layers, statistics: Views, counts: Counts) -> list[Decision]:
-        """Put a policy around the experts that each layer has."""
-        decisions = []
-        for layer, view, num_skipped in zip(layers, statistics, counts, strict=True):
-            router = {} if self.allow_stale else {"router": layer.router_hash()}
-            options = {**router, **self.policy_options()}
-            spec = BankSpec("skip_policy", layer.num_experts, (), {}, options)
-            threshold = nearest(view[GateTails()], num_skipped)
-            decisions.append(Decision(untouched(layer, spec), {"threshold": threshold}))
-        return decisions
+    def decide_layer(self, layer: MoELayer, statistics: LayerStatistics, count: int) -> Decision:
+        """Put a policy around the experts that a layer has."""
+        router = {} if self.allow_stale else {"router": layer.router_hash()}
+        options = {**router, **self.policy_options()}
+        spec = BankSpec("skip_policy", layer.num_experts, (), {}, options)
+        threshold = nearest(statistics[GateTails()], count)
+        return Decision(untouched(layer, spec), {"threshold": threshold})
 
     def refit(
         self, student: MoEModel, measure: Callable[[MoEModel], StatisticSet], budget: Budget
