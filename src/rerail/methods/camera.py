@@ -87,7 +87,6 @@ class Camera(Narrower):
         return (*sums, MiddlePeak()) if self.alpha > 0 else sums
 
     def score(self, layer: MoELayer, statistics: LayerStatistics) -> Tensor:
-        """Return E_ej, float64 (E, I)."""
         norms = layer.stack().down.double().square().sum(dim=-2).cpu()
         energy = norms.new_zeros(norms.shape)
         if self.alpha < 1:

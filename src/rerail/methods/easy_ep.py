@@ -32,11 +32,7 @@ from rerail.statistics.statistic import LayerStatistics, RoutedStatistic, Routed
 
 @dataclass(frozen=True)
 class Deviation(RoutedStatistic):
-    """sum over X_e of g n s, s = max(0, 1 - cos(h, h + y)) (EASY-EP, section 4). float64 (E,).
-
-    h is the residual stream before the MoE sub-layer and y the routed output, without shared
-    experts: s says how far the layer turns the token.
-    """
+    """S_e, with n = ||f_e(x)||_2 as routed tokens have it. float64 (E,)."""
 
     axes = "E"
     needs = frozenset({"norms", "outputs", "residual"})
@@ -64,5 +60,4 @@ class EasyEP(Pruner):
         return (Deviation(),)
 
     def score(self, layer: MoELayer, statistics: LayerStatistics) -> Tensor:
-        """Return S_e, float64 (E,)."""
         return statistics[Deviation()]

@@ -40,7 +40,7 @@ from rerail.compress.solvers.whitening import layer_moments, moment_statistics
 from rerail.compress.templates.factoriser import Factoriser, Integers, own_factors
 from rerail.compress.templates.pruner import Pruner
 from rerail.compress.templates.sequence import TwoStages
-from rerail.errors import OutOfReach
+from rerail.errors import InputError, OutOfReach
 from rerail.moe.model import MoELayer
 from rerail.plan.allocation import Allocation
 from rerail.plan.budget import Budget, dense_numbers, units_kept
@@ -89,6 +89,13 @@ class InterExpert(Pruner):
     nonuniform: bool = True
 
     paper: ClassVar[str] = "arXiv 2411.01016"
+
+    def __post_init__(self) -> None:
+        if self.sequential:
+            raise InputError(
+                "compressor.first.sequential=true cannot be: MoE-I2 compares the importance of all "
+                "layers before it prunes one; allowed: false"
+            )
 
     @property
     def measures(self) -> tuple[Statistic, ...]:

@@ -16,7 +16,8 @@ for each b gives all experts. Never-routed experts cost nothing and get the fewe
 Paper and code:
 * exponents: alpha, beta, gamma are 1, 1, 2 in the paper; the code's defaults are 1, 1.5, 2, but it
   raises eps to alpha, so they act as 1, 1.5, 1 (`exponents=repo`).
-* w: p is the softmax over all E before renormalisation (code); `mass=gates`: the weights used.
+* w: p is the softmax over all E before renormalisation (code), on routers of another kind the
+  score that takes its place, without bias or scaling; `mass=gates`: the weights used.
 * eps: the trial quantiser is round to nearest (code; a note on the paper says GPTQ); the code adds
   up the norms of batches (`batch` rows each), by default here it is one norm over all rows.
 * budget: sum = E * average in the paper, <= in the code and here; at least one expert each has 2
@@ -46,15 +47,14 @@ EXPONENTS = {"paper": (1.0, 1.0, 2.0), "repo": (1.0, 1.5, 1.0)}
 
 @dataclass(frozen=True)
 class RouterMass(RoutedStatistic):
-    """sum over X_e of p_e, p = softmax over all E router logits. float64 (E,)."""
+    """sum over X_e of p_e, p (E,) the router's scores before top-k. float64 (E,)."""
 
     axes = "E"
-    needs = frozenset({"logits"})
+    needs = frozenset({"scores"})
 
     def measure(self, tokens: RoutedTokens) -> Tensor:
-        assert tokens.logits is not None
-        share = tokens.logits.float().softmax(dim=-1)
-        return tokens.sum_by_expert(share.gather(1, tokens.index))
+        assert tokens.scores is not None
+        return tokens.sum_by_expert(tokens.scores.gather(1, tokens.index))
 
 
 @dataclass(frozen=True, kw_only=True)

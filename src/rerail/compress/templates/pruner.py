@@ -71,7 +71,7 @@ class Pruner(Compressor):
 
     @property
     def driver(self) -> Literal["one_shot", "sequential"]:
-        return "sequential" if self.sequential else "one_shot"
+        return "sequential" if self.sequential and self.measures else "one_shot"
 
     def scopes(self, layers: Layers) -> Scopes:
         # a guard compares all layers
