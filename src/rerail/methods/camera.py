@@ -21,7 +21,7 @@ Where the paper and its code differ, and what stands here:
 """
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -72,14 +72,11 @@ class Camera(Narrower):
     alpha: float = 0.9
 
     paper: ClassVar[str] = "arXiv 2508.02322"
+    driver = "sequential"
 
     def __post_init__(self) -> None:
         if not 0 <= self.alpha <= 1:
             raise InputError(f"compressor.alpha={self.alpha} is outside [0, 1]")
-
-    @property
-    def driver(self) -> Literal["one_shot", "sequential"]:
-        return "sequential"
 
     @property
     def requires(self) -> tuple[Statistic, ...]:

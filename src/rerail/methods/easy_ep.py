@@ -27,7 +27,7 @@ from torch.nn import functional as F
 
 from rerail.compress.templates.pruner import Pruner
 from rerail.moe.model import MoELayer
-from rerail.statistics.statistic import LayerStatistics, RoutedStatistic, RoutedTokens, Statistic
+from rerail.statistics.statistic import LayerStatistics, RoutedStatistic, RoutedTokens
 
 
 @dataclass(frozen=True)
@@ -55,9 +55,7 @@ class EasyEP(Pruner):
 
     paper: ClassVar[str] = "arXiv 2504.06792"
 
-    @property
-    def measures(self) -> tuple[Statistic, ...]:
-        return (Deviation(),)
+    measures = (Deviation(),)
 
     def score(self, layer: MoELayer, statistics: LayerStatistics) -> Tensor:
         return statistics[Deviation()]

@@ -103,7 +103,6 @@ class InterExpert(Pruner):
         return (TokenSample(self.rows), *loss)
 
     def score(self, layer: MoELayer, statistics: LayerStatistics) -> Tensor:
-        """Return I_le, float64 (E,)."""
         if self.importance == "loss":
             return statistics[LossIncrease()].clamp(min=0)
         return reconstruction.errors_without_each(layer, self.errors(layer, statistics))

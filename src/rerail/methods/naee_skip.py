@@ -41,7 +41,6 @@ class NAEESkip(Skipper):
     paper: ClassVar[str] = "arXiv 2402.14800"
 
     def threshold(self, layer: MoELayer, tails: Tensor) -> float:
-        """Return the median or mean tail."""
         bins, total = len(tails), int(tails.sum())
         if self.beta == "median":
             return float(nearest(tails, total // 2)) / bins

@@ -49,9 +49,7 @@ class ODP(Skipper):
             raise InputError(f"compressor.protect={self.protect} is outside [0, 1]")
 
     def policy_options(self) -> Mapping[str, str]:
-        """Return the protected share."""
         return {"protect": repr(float(self.protect))}
 
     def threshold(self, layer: MoELayer, tails: Tensor) -> float:
-        """Return the median tail."""
         return float(nearest(tails, int(tails.sum()) // 2)) / len(tails)

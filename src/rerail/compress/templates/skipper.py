@@ -20,7 +20,6 @@ from rerail.statistics.statistic import (
     LayerStatistics,
     RoutedStatistic,
     RoutedTokens,
-    Statistic,
     StatisticSet,
 )
 
@@ -62,9 +61,7 @@ class Skipper(Compressor):
     budget: ClassVar[type[Budget]] = Skip
     allocations: ClassVar[Literal["any", "fixed", "uniform"]] = "uniform"
 
-    @property
-    def requires(self) -> tuple[Statistic, ...]:
-        return (GateTails(),)
+    requires = (GateTails(),)
 
     @abstractmethod
     def threshold(self, layer: MoELayer, tails: Tensor) -> float:
