@@ -119,13 +119,14 @@ class Compressor(ABC):
         return 1
 
     def compared(self, layer: MoELayer, statistics: LayerStatistics) -> Tensor:
-        """Return (E,), higher means keep: what allocations compare across layers."""
+        """Return (E,), higher means keep: what allocations compare across layers; else equal."""
         return torch.ones(layer.num_experts)
 
     def decide(self, layers: Layers, statistics: Views, counts: Counts) -> list[Decision]:
         """Decide about the layers of one scope; a layer without a decision stays as it is."""
         each = zip(layers, statistics, counts, strict=True)
-        return [d for d in (self.decide_layer(*one) for one in each) if d is not None]
+        decisions = (self.decide_layer(*layer) for layer in each)
+        return [decision for decision in decisions if decision is not None]
 
     def decide_layer(
         self, layer: MoELayer, statistics: LayerStatistics, count: int
@@ -193,17 +194,9 @@ def make_plan(  # noqa: PLR0913
 ) -> Plan:
     """Check a budget and return the plan of a compressor; a budget of 0 gives the empty plan.
 
-    Its lineage says what was asked for (`removed`), how many units each layer got (`counts`) and
+    Layers and statistics are of the original model; for the hooks see `PlanHooks`. The lineage of
+    the plan says what was asked for (`removed`), how many units each layer got (`counts`) and
     what integers made of it (`achieved`, the removed share of the bytes of routed experts).
-
-    Args:
-        compressor: the method.
-        layers: of the original model.
-        statistics: on the original model.
-        budget: what is asked for.
-        allocation: how layers share it.
-        remeasure: see `PlanHooks`.
-        progress: see `PlanHooks`.
 
     Raises:
         InputError: the budget cannot be reached.

@@ -51,7 +51,6 @@ class Uniform(Allocation):
     def shares(
         self, layers: Layers, removed: float, least: Sequence[int], scores: Scores = None
     ) -> list[float]:
-        """Return the share that was asked for."""
         return [removed] * len(layers)
 
 

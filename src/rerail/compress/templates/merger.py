@@ -59,7 +59,7 @@ class Merger(Compressor):
         """Return int64 labels (E,) in 0..num_stored-1, every label used."""
 
     def usage(self, statistics: LayerStatistics) -> Tensor:
-        """Return (E,), by which layers compete and centroids are chosen: the usage counts."""
+        """Return (E,), by which layers compete and centroids are chosen: the counts of tokens."""
         return statistics[Count()]
 
     def weights(self, statistics: LayerStatistics) -> Tensor:
