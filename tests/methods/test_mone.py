@@ -107,7 +107,12 @@ def test_an_expert_of_constant_output_goes_first_at_no_loss():
         assert score[3] == 0
     kept = tuple(e for e in range(8) if e != 3)
     views = [found.of(layer, ALL[0].requires) for layer in model.layers]
-    decisions = ALL[0].decide(model.layers, views, [7, 7])
+
+    class Third(MoNE):
+        def compared(self, layer, statistics):
+            return torch.arange(8) != 3
+
+    decisions = Third(novice=ALL[0].novice).decide(model.layers, views, [7, 7])
     for layer, decision in zip(model.layers, decisions, strict=True):
         bias = layer.experts.down_proj_bias[3]
         torch.testing.assert_close(decision.tensors["novices"][0], bias, atol=1e-6, rtol=1e-5)

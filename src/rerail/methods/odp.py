@@ -25,11 +25,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
-from torch import Tensor
-
-from rerail.compress.templates.skipper import Skipper, nearest
+from rerail.compress.templates.skipper import Skipper
 from rerail.errors import InputError
-from rerail.moe.model import MoELayer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +47,3 @@ class ODP(Skipper):
 
     def policy_options(self) -> Mapping[str, str]:
         return {"protect": repr(float(self.protect))}
-
-    def threshold(self, layer: MoELayer, tails: Tensor) -> float:
-        return float(nearest(tails, int(tails.sum()) // 2)) / len(tails)

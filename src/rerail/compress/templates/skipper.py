@@ -1,6 +1,5 @@
 """Skippers: every expert is kept, some chosen slots are not computed. Open: `threshold`."""
 
-from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -63,14 +62,13 @@ class Skipper(Compressor):
 
     requires = (GateTails(),)
 
-    @abstractmethod
-    def threshold(self, layer: MoELayer, tails: Tensor) -> float:
-        """Return the method's own threshold for tails, used where no share is asked for.
+    def threshold(self, tails: Tensor) -> float:
+        """Return the method's own threshold, for where no share is asked for: the median tail.
 
         Args:
-            layer: the layer.
-            tails: int64 (BINS,), the filled GateTails of the layer.
+            tails: int64 (BINS,), the filled GateTails of a layer.
         """
+        return float(nearest(tails, int(tails.sum()) // 2)) / len(tails)
 
     def policy_options(self) -> Mapping[str, str]:
         """Return further options of the policy bank; none by default."""
@@ -106,7 +104,7 @@ class Skipper(Compressor):
         if lower == 0:
             raise InputError(f"layer {layer.index}: no token to fit a threshold on; give some")
         if share is None:
-            return below(tails, self.threshold(layer, tails))
+            return below(tails, self.threshold(tails))
         return round(share * lower * layer.top_k / (layer.top_k - 1))
 
     def decide_layer(self, layer: MoELayer, statistics: LayerStatistics, count: int) -> Decision:
