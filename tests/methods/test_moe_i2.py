@@ -225,3 +225,8 @@ def test_never_routed_experts_give_finite_ranks() -> None:
 def test_a_sequential_first_stage_is_refused() -> None:
     with pytest.raises(InputError, match="sequential=true cannot be"):
         InterExpert(sequential=True)
+
+
+def test_stages_that_measure_layer_by_layer_are_refused() -> None:
+    with pytest.raises(InputError, match="MomentScore measures one layer at a time"):
+        TwoStages(first=MomentScore(sequential=True), second=WhitenedSVD())

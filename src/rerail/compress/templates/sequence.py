@@ -52,6 +52,12 @@ class TwoStages(Compressor):
     def __post_init__(self) -> None:
         if not 0 <= self.share <= 1:
             raise InputError(f"compressor.share={self.share} is outside [0, 1]")
+        for stage in (self.first, self.second):
+            if stage.driver == "sequential":
+                raise InputError(
+                    f"{type(stage).__name__} measures one layer at a time, and both stages are "
+                    "planned from the original model's statistics; allowed: methods that do not"
+                )
 
     def second_stage(
         self, layers: Layers, views: Sequence[LayerStatistics], plan: Plan
