@@ -36,8 +36,8 @@ from rerail.compress.guard import Slots, guarded_slots
 from rerail.compress.solvers import reconstruction
 from rerail.compress.solvers.genetic import Removals, dealt, evolve
 from rerail.compress.solvers.ranks import Ranks
-from rerail.compress.solvers.whitening import layer_moments, moment_statistics
-from rerail.compress.templates.factoriser import Factoriser, Integers, own_factors
+from rerail.compress.solvers.whitening import Moments, layer_moments, moment_statistics
+from rerail.compress.templates.factoriser import Factoriser, Integers
 from rerail.compress.templates.pruner import Pruner
 from rerail.compress.templates.sequence import TwoStages
 from rerail.errors import InputError, OutOfReach
@@ -213,11 +213,8 @@ class IntraExpert(Factoriser):
             return {}
         return {"rank": ((own / own.max()).clamp(min=0) + 1e-6) ** self.alpha}
 
-    def factor(
-        self, layer: MoELayer, statistics: LayerStatistics, sizes: Integers
-    ) -> dict[str, Tensor]:
-        moments = layer_moments(layer, statistics, self.whiten, self.shrink, self.ridge)
-        return own_factors(layer, moments, sizes)
+    def moments(self, layer: MoELayer, statistics: LayerStatistics) -> dict[str, Moments]:
+        return layer_moments(layer, statistics, self.whiten, self.shrink, self.ridge)
 
 
 @dataclass(frozen=True, kw_only=True)

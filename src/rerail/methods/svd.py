@@ -27,7 +27,7 @@ from typing import ClassVar, Literal
 from torch import Tensor
 
 from rerail.compress.solvers import whitening
-from rerail.compress.templates.factoriser import Factoriser, Integers, own_factors
+from rerail.compress.templates.factoriser import Factoriser
 from rerail.moe.model import MoELayer
 from rerail.statistics.statistic import LayerStatistics, Statistic
 
@@ -61,10 +61,4 @@ class WhitenedSVD(Factoriser):
         return {n: whitening.effective_ranks(w, moments[n]).sqrt() for n, w in stacks.items()}
 
     def moments(self, layer: MoELayer, statistics: LayerStatistics) -> dict[str, whitening.Moments]:
-        """Return C of each expert, by matrix type."""
         return whitening.layer_moments(layer, statistics, self.whiten, self.shrink, self.ridge)
-
-    def factor(
-        self, layer: MoELayer, statistics: LayerStatistics, sizes: Integers
-    ) -> dict[str, Tensor]:
-        return own_factors(layer, self.moments(layer, statistics), sizes)

@@ -1,7 +1,6 @@
-"""Factorisers: every expert is kept, its matrices are stored as solved tensors. Open: `factor`."""
+"""Factorisers: all experts stay, as solved tensors. Open: `factor`, or `moments` and `ranks`."""
 
 import dataclasses
-from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -10,7 +9,7 @@ from torch import Tensor
 
 from rerail.compress.base import Compressor, Decision, untouched
 from rerail.compress.solvers.ranks import Ranks, ranks_within
-from rerail.compress.solvers.whitening import Moments, low_rank
+from rerail.compress.solvers.whitening import Moments, layer_moments, low_rank
 from rerail.experts.base import BankSpec
 from rerail.moe.model import MoELayer
 from rerail.plan.budget import dense_numbers, numbers_kept
@@ -62,9 +61,17 @@ class Factoriser(Compressor):
         """Return how ranks compare, (E,) by matrix type; equal by default."""
         return {}
 
-    @abstractmethod
+    def moments(self, layer: MoELayer, statistics: LayerStatistics) -> dict[str, Moments]:
+        """Return what errors are weighed by, by matrix type; by default by nothing."""
+        return layer_moments(layer, statistics, False, 0.0, 0.0)
+
     def factor(self, layer: MoELayer, statistics: LayerStatistics, sizes: Integers) -> Factors:
-        """Return the solved tensors."""
+        """Return the solved tensors, by default the best U and V of each expert's own matrices."""
+        moments, tensors = self.moments(layer, statistics), Factors()
+        for name, stack in layer.stack()._asdict().items():
+            u, v = low_rank(stack, moments[name], sizes[name])
+            tensors |= {f"{name}.U": u, f"{name}.V": v}
+        return tensors
 
     def spec(self, layer: MoELayer, sizes: Integers) -> BankSpec:
         """Return the stored form; by default low rank with rows of each expert's own."""
@@ -93,11 +100,3 @@ class Factoriser(Compressor):
         if self.run == "lazy":
             spec = dataclasses.replace(spec, options={**spec.options, "run": "lazy"})
         return Decision(untouched(layer, spec), self.factor(layer, statistics, sizes))
-
-
-def own_factors(layer: MoELayer, moments: Mapping[str, Moments], sizes: Integers) -> Factors:
-    """Return U and V of each expert's own matrices, by its moments and ranks."""
-    tensors: Factors = {}
-    for name, stack in layer.stack()._asdict().items():
-        tensors[f"{name}.U"], tensors[f"{name}.V"] = low_rank(stack, moments[name], sizes[name])
-    return tensors
