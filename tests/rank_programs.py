@@ -17,13 +17,13 @@ from rerail.compress.templates.skipper import GateTails
 from rerail.distill.repair import Repair, repair
 from rerail.distill.settings import RouterKD
 from rerail.evaluate.perplexity import score_blocks
-from rerail.methods.cfes import Segments
 from rerail.methods.d2_moe import Fisher
 from rerail.methods.moe_i2 import LossIncrease
 from rerail.moe.model import MoEModel
 from rerail.parallel import broadcast_from_first, group_rank_and_size, is_first, join
 from rerail.plan.apply import apply_plan
 from rerail.statistics.collect import collect
+from rerail.statistics.segments import Segments
 from rerail.teacher.hidden_states import CachedTeacher, final_hidden_states
 from students import blocks, merged
 

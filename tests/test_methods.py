@@ -38,7 +38,7 @@ from rerail.methods.mobe import MoBE, start
 from rerail.methods.moe_i2 import InterExpert, IntraExpert, MoEI2
 from rerail.methods.moe_svd import MoESVD
 from rerail.methods.mone import MoNE
-from rerail.methods.naee import NAEE, ProgressiveNAEE
+from rerail.methods.naee import NAEE
 from rerail.methods.naee_skip import NAEESkip
 from rerail.methods.odp import ODP
 from rerail.methods.pmq import PMQ
@@ -126,6 +126,7 @@ PMQ_16 = PMQ(quantiser=RTN(), bits=(1, 2, 3, 16))
 METHODS = [
     Method("reap_slice", MomentScore()),
     Method("reap_mask", MomentScore(router="mask")),
+    Method("reap_sequential", MomentScore(sequential=True), families=("qwen3_moe",)),
     Method("reap_guarded", MomentScore(guard="outliers"), families=("qwen3_moe",)),
     # flex_olmo has no norm before the block; half of lfm2_moe's tiny experts are never chosen, so
     # that nothing changes without them
@@ -135,7 +136,8 @@ METHODS = [
     Method("naee", NAEE(rows=96), families=all_but("lfm2_moe")),
     Method("naee_deep", NAEE(rows=96), removed=0.75, families=("lfm2_moe",)),
     Method("naee_greedy", NAEE(rows=96, limit=1), families=("qwen3_moe", "deepseek_v3")),
-    Method("naee_progressive", ProgressiveNAEE(rows=96), families=("qwen3_moe",)),
+    Method("naee_sequence", NAEE(sequences=4), families=("qwen3_moe",)),
+    Method("naee_progressive", NAEE(rows=96, sequential=True), families=("qwen3_moe",)),
     Method("cfes", CFES(segments=12, length=8)),
     Method("hc_smoe", HCSMoE()),
     Method(

@@ -25,7 +25,7 @@ from rerail.methods.pmq import PMQ
 from rerail.methods.reap import MomentScore
 from rerail.methods.rtn import RTN
 from rerail.moe.model import MoEModel
-from rerail.plan.allocation import Allocation, GlobalScore, PerLayer, Uniform, experts_kept
+from rerail.plan.allocation import Allocation, GlobalScore, PerLayer, Uniform
 from rerail.plan.apply import apply_plan
 from rerail.plan.budget import Bits, Budget, Ratio, Skip
 from rerail.plan.plan import LayerPlan
@@ -41,13 +41,6 @@ class Window(Compressor):
 
     paradigm: ClassVar[str] = "pruning"
     paper: ClassVar[str] = "none"
-
-    @property
-    def requires(self) -> tuple[()]:
-        return ()
-
-    def allocate(self, layers: Any, statistics: Any, budget: Ratio, allocation: Any) -> list[int]:
-        return experts_kept(layers, budget, allocation, [1] * len(layers))
 
     def scopes(self, layers: Sequence[Any]) -> list[list[int]]:
         numbers = list(range(len(layers)))

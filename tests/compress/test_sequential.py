@@ -7,7 +7,7 @@ from families import tiny, tokens
 from rerail.compress.base import make_plan
 from rerail.compress.sequential import sequential
 from rerail.methods.camera import Camera
-from rerail.methods.naee import ProgressiveNAEE
+from rerail.methods.naee import NAEE
 from rerail.plan.allocation import Uniform
 from rerail.plan.apply import apply_plan
 from rerail.plan.budget import Ratio
@@ -52,7 +52,7 @@ def test_a_pass_ends_after_the_last_layer_that_is_asked_for() -> None:
     assert seen == [0, 0]
 
 
-@pytest.mark.parametrize("compressor", [Camera(), ProgressiveNAEE(rows=40)])
+@pytest.mark.parametrize("compressor", [Camera(), NAEE(rows=40, sequential=True)])
 def test_methods_plan_through_it_and_the_teacher_stays(compressor) -> None:
     teacher = tiny("qwen3_moe")
     before = {name: t.clone() for name, t in teacher.model.state_dict().items()}

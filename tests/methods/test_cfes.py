@@ -3,11 +3,12 @@ import torch
 
 from families import tiny, tokens
 from rerail.compress.base import make_plan
-from rerail.methods.cfes import CFES, Segments, mean_distance
+from rerail.methods.cfes import CFES, mean_distance
 from rerail.moe.model import MoEModel
 from rerail.plan.allocation import GlobalScore, Uniform
 from rerail.plan.budget import Ratio
 from rerail.statistics.collect import collect
+from rerail.statistics.segments import Segments
 from rerail.statistics.statistic import StatisticSet
 
 

@@ -78,7 +78,7 @@ def test_prototypes_have_the_highest_scores_and_answer_their_nearest(family, dis
     view = filled(model).of(model.layers[0], method.requires)
     apart = method.distances(model.layers[:1], [view])
     hard = torch.stack([min(apart[e, b] for b in range(8) if b != e) for e in range(8)])
-    score = minmax(method.contribution(view)) * minmax(hard)
+    score = minmax(method.compared(model.layers[0], view)) * minmax(hard)
     order = sorted(range(8), key=lambda e: (-float(score[e]), e))
     pool = sorted(order[:4])
     found = owners(plan_of(model, method))

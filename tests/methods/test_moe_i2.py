@@ -85,7 +85,7 @@ def ranks(importance: list[float], alpha: float, numbers: int | None = None) -> 
     held = {layer.index: torch.tensor(importance, dtype=torch.float64)}
     stage = IntraExpert(importance=held, alpha=alpha)
     budget = numbers or 8 * 7 * 3 * (64 + 16)
-    return list(stage.sizes(layer, budget, LayerStatistics({}, ()))["rank"])
+    return list(stage.sizes(layer, budget, LayerStatistics({}, ()))["gate"])
 
 
 def test_ranks_follow_importance_and_sum_to_the_mean() -> None:
@@ -220,3 +220,13 @@ def test_never_routed_experts_give_finite_ranks() -> None:
     assert all(torch.isfinite(t).all() for t in plan.all_tensors().values())
     assert isinstance(plan.layers[0], LayerPlan)
     assert isinstance(filled, StatisticSet)
+
+
+def test_a_sequential_first_stage_is_refused() -> None:
+    with pytest.raises(InputError, match="sequential=true cannot be"):
+        InterExpert(sequential=True)
+
+
+def test_stages_that_measure_layer_by_layer_are_refused() -> None:
+    with pytest.raises(InputError, match="MomentScore measures one layer at a time"):
+        TwoStages(first=MomentScore(sequential=True), second=WhitenedSVD())

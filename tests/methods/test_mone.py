@@ -52,7 +52,7 @@ def outputs(model: MoEModel, layer: int = 0) -> list[tuple[torch.Tensor, torch.T
 
 def rank(method: MoNE, model: MoEModel, layer: int = 0) -> torch.Tensor:
     view = model.layers[layer]
-    return method.score(filled(model).of(view, method.requires))
+    return method.compared(view, filled(model).of(view, method.requires))
 
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "olmoe", "deepseek_v3", "gpt_oss"])
@@ -103,12 +103,16 @@ def test_an_expert_of_constant_output_goes_first_at_no_loss():
     found, before = filled(model), model.model(tokens(2, 12)).logits
     for i, layer in enumerate(model.layers):
         assert found.tensors[i]["count"][3] > 0
-        score = ALL[0].score(found.of(layer, ALL[0].requires))
+        score = ALL[0].compared(layer, found.of(layer, ALL[0].requires))
         assert score[3] == 0
     kept = tuple(e for e in range(8) if e != 3)
     views = [found.of(layer, ALL[0].requires) for layer in model.layers]
-    pairs = zip(model.layers, views, strict=True)
-    decisions = [ALL[0].with_novices(layer, view, kept) for layer, view in pairs]
+
+    class Third(MoNE):
+        def compared(self, layer, statistics):
+            return torch.arange(8) != 3
+
+    decisions = Third(novice=ALL[0].novice).decide(model.layers, views, [7, 7])
     for layer, decision in zip(model.layers, decisions, strict=True):
         bias = layer.experts.down_proj_bias[3]
         torch.testing.assert_close(decision.tensors["novices"][0], bias, atol=1e-6, rtol=1e-5)

@@ -6,8 +6,14 @@ import torch
 from omegaconf import OmegaConf
 
 from families import tiny, tokens
+from rerail.compress.base import make_plan
+from rerail.compress.sequential import sequential
 from rerail.methods.reap import MomentScore
 from rerail.moe.model import MoEModel
+from rerail.plan.allocation import Uniform
+from rerail.plan.apply import apply_plan
+from rerail.plan.budget import Ratio
+from rerail.plan.plan import Plan
 from rerail.statistics.collect import Batch, collect
 from rerail.statistics.statistic import StatisticSet
 
@@ -140,3 +146,19 @@ def test_a_correction_bias_chooses_but_does_not_weigh() -> None:
         row = model.layers[0].router_rows[5]
         mass = torch.sigmoid(states[0].reshape(-1, 16) @ row).double().sum()
     assert float(found["seer_moe"][5]) == pytest.approx(float(mass), rel=1e-5)
+
+
+def test_sequential_reap_measures_a_layer_on_the_pruned_prefix() -> None:
+    model, method = tiny("qwen3_moe"), preset("reap_sequential")
+    assert method.driver == "sequential"
+    remeasure = sequential(model, batches(), method.requires, lambda _: lambda items: items)
+    plan = make_plan(method, model.layers, StatisticSet(), Ratio(0.5), Uniform(), remeasure)
+    prefix = apply_plan(model, Plan(plan.layers[:1]))
+    own, original = (
+        method.score(
+            m.layers[1], collect(m, batches(), method.requires).of(m.layers[1], method.requires)
+        )
+        for m in (prefix, model)
+    )
+    assert plan.layers[1].kept == tuple(sorted(own.topk(4).indices.tolist()))
+    assert (own - original).abs().max() > 1e-3 * original.max()

@@ -6,7 +6,7 @@ import torch
 from families import tiny
 from rerail.errors import InputError, OutOfReach
 from rerail.moe.model import MoELayer
-from rerail.plan.allocation import GlobalScore, PerLayer, Uniform, check_kept, experts_kept
+from rerail.plan.allocation import GlobalScore, PerLayer, Uniform, check_kept, removed_shares
 from rerail.plan.budget import Bits, Budget, Ratio, Skip, dense_numbers, numbers_kept, units_kept
 from rerail.plan.sizes import Sizes
 
@@ -15,7 +15,8 @@ LAYERS = tiny("qwen3_moe", num_hidden_layers=3).layers
 
 def keep(allocation: Any, removed: float, scores: Any = None, least: int = 2) -> list[int]:
     scores = [torch.ones(8)] * 3 if scores is None else scores
-    return experts_kept(LAYERS, Ratio(removed), allocation, [least] * 3, scores)
+    shares = removed_shares(LAYERS, Ratio(removed), allocation, [least] * 3, scores)
+    return [units_kept(8, share) for share in shares]
 
 
 @pytest.mark.parametrize("removed", [-0.1, 1, 1.5, float("nan")])

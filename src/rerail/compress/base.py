@@ -1,19 +1,20 @@
 """What a method is: a frozen dataclass that turns statistics into a plan."""
 
 import dataclasses
-from abc import ABC, abstractmethod
+from abc import ABC
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, ClassVar, Literal, NamedTuple
 
+import torch
 from torch import Tensor
 
 from rerail.errors import OutOfReach
 from rerail.experts.base import BankSpec
 from rerail.moe.model import MoELayer
-from rerail.plan.allocation import Allocation
-from rerail.plan.budget import Budget, Ratio, dense_numbers
+from rerail.plan.allocation import Allocation, check_kept, removed_shares
+from rerail.plan.budget import Budget, Ratio, dense_numbers, units_kept
 from rerail.plan.plan import LayerPlan, Plan
 from rerail.statistics.statistic import LayerStatistics, Statistic, StatisticSet
 
@@ -64,8 +65,6 @@ class Compressor(ABC):
     Attributes:
         paradigm, paper: what it is and where it is from.
         budget: what it is swept by.
-        driver: `one_shot` plans from the original model's statistics; `sequential` measures each
-            scope on the model whose earlier scopes are compressed already.
         allocations: which ones it can follow: `any`, `fixed` ones (that compare no scores of
             different layers) or only `uniform`.
     """
@@ -73,7 +72,6 @@ class Compressor(ABC):
     paradigm: ClassVar[str]
     paper: ClassVar[str]
     budget: ClassVar[type[Budget]] = Ratio
-    driver: ClassVar[Literal["one_shot", "sequential"]] = "one_shot"
     allocations: ClassVar[Literal["any", "fixed", "uniform"]] = "any"
 
     @property
@@ -81,7 +79,14 @@ class Compressor(ABC):
         """The statistics that planning reads, all of them and no others; none by default."""
         return ()
 
-    @abstractmethod
+    @property
+    def driver(self) -> Literal["one_shot", "sequential"]:
+        """`one_shot` plans from the original model's statistics, as by default.
+
+        `sequential` measures each scope on the model whose earlier scopes are compressed already.
+        """
+        return "one_shot"
+
     def allocate(
         self, layers: Layers, statistics: Statistics, budget: Budget, allocation: Allocation
     ) -> list[int]:
@@ -96,10 +101,38 @@ class Compressor(ABC):
         Raises:
             OutOfReach: the budget cannot be reached; the sentence names the interval that can.
         """
+        least, scores = [self.least_experts(layer) for layer in layers], None
+        if statistics is not None and allocation.compares:  # else no score is looked at
+            views = [statistics.of(layer, self.requires) for layer in layers]
+            scores = [self.compared(la, view) for la, view in zip(layers, views, strict=True)]
+        shares = removed_shares(layers, budget, allocation, least, scores)
+        return [self.count(layer, share) for layer, share in zip(layers, shares, strict=True)]
 
-    @abstractmethod
+    def count(self, layer: MoELayer, removed: float) -> int:
+        """Return how many units of a layer stay once a share is gone; by default experts."""
+        num_kept = units_kept(layer.num_experts, removed)
+        check_kept([layer], [num_kept], [self.least_experts(layer)])
+        return num_kept
+
+    def least_experts(self, layer: MoELayer) -> int:
+        """Return the fewest experts that a layer can be left with; by default one."""
+        return 1
+
+    def compared(self, layer: MoELayer, statistics: LayerStatistics) -> Tensor:
+        """Return (E,), higher means keep: what allocations compare across layers; else equal."""
+        return torch.ones(layer.num_experts)
+
     def decide(self, layers: Layers, statistics: Views, counts: Counts) -> list[Decision]:
         """Decide about the layers of one scope; a layer without a decision stays as it is."""
+        each = zip(layers, statistics, counts, strict=True)
+        decisions = (self.decide_layer(*layer) for layer in each)
+        return [decision for decision in decisions if decision is not None]
+
+    def decide_layer(
+        self, layer: MoELayer, statistics: LayerStatistics, count: int
+    ) -> Decision | None:
+        """Decide about one layer of a scope by itself; None leaves it as it is, as by default."""
+        return None
 
     def scopes(self, layers: Layers) -> Scopes:
         """Return positions of layers that are planned together; by default one by one."""
@@ -161,17 +194,9 @@ def make_plan(  # noqa: PLR0913
 ) -> Plan:
     """Check a budget and return the plan of a compressor; a budget of 0 gives the empty plan.
 
-    Its lineage says what was asked for (`removed`), how many units each layer got (`counts`) and
+    Layers and statistics are of the original model; for the hooks see `PlanHooks`. The lineage of
+    the plan says what was asked for (`removed`), how many units each layer got (`counts`) and
     what integers made of it (`achieved`, the removed share of the bytes of routed experts).
-
-    Args:
-        compressor: the method.
-        layers: of the original model.
-        statistics: on the original model.
-        budget: what is asked for.
-        allocation: how layers share it.
-        remeasure: see `PlanHooks`.
-        progress: see `PlanHooks`.
 
     Raises:
         InputError: the budget cannot be reached.

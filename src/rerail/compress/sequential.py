@@ -7,6 +7,7 @@ from rerail.moe.model import MoELayer, MoEModel
 from rerail.plan.apply import apply_plan
 from rerail.plan.plan import Plan
 from rerail.statistics.collect import Batch, Progress, collect
+from rerail.statistics.segments import OriginalSegments
 from rerail.statistics.statistic import Statistic, StatisticSet, join_sets
 from rerail.statistics.token_sample import OriginalTokenSample
 
@@ -23,7 +24,7 @@ def sequential(
     cost about half as many full forwards as there are scopes. What stays the original model's is
     measured once.
     """
-    original = [s for s in statistics if isinstance(s, OriginalTokenSample)]
+    original = [s for s in statistics if isinstance(s, OriginalTokenSample | OriginalSegments)]
     moving = [s for s in statistics if s not in original]
     fixed = StatisticSet()
     if original:

@@ -30,7 +30,6 @@ class AIMER(Pruner):
     paper: ClassVar[str] = "arXiv 2603.18492"
 
     def score(self, layer: MoELayer, statistics: LayerStatistics) -> Tensor:
-        """Return 1 / s_e, float64 (E,)."""
         each = [_spread(layer.expert(slot)) for slot in range(layer.num_experts)]
         return torch.stack(each).cpu()
 

@@ -21,7 +21,7 @@ Where the paper and its code differ, and what stands here:
 """
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -72,7 +72,7 @@ class Camera(Narrower):
     alpha: float = 0.9
 
     paper: ClassVar[str] = "arXiv 2508.02322"
-    driver: ClassVar[Literal["one_shot", "sequential"]] = "sequential"
+    driver = "sequential"
 
     def __post_init__(self) -> None:
         if not 0 <= self.alpha <= 1:
@@ -84,7 +84,6 @@ class Camera(Narrower):
         return (*sums, MiddlePeak()) if self.alpha > 0 else sums
 
     def score(self, layer: MoELayer, statistics: LayerStatistics) -> Tensor:
-        """Return E_ej, float64 (E, I)."""
         norms = layer.stack().down.double().square().sum(dim=-2).cpu()
         energy = norms.new_zeros(norms.shape)
         if self.alpha < 1:

@@ -36,41 +36,8 @@ from rerail.compress.guard import Slots
 from rerail.compress.solvers import reconstruction
 from rerail.compress.templates.pruner import Pruner
 from rerail.moe.model import MoELayer
-from rerail.statistics.statistic import LayerStatistics, RoutedTokens, Statistic
-from rerail.statistics.token_sample import TokenSample, hashed, keyed, keys_of
-
-
-@dataclass(frozen=True)
-class Segments(TokenSample):
-    """The inputs of the experts in up to `count` segments of `length` tokens. float32 (N, H + 2).
-
-    As `TokenSample`, with the hash of a token's segment, position // length: segments are kept or
-    left out as a whole, so N varies with padding. Rows of one segment lie together.
-    """
-
-    length: int
-
-    def measure(self, tokens: RoutedTokens) -> Tensor:
-        assert tokens.position is not None
-        return self._cut(keyed(hashed(tokens.position // self.length), tokens.hidden))
-
-    def merge(self, a: Tensor, b: Tensor) -> Tensor:
-        return self._cut(torch.cat([a, b]))
-
-    def _cut(self, rows: Tensor) -> Tensor:
-        keys = keys_of(rows)
-        order = keys.argsort(stable=True)
-        return rows[order][_runs(keys[order]) < self.count]
-
-    @staticmethod
-    def labels(tensor: Tensor) -> Tensor:
-        """Return the segment of each row of a filled statistic, int64 (n,) from 0 on."""
-        return _runs(keys_of(tensor))
-
-
-def _runs(keys: Tensor) -> Tensor:
-    """Number the runs of equal keys."""
-    return F.pad((keys[1:] != keys[:-1]).long().cumsum(dim=0), (1, 0))[: len(keys)]
+from rerail.statistics.segments import Segments
+from rerail.statistics.statistic import LayerStatistics, Statistic
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,13 +61,11 @@ class CFES(Pruner):
         return (Segments(self.segments, self.length),)
 
     def score(self, layer: MoELayer, statistics: LayerStatistics) -> Tensor:
-        """Return D without each single expert, float64 (E,)."""
         return reconstruction.errors_without_each(layer, self.errors(layer, statistics))
 
     def choose(
         self, layer: MoELayer, statistics: LayerStatistics, num_kept: int, guarded: Slots
     ) -> tuple[int, ...]:
-        """Drop one expert at a time, groups before members."""
         free = reconstruction.removable(layer, guarded, self.least_per_group(layer, num_kept))
         size = self.size or round(math.sqrt(layer.num_experts))
         errors, experts = self.errors(layer, statistics), layer.num_experts
@@ -114,11 +79,8 @@ class CFES(Pruner):
 
 
 def mean_distance(change: Tensor, labels: Tensor) -> Tensor:
-    """Return the mean norm of segment means, for changes (n, C, H) by C subsets: float64 (C,).
-
-    Labels (n,) say which segment a row is of.
-    """
-    members = torch.nn.functional.one_hot(labels).to(change).T
+    """Return the mean norm of the means of segments, by label (n,), of changes (n, C, H): (C,)."""
+    members = F.one_hot(labels).to(change).T
     means = members / members.sum(dim=1, keepdim=True)
     moved: Tensor = torch.tensordot(means, change, dims=1)
     return moved.square().sum(dim=2).double().sqrt().mean(dim=0)

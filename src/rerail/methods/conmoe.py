@@ -55,14 +55,12 @@ class ConMoE(Aliaser):
     def requires(self) -> tuple[Statistic, ...]:
         return tuple(dict.fromkeys([Moment(1, 1), Count(), *MEANS.get(self.distance, ())]))
 
-    def contribution(self, statistics: LayerStatistics) -> Tensor:
-        """Return A, float64 (E,); 0 for an expert that was never routed to."""
+    def compared(self, layer: MoELayer, statistics: LayerStatistics) -> Tensor:
         return statistics[Moment(1, 1)] / statistics[Count()].clamp(min=1)
 
     def distances(
         self, layers: Sequence[MoELayer], statistics: Sequence[LayerStatistics]
     ) -> Tensor:
-        """Return d, float64 (N, N)."""
         if self.distance == "weight":
             return between_weights([layer.stack() for layer in layers])
         if self.distance == "router_row":
@@ -72,7 +70,6 @@ class ConMoE(Aliaser):
         return between_rows(torch.cat(means))
 
     def score(self, contribution: Tensor, distances: Tensor) -> Tensor:
-        """Return minmax(A) minmax(r)."""
         hard = distances.clone().fill_diagonal_(torch.inf).min(dim=1).values
         return minmax(contribution) * minmax(hard)
 

@@ -31,7 +31,7 @@ from torch import Tensor
 
 from rerail.compress.solvers import whitening
 from rerail.compress.solvers.blending import blended, by_matrix, narrowed, used
-from rerail.compress.solvers.ranks import Ranks, ranks_within
+from rerail.compress.solvers.ranks import Ranks
 from rerail.compress.templates.factoriser import Factoriser, Integers
 from rerail.experts.base import BankSpec
 from rerail.moe.model import MoELayer
@@ -52,7 +52,6 @@ class Fisher(BackwardStatistic):
     """
 
     def empty(self, layer: MoELayer) -> Tensor:
-        """Return float32 zeros (E, N)."""
         numbers = sum(layer.dims.numbers[name] for name in WEIGHTS)
         return torch.zeros(layer.num_experts, numbers)
 
@@ -103,7 +102,7 @@ class D2MoE(Factoriser):
         self, layer: MoELayer, max_numbers: int, statistics: LayerStatistics | None = None
     ) -> Integers:
         """Return ranks, and the channels that stay where some go."""
-        ranks = ranks_within(layer, max_numbers, *self.ranks(layer), {})
+        ranks = super().sizes(layer, max_numbers, statistics)
         if not self.base_prune or statistics is None:
             return ranks
         energy = statistics[MiddleMoment()].diagonal(dim1=1, dim2=2).double()
@@ -114,7 +113,6 @@ class D2MoE(Factoriser):
         return {**ranks, "channels": tuple(sorted(order[:left]))}
 
     def spec(self, layer: MoELayer, sizes: Integers) -> BankSpec:
-        """Return the delta form."""
         return BankSpec("delta", layer.num_experts, (), dict(sizes), {"rows": self.rows})
 
     def factor(

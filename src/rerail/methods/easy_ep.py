@@ -27,16 +27,12 @@ from torch.nn import functional as F
 
 from rerail.compress.templates.pruner import Pruner
 from rerail.moe.model import MoELayer
-from rerail.statistics.statistic import LayerStatistics, RoutedStatistic, RoutedTokens, Statistic
+from rerail.statistics.statistic import LayerStatistics, RoutedStatistic, RoutedTokens
 
 
 @dataclass(frozen=True)
 class Deviation(RoutedStatistic):
-    """sum over X_e of g n s, s = max(0, 1 - cos(h, h + y)) (EASY-EP, section 4). float64 (E,).
-
-    h is the residual stream before the MoE sub-layer and y the routed output, without shared
-    experts: s says how far the layer turns the token.
-    """
+    """S_e, with n = ||f_e(x)||_2 as routed tokens have it. float64 (E,)."""
 
     axes = "E"
     needs = frozenset({"norms", "outputs", "residual"})
@@ -59,10 +55,7 @@ class EasyEP(Pruner):
 
     paper: ClassVar[str] = "arXiv 2504.06792"
 
-    @property
-    def measures(self) -> tuple[Statistic, ...]:
-        return (Deviation(),)
+    measures = (Deviation(),)
 
     def score(self, layer: MoELayer, statistics: LayerStatistics) -> Tensor:
-        """Return S_e, float64 (E,)."""
         return statistics[Deviation()]

@@ -25,7 +25,7 @@ from rerail.compress.templates.merger import Merger
 from rerail.moe.model import MoELayer
 from rerail.statistics.dense import OutputSum, TokenCount
 from rerail.statistics.routed import Count
-from rerail.statistics.statistic import LayerStatistics, Statistic
+from rerail.statistics.statistic import LayerStatistics
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,9 +42,7 @@ class HCSMoE(Merger):
 
     paper: ClassVar[str] = "arXiv 2410.08589"
 
-    @property
-    def requires(self) -> tuple[Statistic, ...]:
-        return (OutputSum(), TokenCount(), Count())
+    requires = (OutputSum(), TokenCount(), Count())
 
     def group(self, layer: MoELayer, statistics: LayerStatistics, num_stored: int) -> Tensor:
         """Return cluster labels (E,), numbered by their lowest member."""
@@ -53,6 +51,5 @@ class HCSMoE(Merger):
         return torch.from_numpy(cut_tree(tree, n_clusters=num_stored).flatten().copy()).long()
 
     def weights(self, statistics: LayerStatistics) -> Tensor:
-        """Return usage counts, or ones."""
         counts = self.usage(statistics)
         return counts if self.merge == "frequency" else torch.ones_like(counts)

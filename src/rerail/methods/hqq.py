@@ -44,7 +44,6 @@ class HQQ(Quantiser):
     paper: ClassVar[str] = "baseline (hqq 0.2.8)"
 
     def encode(self, stack: Tensor, moment: Tensor | None, bits: int) -> Coded:
-        """Refine the zeros of each group."""
         if bits == 1:
             return round_to_nearest(stack, bits, self.group)
         return by_groups(stack, self.group, lambda piece: self.refined(piece, bits, stack.dtype))

@@ -40,10 +40,7 @@ from rerail.statistics.statistic import LayerStatistics, RoutedTokens, Statistic
 
 @dataclass(frozen=True)
 class LogitGram(Grams):
-    """sum over all tokens of z z^T, z (E,) the router logits. float64 (E, E).
-
-    Slots that a mask silences count as 0.
-    """
+    """sum over all tokens of z z^T, z (E,) the logits, 0 where a mask is. float64 (E, E)."""
 
     axes = "E E"
     needs = frozenset({"logits"})
@@ -75,7 +72,6 @@ class MSMoE(Merger):
         return (Count(), LogitGram()) if self.similarity_of == "logits" else (Count(),)
 
     def group(self, layer: MoELayer, statistics: LayerStatistics, num_stored: int) -> Tensor:
-        """Give every other expert to the dominant one that it is most alike."""
         dominants = self.dominants(layer, statistics, num_stored)
         return grouping.labels_around(self.similarity(layer, statistics), dominants)
 
@@ -88,7 +84,6 @@ class MSMoE(Merger):
     def solve(
         self, layer: MoELayer, statistics: LayerStatistics, labels: Tensor
     ) -> tuple[grouping.Fused, tuple[str, ...]] | None:
-        """Return aligned weighted sums; None where nothing is aligned."""
         if self.align == "none":
             return None
         stock, layout = expert_parameters(layer.stock()), layer.layout

@@ -84,20 +84,18 @@ class MergeMoE(Merger):
         return (f"{fact}; the ridge towards the average makes up for them",) if short else ()
 
     def group(self, layer: MoELayer, statistics: LayerStatistics, num_stored: int) -> Tensor:
-        """Let every other expert join the centre that it is most alike."""
         centres = self.dominants(layer, statistics, num_stored)
         return grouping.labels_around(self.similarity(layer), centres)
 
     def similarity(self, layer: MoELayer) -> Tensor:
         """Return cosines, or negative squared distances, of [W_U ; W_G]."""
         gram = grouping.weight_gram(*layer.stack()[:2])
-        both = gram.diagonal().unsqueeze(1) + gram.diagonal()
-        return grouping.cosine(gram) if self.similarity_of == "cosine" else 2 * gram - both
+        norms = gram.diagonal().unsqueeze(1) + gram.diagonal()
+        return grouping.cosine(gram) if self.similarity_of == "cosine" else 2 * gram - norms
 
     def solve(
         self, layer: MoELayer, statistics: LayerStatistics, labels: Tensor
     ) -> tuple[grouping.Fused, tuple[str, ...]]:
-        """Return averaged gate and up, and the fitted down projections."""
         share = grouping.shares_in_group(labels, self.weights(statistics))
         merged = grouping.merged_experts(layer, labels, share)
         inputs = TokenSample.hidden(statistics[TokenSample(self.inputs)]).to(merged["down_proj"])

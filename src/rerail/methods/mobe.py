@@ -77,14 +77,12 @@ class MoBE(Factoriser):
         )
 
     def spec(self, layer: MoELayer, sizes: Integers) -> BankSpec:
-        """Return the basis form."""
         options = {"matrices": self.matrices, "activation": self.activation}
         return BankSpec("basis", layer.num_experts, (), dict(sizes), options)
 
     def factor(
         self, layer: MoELayer, statistics: LayerStatistics, sizes: Integers
     ) -> dict[str, Tensor]:
-        """Fit each type; the down projection on its transpose."""
         gate, up, down = layer.stack()
         stacks, tensors = {"gate": gate, "up": up, "down": down.mT}, dict[str, Tensor]()
         for name in self.matrices.split("+"):

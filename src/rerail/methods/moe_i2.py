@@ -35,13 +35,12 @@ from rerail.compress.base import Layers, Statistics
 from rerail.compress.guard import Slots, guarded_slots
 from rerail.compress.solvers import reconstruction
 from rerail.compress.solvers.genetic import Removals, dealt, evolve
-from rerail.compress.solvers.ranks import Ranks, ranks_within
-from rerail.compress.solvers.whitening import layer_moments, low_rank, moment_statistics
+from rerail.compress.solvers.ranks import Ranks
+from rerail.compress.solvers.whitening import Moments, layer_moments, moment_statistics
 from rerail.compress.templates.factoriser import Factoriser, Integers
 from rerail.compress.templates.pruner import Pruner
 from rerail.compress.templates.sequence import TwoStages
-from rerail.errors import OutOfReach
-from rerail.experts.base import BankSpec
+from rerail.errors import InputError, OutOfReach
 from rerail.moe.model import MoELayer
 from rerail.plan.allocation import Allocation
 from rerail.plan.budget import Budget, dense_numbers, units_kept
@@ -91,13 +90,19 @@ class InterExpert(Pruner):
 
     paper: ClassVar[str] = "arXiv 2411.01016"
 
+    def __post_init__(self) -> None:
+        if self.sequential:
+            raise InputError(
+                "compressor.first.sequential=true cannot be: MoE-I2 compares the importance of all "
+                "layers before it prunes one; allowed: false"
+            )
+
     @property
     def measures(self) -> tuple[Statistic, ...]:
         loss = (LossIncrease(),) if self.importance == "loss" else ()
         return (TokenSample(self.rows), *loss)
 
     def score(self, layer: MoELayer, statistics: LayerStatistics) -> Tensor:
-        """Return I_le, float64 (E,)."""
         if self.importance == "loss":
             return statistics[LossIncrease()].clamp(min=0)
         return reconstruction.errors_without_each(layer, self.errors(layer, statistics))
@@ -191,8 +196,9 @@ class IntraExpert(Factoriser):
     def sizes(
         self, layer: MoELayer, max_numbers: int, statistics: LayerStatistics | None = None
     ) -> Integers:
-        """Return ranks R_le that use the numbers up."""
-        return ranks_within(layer, max_numbers, *self.ranks(layer), self.scores(layer))
+        """Return R_le for each of the three matrices."""
+        ranks = super().sizes(layer, max_numbers, statistics)
+        return dict.fromkeys(("gate", "up", "down"), ranks["rank"])
 
     def ranks(self, layer: MoELayer) -> tuple[int, dict[str, Ranks]]:
         """Biases stay; one rank serves the three matrices of an expert."""
@@ -200,27 +206,15 @@ class IntraExpert(Factoriser):
         biases, cap = dense_numbers(layer) - 3 * n * p * d, max(1, (p * d - 1) // (p + d))
         return biases, {"rank": Ranks(3 * (p + d), cap, n)}
 
-    def scores(self, layer: MoELayer) -> dict[str, Tensor]:
+    def scores(self, layer: MoELayer, statistics: LayerStatistics) -> dict[str, Tensor]:
         """Return (I + eps)^alpha; nothing where no importance is known."""
         own = self.importance.get(layer.index)
         if own is None or not own.max() > 0:
             return {}
         return {"rank": ((own / own.max()).clamp(min=0) + 1e-6) ** self.alpha}
 
-    def spec(self, layer: MoELayer, sizes: Integers) -> BankSpec:
-        ranks = {name: sizes["rank"] for name in ("gate", "up", "down")}  # noqa: C420
-        return BankSpec("low_rank", layer.num_experts, (), ranks, {"rows": "own"})
-
-    def factor(
-        self, layer: MoELayer, statistics: LayerStatistics, sizes: Integers
-    ) -> dict[str, Tensor]:
-        """Solve each matrix of each expert."""
-        moments = layer_moments(layer, statistics, self.whiten, self.shrink, self.ridge)
-        tensors: dict[str, Tensor] = {}
-        for name, stack in layer.stack()._asdict().items():
-            u, v = low_rank(stack, moments[name], sizes["rank"])
-            tensors |= {f"{name}.U": u, f"{name}.V": v}
-        return tensors
+    def moments(self, layer: MoELayer, statistics: LayerStatistics) -> dict[str, Moments]:
+        return layer_moments(layer, statistics, self.whiten, self.shrink, self.ridge)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,7 +11,7 @@ Per layer and matrix type, W_e L_e = P_e S_e Q_e^T with L_e L_e^T = C_e, the mom
    and the weights whose mixtures come closest to all U_i.
 4. `dense_layers`: so many layers with the highest S = sum_e f_e r_e a_e stay as they are and the
    others pay for them: f_e share of tokens, r_e = #{s >= 0.01 s_max} averaged over the matrices,
-   a_e share of outliers in the inputs (see `statistics.outliers`).
+   a_e share of outliers in the inputs (see `OutlierShare`).
 
 Stored: V shared r in + E r out; trimmed r in + k r out + E k. The paper's equations were not seen:
 the steps are its pseudocode's, the details of 3 and 4 those of an unofficial replica, which keeps
@@ -29,17 +29,13 @@ from torch import Tensor
 from rerail.compress.base import Layers, Statistics
 from rerail.compress.solvers import whitening
 from rerail.compress.solvers.blending import used
-from rerail.compress.solvers.ranks import Ranks, ranks_within
-from rerail.compress.templates.factoriser import (
-    Factoriser,
-    Integers,
-    most_numbers,
-)
+from rerail.compress.solvers.ranks import Ranks
+from rerail.compress.templates.factoriser import Factoriser, Integers
 from rerail.errors import OutOfReach
 from rerail.experts.base import BankSpec
 from rerail.moe.model import MoELayer
-from rerail.plan.allocation import Allocation
-from rerail.plan.budget import Budget, dense_numbers
+from rerail.plan.allocation import Allocation, removed_shares
+from rerail.plan.budget import Budget, dense_numbers, numbers_kept
 from rerail.statistics.routed import Count
 from rerail.statistics.statistic import LayerStatistics, RoutedStatistic, RoutedTokens, Statistic
 
@@ -48,8 +44,7 @@ from rerail.statistics.statistic import LayerStatistics, RoutedStatistic, Routed
 class OutlierShare(RoutedStatistic):
     """sum over X_e of the share of entries with |x_j| > threshold * mean_j |x_j|. float64 (E,).
 
-    MoE-SVD takes the mean over all activations of an expert; here it is the token's own, so that
-    one pass suffices and batches do not matter.
+    The replica takes the mean over all activations of an expert; the token's own needs one pass.
     """
 
     axes = "E"
@@ -88,12 +83,6 @@ class MoESVD(Factoriser):
         outliers = (OutlierShare(),) if self.dense_layers else ()
         return tuple(dict.fromkeys((Count(), *whitening.moment_statistics(self.whiten), *outliers)))
 
-    def sizes(
-        self, layer: MoELayer, max_numbers: int, statistics: LayerStatistics | None = None
-    ) -> Integers:
-        """Return ranks that use the numbers up."""
-        return ranks_within(layer, max_numbers, *self.ranks(layer), {})
-
     def ranks(self, layer: MoELayer) -> tuple[int, dict[str, Ranks]]:
         """Return one rank a matrix type."""
         n, p, d, _ = layer.dims
@@ -104,7 +93,6 @@ class MoESVD(Factoriser):
         return fixed, {m: Ranks(k * out + i, cap[m], None) for m, (out, i) in sides.items()}
 
     def spec(self, layer: MoELayer, sizes: Integers) -> BankSpec:
-        """Return the low-rank form with shared rows."""
         few = {"distinct": min(self.distinct, layer.num_experts)} if self.distinct else {}
         return BankSpec("low_rank", layer.num_experts, (), {**sizes, **few}, {"rows": "shared"})
 
@@ -112,17 +100,19 @@ class MoESVD(Factoriser):
         self, layers: Layers, statistics: Statistics, budget: Budget, allocation: Allocation
     ) -> list[int]:
         """Return the numbers that each layer may store; all of them for the most sensitive."""
-        counts, order = most_numbers(layers, budget, allocation), list(range(len(layers)))
+        shares, order = removed_shares(layers, budget, allocation), list(range(len(layers)))
+        pairs = zip(layers, shares, strict=True)
+        counts = [numbers_kept(dense_numbers(layer), share) for layer, share in pairs]
         if self.dense_layers and statistics is not None:  # else which ones is not known yet
             views = [statistics.of(layer, self.requires) for layer in layers]
             high = [-sensitivity(layer, view) for layer, view in zip(layers, views, strict=True)]
             order.sort(key=high.__getitem__)
-        return self.reached(layers, spare(layers, counts, order[: self.dense_layers]))
+        spared = spare(layers, counts, order[: self.dense_layers])
+        return [self.reached(layer, count) for layer, count in zip(layers, spared, strict=True)]
 
     def factor(
         self, layer: MoELayer, statistics: LayerStatistics, sizes: Integers
     ) -> dict[str, Tensor]:
-        """Solve the shared rows, then the columns."""
         count = statistics[Count()]
         moments = whitening.layer_moments(layer, statistics, self.whiten, self.shrink, self.ridge)
         refit, tensors = self.refit_u or self.rows == "stack", dict[str, Tensor]()

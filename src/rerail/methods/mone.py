@@ -26,12 +26,10 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from rerail.compress.base import Compressor, Counts, Decision, Layers, Statistics, Views, untouched
+from rerail.compress.base import Compressor, Decision, untouched
 from rerail.compress.router_rows import best_slots
 from rerail.experts.base import BankSpec
 from rerail.moe.model import MoELayer
-from rerail.plan.allocation import Allocation, check_kept, experts_kept
-from rerail.plan.budget import Budget
 from rerail.statistics.routed import Count, Moment, OutputSumRouted
 from rerail.statistics.statistic import LayerStatistics, RoutedStatistic, RoutedTokens, Statistic
 
@@ -88,37 +86,17 @@ class MoNE(Compressor):
         gated = (Moment(2, 0), GatedOutput(2))
         return base + gated if self.novice == "gate2_mean" else base
 
-    def allocate(
-        self, layers: Layers, statistics: Statistics, budget: Budget, allocation: Allocation
-    ) -> list[int]:
-        """Return kept experts: at least one, since the router keeps all rows."""
-        least, scores = [1] * len(layers), None
-        if statistics is not None and allocation.compares:
-            scores = [self.score(statistics.of(layer, self.requires)) for layer in layers]
-        counts = experts_kept(layers, budget, allocation, least, scores)
-        check_kept(layers, counts, least)
-        return counts
-
-    def decide(self, layers: Layers, statistics: Views, counts: Counts) -> list[Decision]:
+    def decide_layer(self, layer: MoELayer, statistics: LayerStatistics, count: int) -> Decision:
         """Keep the highest scores; the others' novices are stored behind them."""
-        decisions = []
-        for layer, view, num_kept in zip(layers, statistics, counts, strict=True):
-            kept = best_slots(self.score(view), num_kept)
-            decisions.append(self.with_novices(layer, view, kept))
-        return decisions
-
-    def with_novices(
-        self, layer: MoELayer, statistics: LayerStatistics, kept: tuple[int, ...]
-    ) -> Decision:
-        """Put novices in the place of all but some experts of a layer."""
-        others = [e for e in range(layer.num_experts) if e not in set(kept)]
+        kept = best_slots(self.compared(layer, statistics), count)
+        others = [e for e in range(layer.num_experts) if e not in kept]
         place = {e: i for i, e in enumerate((*kept, *others))}
         spec = BankSpec("novice", layer.num_experts, (), {"kept": kept})
         slots = tuple(place[e] for e in range(layer.num_experts))
         novices = self.constants(statistics)[torch.tensor(others, dtype=torch.int64)].float()
         return Decision(replace(untouched(layer, spec), slots=slots), {"novices": novices})
 
-    def score(self, statistics: LayerStatistics) -> Tensor:
+    def compared(self, layer: MoELayer, statistics: LayerStatistics) -> Tensor:
         """Return var * freq, float64 (E,)."""
         count = statistics[Count()].double()
         total, squares = statistics[OutputSumRouted()], statistics[OutputSquares()]

@@ -24,8 +24,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from rerail.compress.templates.skipper import Skipper, nearest
-from rerail.moe.model import MoELayer
+from rerail.compress.templates.skipper import Skipper
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,10 +39,8 @@ class NAEESkip(Skipper):
 
     paper: ClassVar[str] = "arXiv 2402.14800"
 
-    def threshold(self, layer: MoELayer, tails: Tensor) -> float:
-        """Return the median or mean tail."""
-        bins, total = len(tails), int(tails.sum())
+    def threshold(self, tails: Tensor) -> float:
         if self.beta == "median":
-            return float(nearest(tails, total // 2)) / bins
-        middle = (torch.arange(bins, dtype=torch.float64) + 0.5) / bins
-        return float((middle * tails).sum() / total)
+            return super().threshold(tails)
+        middle = (torch.arange(len(tails), dtype=torch.float64) + 0.5) / len(tails)
+        return float((middle * tails).sum() / int(tails.sum()))

@@ -25,11 +25,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
-from torch import Tensor
-
-from rerail.compress.templates.skipper import Skipper, nearest
+from rerail.compress.templates.skipper import Skipper
 from rerail.errors import InputError
-from rerail.moe.model import MoELayer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,9 +46,4 @@ class ODP(Skipper):
             raise InputError(f"compressor.protect={self.protect} is outside [0, 1]")
 
     def policy_options(self) -> Mapping[str, str]:
-        """Return the protected share."""
         return {"protect": repr(float(self.protect))}
-
-    def threshold(self, layer: MoELayer, tails: Tensor) -> float:
-        """Return the median tail."""
-        return float(nearest(tails, int(tails.sum()) // 2)) / len(tails)

@@ -16,7 +16,8 @@ for each b gives all experts. Never-routed experts cost nothing and get the fewe
 Paper and code:
 * exponents: alpha, beta, gamma are 1, 1, 2 in the paper; the code's defaults are 1, 1.5, 2, but it
   raises eps to alpha, so they act as 1, 1.5, 1 (`exponents=repo`).
-* w: p is the softmax over all E before renormalisation (code); `mass=gates`: the weights used.
+* w: p is the softmax over all E before renormalisation (code), on routers of another kind the
+  score that takes its place, without bias or scaling; `mass=gates`: the weights used.
 * eps: the trial quantiser is round to nearest (code; a note on the paper says GPTQ); the code adds
   up the norms of batches (`batch` rows each), by default here it is one norm over all rows.
 * budget: sum = E * average in the paper, <= in the code and here; at least one expert each has 2
@@ -30,15 +31,15 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
-from rerail.compress.base import Compressor, Counts, Decision, Layers, Statistics, Views
+from rerail.compress.base import Compressor, Decision
 from rerail.compress.solvers.bit_allocation import allocate_bits, block_errors, least_sum
-from rerail.compress.templates.quantiser import WIDTHS, Quantiser, layer_bits, quantised
+from rerail.compress.templates.quantiser import WIDTHS, Quantiser, quantised
 from rerail.errors import InputError, OutOfReach
 from rerail.experts.quantized import DENSE
-from rerail.plan.allocation import Allocation, removed_shares
-from rerail.plan.budget import Bits, Budget
+from rerail.moe.model import MoELayer
+from rerail.plan.budget import Bits, Budget, numbers_kept
 from rerail.statistics.routed import Count, Moment
-from rerail.statistics.statistic import RoutedStatistic, RoutedTokens, Statistic
+from rerail.statistics.statistic import LayerStatistics, RoutedStatistic, RoutedTokens, Statistic
 from rerail.statistics.token_sample import TokenSample
 
 EXPONENTS = {"paper": (1.0, 1.0, 2.0), "repo": (1.0, 1.5, 1.0)}
@@ -46,15 +47,14 @@ EXPONENTS = {"paper": (1.0, 1.0, 2.0), "repo": (1.0, 1.5, 1.0)}
 
 @dataclass(frozen=True)
 class RouterMass(RoutedStatistic):
-    """sum over X_e of p_e, p = softmax over all E router logits. float64 (E,)."""
+    """sum over X_e of p_e, p (E,) the router's scores before top-k. float64 (E,)."""
 
     axes = "E"
-    needs = frozenset({"logits"})
+    needs = frozenset({"scores"})
 
     def measure(self, tokens: RoutedTokens) -> Tensor:
-        assert tokens.logits is not None
-        share = tokens.logits.float().softmax(dim=-1)
-        return tokens.sum_by_expert(share.gather(1, tokens.index))
+        assert tokens.scores is not None
+        return tokens.sum_by_expert(tokens.scores.gather(1, tokens.index))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,7 +98,6 @@ class PMQ(Compressor):
 
     @property
     def mass_read(self) -> Statistic:
-        """The statistic behind w."""
         return RouterMass() if self.mass == "router" else Moment(1, 0)
 
     def least(self, experts: int) -> list[int]:
@@ -108,34 +107,26 @@ class PMQ(Compressor):
         paper = experts <= 16 and tuple(self.bits) == (1, 2, 3)
         return [0, 1, 1] if paper else [0] * len(self.bits)
 
-    def allocate(
-        self, layers: Layers, statistics: Statistics, budget: Budget, allocation: Allocation
-    ) -> list[int]:
-        """Return the bits that each layer's experts share.
+    def count(self, layer: MoELayer, removed: float) -> int:
+        """Return the bits that a layer's experts share.
 
         The cheapest assignment must fit, and the average may not be above all candidates.
         """
-        shares = removed_shares(layers, budget, allocation)
-        for layer, share in zip(layers, shares, strict=True):
-            needs, average = self.least(n := layer.num_experts), DENSE * (1 - share)
-            lowest = least_sum(n, self.bits, needs) / n
-            if sum(needs) > n or not lowest - 1e-9 <= average <= self.bits[-1] + 1e-9:
-                raise OutOfReach(
-                    f"PMQ cannot reach {average:g} bits on average: at least {needs} of {n} "
-                    f"experts have {list(self.bits)}; allowed: {lowest:.4g} to {self.bits[-1]}"
-                )
-        return layer_bits(layers, shares)
+        needs, average = self.least(n := layer.num_experts), DENSE * (1 - removed)
+        lowest = least_sum(n, self.bits, needs) / n
+        if sum(needs) > n or not lowest - 1e-9 <= average <= self.bits[-1] + 1e-9:
+            raise OutOfReach(
+                f"PMQ cannot reach {average:g} bits on average: at least {needs} of {n} "
+                f"experts have {list(self.bits)}; allowed: {lowest:.4g} to {self.bits[-1]}"
+            )
+        return numbers_kept(DENSE * n, removed)
 
-    def decide(self, layers: Layers, statistics: Views, counts: Counts) -> list[Decision]:
-        """Solve the integer program of each layer, and encode its experts."""
-        decisions = []
-        for layer, view, max_bits in zip(layers, statistics, counts, strict=True):
-            hidden = TokenSample.hidden(view[TokenSample(self.rows)])
-            error = block_errors(layer, hidden, self.bits, self.quantiser.group, self.batch)
-            cost = self.cost(view[Count()], view[self.mass_read], error, layer.top_k)
-            bits = allocate_bits(cost, self.bits, max_bits, self.least(layer.num_experts))
-            decisions.append(quantised(layer, view, bits, self.quantiser, self.run))
-        return decisions
+    def decide_layer(self, layer: MoELayer, statistics: LayerStatistics, count: int) -> Decision:
+        hidden = TokenSample.hidden(statistics[TokenSample(self.rows)])
+        error = block_errors(layer, hidden, self.bits, self.quantiser.group, self.batch)
+        cost = self.cost(statistics[Count()], statistics[self.mass_read], error, layer.top_k)
+        bits = allocate_bits(cost, self.bits, count, self.least(layer.num_experts))
+        return quantised(layer, statistics, bits, self.quantiser, self.run)
 
     def cost(self, count: Tensor, mass: Tensor, error: Tensor, top_k: int) -> Tensor:
         """Return phi^alpha w^beta eps^gamma, float64 (E, B)."""

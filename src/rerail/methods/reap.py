@@ -10,7 +10,8 @@ routed to score 0 and go first. The mean is taken over tokens, not a product of 
 
 The paper assumes gates normalised over the chosen experts. Its code recomputes a softmax over all
 experts and renormalises it where the model does; here the gate is the one the model multiplied in,
-which also holds for sigmoid routers.
+which also holds for sigmoid routers. `sequential` is the order of llm-compressor: each layer is
+measured on the model whose earlier layers are pruned already.
 
 Relatives are presets of the same score (the family is that of arXiv 2606.15716):
 
@@ -57,6 +58,5 @@ class MomentScore(Pruner):
         return (moment, Count()) if self.mean else (moment,)
 
     def score(self, layer: MoELayer, statistics: LayerStatistics) -> Tensor:
-        """Return S_e, float64 (E,)."""
         total = statistics[Moment(self.gate_power, self.norm_power)]
         return total / statistics[Count()].clamp(min=1) if self.mean else total

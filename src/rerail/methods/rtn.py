@@ -27,5 +27,4 @@ class RTN(Quantiser):
     paper: ClassVar[str] = "baseline (round to nearest)"
 
     def encode(self, stack: Tensor, moment: Tensor | None, bits: int) -> Coded:
-        """Return the nearest codes of each group."""
         return round_to_nearest(stack, bits, self.group)

@@ -27,11 +27,8 @@ from typing import ClassVar, Literal
 from torch import Tensor
 
 from rerail.compress.solvers import whitening
-from rerail.compress.solvers.ranks import Ranks, ranks_within
-from rerail.compress.templates.factoriser import Factoriser, Integers
-from rerail.experts.base import BankSpec
+from rerail.compress.templates.factoriser import Factoriser
 from rerail.moe.model import MoELayer
-from rerail.plan.budget import dense_numbers
 from rerail.statistics.statistic import LayerStatistics, Statistic
 
 
@@ -56,19 +53,6 @@ class WhitenedSVD(Factoriser):
     def requires(self) -> tuple[Statistic, ...]:
         return whitening.moment_statistics(self.whiten)
 
-    def sizes(
-        self, layer: MoELayer, max_numbers: int, statistics: LayerStatistics | None = None
-    ) -> Integers:
-        """Return ranks that use the numbers up."""
-        scores = {} if statistics is None else self.scores(layer, statistics)
-        return ranks_within(layer, max_numbers, *self.ranks(layer), scores)
-
-    def ranks(self, layer: MoELayer) -> tuple[int, dict[str, Ranks]]:
-        """Biases stay; each matrix has a rank of its own, r (out + in) numbers."""
-        n, p, d, _ = layer.dims
-        biases = dense_numbers(layer) - 3 * n * p * d
-        return biases, {name: Ranks(p + d, min(p, d), n) for name in ("gate", "up", "down")}
-
     def scores(self, layer: MoELayer, statistics: LayerStatistics) -> dict[str, Tensor]:
         """Return roots of effective ranks, or nothing."""
         if self.spread == "uniform":
@@ -77,19 +61,4 @@ class WhitenedSVD(Factoriser):
         return {n: whitening.effective_ranks(w, moments[n]).sqrt() for n, w in stacks.items()}
 
     def moments(self, layer: MoELayer, statistics: LayerStatistics) -> dict[str, whitening.Moments]:
-        """Return C of each expert by matrix type."""
         return whitening.layer_moments(layer, statistics, self.whiten, self.shrink, self.ridge)
-
-    def spec(self, layer: MoELayer, sizes: Integers) -> BankSpec:
-        """Return the low-rank form."""
-        return BankSpec("low_rank", layer.num_experts, (), dict(sizes), {"rows": "own"})
-
-    def factor(
-        self, layer: MoELayer, statistics: LayerStatistics, sizes: Integers
-    ) -> dict[str, Tensor]:
-        """Solve each expert."""
-        moments, tensors = self.moments(layer, statistics), dict[str, Tensor]()
-        for name, stack in layer.stack()._asdict().items():
-            u, v = whitening.low_rank(stack, moments[name], sizes[name])
-            tensors |= {f"{name}.U": u, f"{name}.V": v}
-        return tensors

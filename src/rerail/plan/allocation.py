@@ -51,7 +51,6 @@ class Uniform(Allocation):
     def shares(
         self, layers: Layers, removed: float, least: Sequence[int], scores: Scores = None
     ) -> list[float]:
-        """Return the share that was asked for."""
         return [removed] * len(layers)
 
 
@@ -131,18 +130,6 @@ def removed_shares(
     """Return each layer's share of a budget that names one; others as for `Allocation.shares`."""
     assert budget.removed is not None  # only a skipper may be left to its own rule
     return allocation.shares(layers, budget.removed, least, scores)
-
-
-def experts_kept(
-    layers: Layers,
-    budget: Budget,
-    allocation: Allocation,
-    least: Sequence[int],
-    scores: Scores = None,
-) -> list[int]:
-    """Return how many experts each layer keeps; arguments as for `removed_shares`."""
-    shares = removed_shares(layers, budget, allocation, least, scores)
-    return [units_kept(la.num_experts, share) for la, share in zip(layers, shares, strict=True)]
 
 
 def check_kept(layers: Layers, counts: Sequence[int], least: Sequence[int]) -> None:

@@ -116,46 +116,44 @@ class Plan:
         """Return how many numbers the student's routed experts will store; no weight is read."""
         stored: Stored = {}
         for layer in layers:
-            part, dims = self._last(layer)
-            if part is None:
+            spec, dims = self._last(layer)
+            if spec is None:
                 stored |= layer.stored()
             else:
-                stored |= bank_class(part.bank.kind).predicted(part.bank, layer.index, dims)
+                stored |= bank_class(spec.kind).predicted(spec, layer.index, dims)
         return sum(stored.values())
 
     def stored_bits(self, layers: Sequence[MoELayer], width: int) -> int:
         """Return in how many bits, where a dense number takes `width` of them."""
         stored: Stored = {}
         for layer in layers:
-            part, dims = self._last(layer)
-            if part is None:
+            spec, dims = self._last(layer)
+            if spec is None:
                 stored |= layer.stored_bits(width)
             else:
-                bank = bank_class(part.bank.kind)
-                stored |= bank.predicted_bits(part.bank, layer.index, dims, width)
+                stored |= bank_class(spec.kind).predicted_bits(spec, layer.index, dims, width)
         return sum(stored.values())
 
     def used(self, layers: Sequence[MoELayer]) -> float:
         """Return the numbers of routed experts that the student will read for one token."""
         numbers = 0.0
         for layer in layers:
-            part, dims = self._last(layer)
-            if part is None:
+            spec, dims = self._last(layer)
+            if spec is None:
                 numbers += layer.used(layer.top_k)
             else:
-                bank = bank_class(part.bank.kind)
-                stored = bank.predicted(part.bank, layer.index, dims)
-                shared, each = bank.used(part.bank, dims, stored)
+                bank = bank_class(spec.kind)
+                shared, each = bank.used(spec, dims, bank.predicted(spec, layer.index, dims))
                 numbers += shared + layer.top_k * each
         return numbers
 
-    def _last(self, layer: MoELayer) -> tuple[LayerPlan | None, Dims]:
-        """Return what finally holds a layer, and the sizes of the experts that it was made from."""
+    def _last(self, layer: MoELayer) -> tuple[BankSpec | None, Dims]:
+        """Return a layer's final form, and the sizes of the experts that it was made from."""
         last, dims, now = None, layer.dims, layer.dims
         for stage in self.stages:
             for part in stage.layers:
                 if part.layer == layer.index and not bank_class(part.bank.kind).wraps:
-                    last, dims, now = part, now, now._replace(experts=len(part.slots))
+                    last, dims, now = part.bank, now, now._replace(experts=len(part.slots))
         return last, dims
 
     def rows_removed(self, layers: Sequence[MoELayer]) -> int:

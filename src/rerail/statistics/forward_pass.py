@@ -32,6 +32,7 @@ class _Text:
     mask: Tensor | None = None
     position: Tensor | None = None
     passed: int = 0
+    block: int = 0
 
     def turn_to(self, valid: Tensor) -> None:
         """Go on to the next batch, with this mask (B, S)."""
@@ -40,6 +41,7 @@ class _Text:
         self.mask = None if bool(flat.all()) else flat
         self.position = self.passed + torch.arange(len(flat), device=flat.device)
         self.passed += len(flat)
+        self.block = valid.shape[1]
 
     def valid(self, tensor: Tensor) -> Tensor:
         """Return the valid rows of a tensor with one row a token."""
@@ -75,12 +77,14 @@ class _Recorder(StandIn):
     def _update_routed(self, tensors: dict[str, Tensor]) -> None:
         if "logits" in self.needs:
             tensors["logits"] = self.surroundings.logits()
+        if "scores" in self.needs:
+            tensors["scores"] = self.surroundings.scores()
         if "residual" in self.needs:
             tensors["residual"] = self.surroundings.residual()
         assert self.text.position is not None
         tensors["position"] = self.text.position
         valid = {name: self.text.valid(tensor) for name, tensor in tensors.items()}
-        tokens = RoutedTokens(num_experts=self.num_slots, **valid)
+        tokens = RoutedTokens(num_experts=self.num_slots, block=self.text.block, **valid)
         for s in self.routed:
             self.filled[s] = s.update(self.filled[s], tokens)
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from rerail.moe.model import MoELayer
 
 PassName = Literal["routed", "dense", "backward", "ablation"]
-Need = Literal["norms", "outputs", "middle", "logits", "residual"]
+Need = Literal["norms", "outputs", "middle", "logits", "scores", "residual"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,8 +33,10 @@ class RoutedTokens:
         routed: (T, H) the layer's routed output, sum_k gates * outputs (`outputs`).
         middle: (T, K, I) act(gate) * up in each chosen expert (`middle`).
         logits: (T, E) router logits; -inf where a mask silenced a slot (`logits`).
+        scores: (T, E) the router's scores before top-k, without bias or scaling (`scores`).
         residual: (T, H) the residual stream before the MoE sub-layer's norm (`residual`).
         position: int64 (T,) place of the token in the text: block * S + offset.
+        block: S, the tokens of a block of the text, padding included.
     """
 
     hidden: Tensor
@@ -46,8 +48,10 @@ class RoutedTokens:
     routed: Tensor | None = None
     middle: Tensor | None = None
     logits: Tensor | None = None
+    scores: Tensor | None = None
     residual: Tensor | None = None
     position: Tensor | None = None
+    block: int | None = None
 
     @property
     def sizes(self) -> dict[str, int]:

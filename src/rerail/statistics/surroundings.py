@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from rerail.errors import OutOfReach
 from rerail.moe.families import decoder_layer
 from rerail.moe.model import MoELayer, MoEModel
+from rerail.moe.router_scores import router_scores
 from rerail.statistics.statistic import Need
 
 
@@ -16,11 +17,15 @@ class Surroundings:
     def __init__(self, model: MoEModel, layer: MoELayer, needs: frozenset[Need]):
         self.layer = layer
         self._logits: Tensor | None = None
+        self._scores: Tensor | None = None
         self._residual: Tensor | None = None
         self._passed: list[tuple[Any, Tensor]] = []
         self._hooks: list[Any] = []
         if "logits" in needs:
             self._hooks.append(layer.router.register_forward_hook(self._routed))
+        if "scores" in needs:
+            hook = layer.router.register_forward_hook(self._scored, with_kwargs=True)
+            self._hooks.append(hook)
         if "residual" in needs:
             self._watch_children(decoder_layer(model.model, layer.name))
 
@@ -36,6 +41,9 @@ class Surroundings:
         parts = output if isinstance(output, tuple | list) else [output]
         experts = self.layer.num_experts
         self._logits = next((p for p in parts if p is not None and p.shape[-1] == experts), None)
+
+    def _scored(self, router: nn.Module, args: Any, named: Any, _output: Any) -> None:
+        self._scores = router_scores(router, args, named, self.layer.num_experts)
 
     def _passed_child(self, _module: nn.Module, args: Any, named: Any, output: Any) -> None:
         if (entering := _first(args, named)) is not None:
@@ -62,6 +70,20 @@ class Surroundings:
             )
         logits, self._logits = self._logits, None
         return logits.reshape(-1, logits.shape[-1])
+
+    def scores(self) -> Tensor:
+        """Return this forward's scores (T, E), see `router_scores`.
+
+        Raises:
+            OutOfReach: the router makes none.
+        """
+        if self._scores is None:
+            raise OutOfReach(
+                f"router scores of {self.layer.name} cannot be measured: its router makes no "
+                f"tensor with one column for each of {self.layer.num_experts} experts"
+            )
+        scores, self._scores = self._scores, None
+        return scores
 
     def residual(self) -> Tensor:
         """Return this forward's residual stream (T, H) before the norm of the MoE sub-layer.

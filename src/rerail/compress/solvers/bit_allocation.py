@@ -116,17 +116,17 @@ def block_errors(
         if b == DENSE:
             errors.append(torch.zeros(layer.num_experts, dtype=torch.float64))
             continue
-        rounded = ExpertWeights(*(_rounded(stack, b, group) for stack in stacks))
+        coded = [round_to_nearest(stack, b, group) for stack in stacks]
+        rounded = ExpertWeights(*(dequantised(c, group).to(stacks.gate.dtype) for c in coded))
         change = _pairs(layer, hidden, index, **layer.layout.pack(rounded)) - exact
         squares = (gates.double() * change.double().norm(dim=-1)).square()
         pieces = (torch.split(t, batch or len(hidden)) for t in (index, squares))
-        norms = [_by_expert(i, s, layer.num_experts) for i, s in zip(*pieces, strict=True)]
+        norms = [
+            torch.bincount(i.flatten(), s.flatten(), minlength=layer.num_experts)
+            for i, s in zip(*pieces, strict=True)
+        ]
         errors.append(torch.stack(norms).sqrt().sum(dim=0).cpu())
     return torch.stack(errors, dim=1)
-
-
-def _rounded(stack: Tensor, bits: int, group: int) -> Tensor:
-    return dequantised(round_to_nearest(stack, bits, group), group).to(stack.dtype)
 
 
 def _pairs(layer: MoELayer, hidden: Tensor, index: Tensor, **swapped: Tensor) -> Tensor:
@@ -134,7 +134,3 @@ def _pairs(layer: MoELayer, hidden: Tensor, index: Tensor, **swapped: Tensor) ->
     each, ones = index.reshape(-1, 1), hidden.new_ones(index.numel(), 1)
     out = layer.run(hidden.repeat_interleave(index.shape[1], dim=0), each, ones, **swapped)
     return out.view(*index.shape, -1)
-
-
-def _by_expert(index: Tensor, values: Tensor, experts: int) -> Tensor:
-    return torch.bincount(index.flatten(), values.flatten(), minlength=experts)

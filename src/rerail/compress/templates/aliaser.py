@@ -1,6 +1,6 @@
 """Aliasers: all slots of a scope are answered by a pool of its own experts, as they are.
 
-Open: `contribution`, `distances`, `score`.
+Open: `compared`, `distances`, `score`.
 """
 
 from abc import abstractmethod
@@ -15,7 +15,8 @@ from rerail.compress.base import Compressor, Counts, Decision, Layers, Scopes, S
 from rerail.compress.router_rows import best_slots
 from rerail.errors import InputError, OutOfReach
 from rerail.experts.base import BankSpec
-from rerail.plan.allocation import Allocation, check_kept, experts_kept
+from rerail.moe.model import MoELayer
+from rerail.plan.allocation import Allocation
 from rerail.plan.budget import Budget
 from rerail.plan.plan import LayerPlan
 from rerail.statistics.statistic import LayerStatistics
@@ -49,8 +50,8 @@ class Aliaser(Compressor):
             )
 
     @abstractmethod
-    def contribution(self, statistics: LayerStatistics) -> Tensor:
-        """Return (E,), what each expert does: what allocations compare across layers."""
+    def compared(self, layer: MoELayer, statistics: LayerStatistics) -> Tensor:
+        """Return (E,), what each expert contributes."""
 
     @abstractmethod
     def distances(self, layers: Layers, statistics: Sequence[LayerStatistics]) -> Tensor:
@@ -61,27 +62,23 @@ class Aliaser(Compressor):
         """Return (N,), higher means prototype."""
 
     def scopes(self, layers: Layers) -> Scopes:
-        """Return windows of consecutive layers."""
         everyone = list(range(len(layers)))
         return [everyone[i : i + self.window] for i in everyone[:: self.window]]
 
     def allocate(
         self, layers: Layers, statistics: Statistics, budget: Budget, allocation: Allocation
     ) -> list[int]:
-        """Return counts of prototypes; at least `native`, and one: top_k is no bound."""
+        """Return counts of prototypes, once the layers of each scope are known to be alike."""
         for scope in self.scopes(layers):
             if len({(layers[i].num_experts, layers[i].expert_size) for i in scope}) > 1:
                 raise OutOfReach(
                     f"layers {[layers[i].index for i in scope]} cannot share experts: their number "
                     "and size must be equal; use compressor.window=1"
                 )
-        least, scores = [max(1, self.native)] * len(layers), None
-        if statistics is not None and allocation.compares:
-            views = [statistics.of(layer, self.requires) for layer in layers]
-            scores = [self.contribution(view) for view in views]
-        counts = experts_kept(layers, budget, allocation, least, scores)
-        check_kept(layers, counts, least)
-        return counts
+        return super().allocate(layers, statistics, budget, allocation)
+
+    def least_experts(self, layer: MoELayer) -> int:
+        return max(1, self.native)  # top_k is no bound
 
     def decide(self, layers: Layers, statistics: Views, counts: Counts) -> list[Decision]:
         """Choose the scope's pool; every other slot goes to its nearest prototype, lower id first.
@@ -89,7 +86,8 @@ class Aliaser(Compressor):
         A layer's bank names the prototypes that it reads, so that nothing is gathered in vain.
         """
         distances = self.distances(layers, statistics)
-        contribution = torch.cat([self.contribution(view) for view in statistics])
+        pairs = zip(layers, statistics, strict=True)
+        contribution = torch.cat([self.compared(layer, view) for layer, view in pairs])
         score = self.score(contribution, distances)
         pool = torch.tensor(best_slots(score, sum(counts), len(layers), self.native))
         owner = distances[:, pool].argmin(dim=1)

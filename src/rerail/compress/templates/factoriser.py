@@ -1,22 +1,23 @@
-"""Factorisers: every expert is kept, its matrices are stored as solved tensors. Open: `factor`."""
+"""Factorisers: all experts stay, as solved tensors. Open: `factor`, or `moments` and `ranks`."""
 
 import dataclasses
-from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
-from rerail.compress.base import Compressor, Counts, Decision, Layers, Statistics, Views, untouched
+from rerail.compress.base import Compressor, Decision, untouched
+from rerail.compress.solvers.ranks import Ranks, ranks_within
+from rerail.compress.solvers.whitening import Moments, layer_moments, low_rank
 from rerail.experts.base import BankSpec
 from rerail.moe.model import MoELayer
-from rerail.plan.allocation import Allocation, removed_shares
-from rerail.plan.budget import Budget, dense_numbers, numbers_kept
+from rerail.plan.budget import dense_numbers, numbers_kept
 from rerail.statistics.statistic import LayerStatistics
 
 # sizes of a form by name: an int, or a tuple with one for each expert
 Integers = Mapping[str, Any]
+Factors = dict[str, Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,62 +35,68 @@ class Factoriser(Compressor):
     paradigm: ClassVar[str] = "editing"
     allocations: ClassVar[Literal["any", "fixed", "uniform"]] = "fixed"
 
-    @abstractmethod
     def sizes(
         self, layer: MoELayer, max_numbers: int, statistics: LayerStatistics | None = None
     ) -> Integers:
-        """Return the integers of the form (ranks, bases) for at most so many numbers.
+        """Return the integers of the form for at most so many numbers, by default its ranks.
 
         Without statistics (before any are known) it only says whether they are enough.
 
         Raises:
             OutOfReach: nothing fits.
         """
+        scores = {} if statistics is None else self.scores(layer, statistics)
+        return ranks_within(layer, max_numbers, *self.ranks(layer), scores)
 
-    @abstractmethod
-    def factor(
-        self, layer: MoELayer, statistics: LayerStatistics, sizes: Integers
-    ) -> dict[str, Tensor]:
-        """Return the solved tensors."""
+    def ranks(self, layer: MoELayer) -> tuple[int, dict[str, Ranks]]:
+        """Return the numbers stored whatever the ranks, and the ranks to be chosen by matrix type.
 
-    @abstractmethod
+        By default each matrix has a rank of its own, r (out + in) numbers; biases stay.
+        """
+        n, p, d, _ = layer.dims
+        biases = dense_numbers(layer) - 3 * n * p * d
+        return biases, {name: Ranks(p + d, min(p, d), n) for name in ("gate", "up", "down")}
+
+    def scores(self, layer: MoELayer, statistics: LayerStatistics) -> dict[str, Tensor]:
+        """Return how ranks compare, (E,) by matrix type; equal by default."""
+        return {}
+
+    def moments(self, layer: MoELayer, statistics: LayerStatistics) -> dict[str, Moments]:
+        """Return what errors are weighed by, by matrix type; by default by nothing."""
+        return layer_moments(layer, statistics, False, 0.0, 0.0)
+
+    def factor(self, layer: MoELayer, statistics: LayerStatistics, sizes: Integers) -> Factors:
+        """Return the solved tensors, by default the best U and V of each expert's own matrices."""
+        moments, tensors = self.moments(layer, statistics), Factors()
+        for name, stack in layer.stack()._asdict().items():
+            u, v = low_rank(stack, moments[name], sizes[name])
+            tensors |= {f"{name}.U": u, f"{name}.V": v}
+        return tensors
+
     def spec(self, layer: MoELayer, sizes: Integers) -> BankSpec:
-        """Return the stored form."""
+        """Return the stored form; by default low rank with rows of each expert's own."""
+        return BankSpec("low_rank", layer.num_experts, (), dict(sizes), {"rows": "own"})
 
-    def allocate(
-        self, layers: Layers, statistics: Statistics, budget: Budget, allocation: Allocation
-    ) -> list[int]:
-        """Return the numbers that each layer may store."""
-        return self.reached(layers, most_numbers(layers, budget, allocation))
+    def count(self, layer: MoELayer, removed: float) -> int:
+        return self.reached(layer, numbers_kept(dense_numbers(layer), removed))
 
-    def reached(self, layers: Layers, counts: list[int]) -> list[int]:
-        """Return the counts, once sizes were found for every layer that changes.
+    def reached(self, layer: MoELayer, max_numbers: int) -> int:
+        """Return the count, once sizes were found for a layer that changes.
 
         Raises:
-            OutOfReach: nothing fits in one of them.
+            OutOfReach: nothing fits.
         """
-        for layer, max_numbers in zip(layers, counts, strict=True):
-            if max_numbers != dense_numbers(layer):
-                self.sizes(layer, max_numbers)
-        return counts
+        if max_numbers != dense_numbers(layer):
+            self.sizes(layer, max_numbers)
+        return max_numbers
 
-    def decide(self, layers: Layers, statistics: Views, counts: Counts) -> list[Decision]:
-        """Solve each layer, unless it stays dense."""
-        decisions = []
-        for layer, view, max_numbers in zip(layers, statistics, counts, strict=True):
-            if max_numbers == dense_numbers(layer):
-                continue
-            sizes = self.sizes(layer, max_numbers, view)
-            spec = self.spec(layer, sizes)
-            if self.run == "lazy":
-                spec = dataclasses.replace(spec, options={**spec.options, "run": "lazy"})
-            decisions.append(Decision(untouched(layer, spec), self.factor(layer, view, sizes)))
-        return decisions
-
-
-def most_numbers(layers: Layers, budget: Budget, allocation: Allocation) -> list[int]:
-    """Return how many numbers each layer may store under a budget."""
-    shares = removed_shares(layers, budget, allocation)
-    return [
-        numbers_kept(dense_numbers(la), share) for la, share in zip(layers, shares, strict=True)
-    ]
+    def decide_layer(
+        self, layer: MoELayer, statistics: LayerStatistics, count: int
+    ) -> Decision | None:
+        if count == dense_numbers(layer):
+            return None
+        sizes = self.sizes(layer, count, statistics)
+        spec = self.spec(layer, sizes)
+        if self.run == "lazy":
+            spec = dataclasses.replace(spec, options={**spec.options, "run": "lazy"})
+        return Decision(untouched(layer, spec), self.factor(layer, statistics, sizes))

@@ -23,14 +23,14 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from rerail.compress.base import Compressor, Counts, Decision, Layers, Statistics, Views
+from rerail.compress.base import Compressor, Decision, Layers, Statistics
 from rerail.compress.router_rows import best_slots, check_equal_groups
 from rerail.compress.solvers.grouping import Fused, group_members, shares_in_group, wide
 from rerail.errors import OutOfReach
 from rerail.experts.base import BankSpec
 from rerail.moe.fused_experts import expert_parameters
 from rerail.moe.model import MoELayer
-from rerail.plan.allocation import Allocation, check_kept, experts_kept
+from rerail.plan.allocation import Allocation
 from rerail.plan.budget import Budget
 from rerail.plan.plan import ROWS, LayerPlan
 from rerail.statistics.routed import Count
@@ -59,7 +59,7 @@ class Merger(Compressor):
         """Return int64 labels (E,) in 0..num_stored-1, every label used."""
 
     def usage(self, statistics: LayerStatistics) -> Tensor:
-        """Return (E,), by which layers compete and centroids are chosen: the usage counts."""
+        """Return (E,), by which layers compete and centroids are chosen: the counts of tokens."""
         return statistics[Count()]
 
     def weights(self, statistics: LayerStatistics) -> Tensor:
@@ -98,47 +98,39 @@ class Merger(Compressor):
     def allocate(
         self, layers: Layers, statistics: Statistics, budget: Budget, allocation: Allocation
     ) -> list[int]:
-        """Return the number of groups in each layer; at least the rows that top_k needs."""
-        few, scores = self.router != "remap", None
-        least = [la.num_groups * la.least_per_group if few else 1 for la in layers]
-        if statistics is not None and allocation.compares:
-            views = [statistics.of(layer, self.requires) for layer in layers]
-            scores = [self.usage(view).double() for view in views]
-        counts = experts_kept(layers, budget, allocation, least, scores)
-        check_kept(layers, counts, least)
-        if few:
-            self.check_groups(layers)
+        """Return the number of groups in each layer, once routers of groups are known to be safe.
+
+        Centroids of clusters fall as the clusters will have it, so that groups become unequal.
+        """
+        counts = super().allocate(layers, statistics, budget, allocation)
+        if self.router != "remap":
+            if not self.around_dominants and any(layer.num_groups > 1 for layer in layers):
+                raise OutOfReach(
+                    f"{type(self).__name__} with router={self.router} cannot keep the groups of a "
+                    "grouped router equal; allowed: ratios from 0 to 0, or compressor.router=remap"
+                )
             check_equal_groups(layers, counts, allocation, "compressor.router=remap")
         return counts
 
-    def check_groups(self, layers: Layers) -> None:
-        """Refuse grouped routers where centroids fall as the clusters will have it."""
-        if not self.around_dominants and any(layer.num_groups > 1 for layer in layers):
-            raise OutOfReach(
-                f"{type(self).__name__} with router={self.router} cannot keep the groups of a "
-                "grouped router equal; allowed: ratios from 0 to 0, or compressor.router=remap"
-            )
+    def least_experts(self, layer: MoELayer) -> int:
+        return 1 if self.router == "remap" else layer.num_groups * layer.least_per_group
 
-    def decide(self, layers: Layers, statistics: Views, counts: Counts) -> list[Decision]:
-        """Group each layer's experts, say what each group stores, and which router rows stay."""
-        return [self.decide_layer(*each) for each in zip(layers, statistics, counts, strict=True)]
+    def compared(self, layer: MoELayer, statistics: LayerStatistics) -> Tensor:
+        return self.usage(statistics).double()
 
-    def decide_layer(
-        self, layer: MoELayer, statistics: LayerStatistics, num_stored: int
-    ) -> Decision:
-        """Decide about one layer."""
-        labels = self.group(layer, statistics, num_stored)
-        single = num_stored == layer.num_experts
+    def decide_layer(self, layer: MoELayer, statistics: LayerStatistics, count: int) -> Decision:
+        labels = self.group(layer, statistics, count)
+        single = count == layer.num_experts
         solution = None if single else self.solve(layer, statistics, labels)
         solved, notes = solution or ({}, ())
         if solution is None:
             members = group_members(layer.index, labels, self.weights(statistics))
-            spec = BankSpec("dense", num_stored, members)
+            spec = BankSpec("dense", count, members)
         else:
             like = expert_parameters(layer.stock())
             solved = {name: t.to(like[name].dtype) for name, t in solved.items()}
             shapes = {name: tuple(t.shape[1:]) for name, t in solved.items()}
-            spec = BankSpec("merged", num_stored, (), shapes)
+            spec = BankSpec("merged", count, (), shapes)
         plan, rows = self.router_plan(layer, statistics, labels, spec)
         tensors = {name: t.cpu() for name, t in {**solved, **rows}.items()}
         return Decision(plan, tensors, notes)

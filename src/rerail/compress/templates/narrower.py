@@ -7,14 +7,13 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from rerail.compress.base import Compressor, Counts, Decision, Layers, Statistics, Views, untouched
+from rerail.compress.base import Compressor, Decision, untouched
 from rerail.errors import OutOfReach
 from rerail.experts.base import BankSpec
 from rerail.experts.narrow import NarrowExperts
 from rerail.moe.fused_experts import expert_parameters
 from rerail.moe.model import MoELayer
-from rerail.plan.allocation import Allocation, removed_shares
-from rerail.plan.budget import Budget, dense_numbers, units_kept
+from rerail.plan.budget import dense_numbers, units_kept
 from rerail.statistics.statistic import LayerStatistics
 
 _BIAS = "gate_up_proj_bias"
@@ -39,38 +38,27 @@ class Narrower(Compressor):
     def score(self, layer: MoELayer, statistics: LayerStatistics) -> Tensor:
         """Return (E, I), higher means keep; a channel that was never active scores lowest."""
 
-    def allocate(
-        self, layers: Layers, statistics: Statistics, budget: Budget, allocation: Allocation
-    ) -> list[int]:
-        """Return how many micro-experts each layer keeps: at least one."""
-        shares = removed_shares(layers, budget, allocation)
-        return [_channels_kept(la, share) for la, share in zip(layers, shares, strict=True)]
+    def count(self, layer: MoELayer, removed: float) -> int:
+        """Return how many micro-experts a layer keeps: at least one."""
+        whole = dense_numbers(layer) / micro_size(layer)
+        units = layer.num_experts * layer.intermediate_size
+        num_kept = units_kept(units, removed, whole)
+        if not 1 <= num_kept <= units:
+            raise OutOfReach(
+                f"layer {layer.index} cannot lose {removed:.4g} of its numbers by channels; "
+                f"allowed ratios: 0 to {(units - 1) / whole:.4g}"
+            )
+        return num_kept
 
-    def decide(self, layers: Layers, statistics: Views, counts: Counts) -> list[Decision]:
-        """Keep the highest scores of each layer."""
-        decisions = []
-        for layer, view, num_kept in zip(layers, statistics, counts, strict=True):
-            spec, solved = narrowed(layer, highest(self.score(layer, view), num_kept))
-            decisions.append(Decision(untouched(layer, spec), solved))
-        return decisions
+    def decide_layer(self, layer: MoELayer, statistics: LayerStatistics, count: int) -> Decision:
+        spec, solved = narrowed(layer, highest(self.score(layer, statistics), count))
+        return Decision(untouched(layer, spec), solved)
 
 
 def micro_size(layer: MoELayer) -> int:
     """Return the numbers of one micro-expert: 3 H, and its two biases where there are some."""
     touched = NarrowExperts.touched(_spec(layer, ()))
     return sum(layer.dims.numbers[name] for name in touched) // layer.intermediate_size
-
-
-def _channels_kept(layer: MoELayer, removed: float) -> int:
-    whole = dense_numbers(layer) / micro_size(layer)
-    units = layer.num_experts * layer.intermediate_size
-    num_kept = units_kept(units, removed, whole)
-    if not 1 <= num_kept <= units:
-        raise OutOfReach(
-            f"layer {layer.index} cannot lose {removed:.4g} of its numbers by channels; "
-            f"allowed ratios: 0 to {(units - 1) / whole:.4g}"
-        )
-    return num_kept
 
 
 def highest(score: Tensor, count: int) -> Tensor:

@@ -22,8 +22,9 @@ from rerail.compress.guard import (
     with_guarded_first,
 )
 from rerail.compress.router_rows import best_slots, check_equal_groups, masked, sliced
+from rerail.errors import OutOfReach
 from rerail.moe.model import MoELayer
-from rerail.plan.allocation import Allocation, check_kept, experts_kept
+from rerail.plan.allocation import Allocation, removed_shares
 from rerail.plan.budget import Budget
 from rerail.statistics.statistic import LayerStatistics, Statistic
 
@@ -35,10 +36,12 @@ class Pruner(Compressor):
     Attributes:
         router: `slice` keeps only the kept rows; `mask` keeps all E and never selects the others.
         guard: which super experts always stay, see `rerail.compress.guard`.
+        sequential: measure each layer on the model whose earlier layers are pruned already.
     """
 
     router: Literal["slice", "mask"] = "slice"
     guard: GuardMode = "none"
+    sequential: bool = False
 
     paradigm: ClassVar[str] = "pruning"
 
@@ -64,11 +67,14 @@ class Pruner(Compressor):
 
     @property
     def requires(self) -> tuple[Statistic, ...]:
-        """What choosing and guarding read."""
         return (*self.measures, *guard_statistics(self.guard))
 
+    @property
+    def driver(self) -> Literal["one_shot", "sequential"]:
+        return "sequential" if self.sequential and self.measures else "one_shot"
+
     def scopes(self, layers: Layers) -> Scopes:
-        """Return all layers as one scope where a guard compares them."""
+        # a guard compares all layers
         return super().scopes(layers) if self.guard == "none" else [list(range(len(layers)))]
 
     def least_per_group(self, layer: MoELayer, num_kept: int) -> int:
@@ -79,8 +85,13 @@ class Pruner(Compressor):
         self, layers: Layers, statistics: Statistics, budget: Budget, allocation: Allocation
     ) -> list[int]:
         """Return kept experts; a guarded one competes as the best of its layer."""
-        least, scores = [la.num_groups * la.least_per_group for la in layers], None
-        needed = least
+        if self.sequential and (self.guard != "none" or allocation.compares):
+            raise OutOfReach(
+                f"{type(self).__name__} cannot reach guard={self.guard} with {allocation}: "
+                "compressor.sequential=true measures one layer at a time; allowed: guard=none with "
+                "allocation=uniform or per_layer"
+            )
+        needed, scores = [self.least_experts(layer) for layer in layers], None
         if statistics is not None:
             views = [statistics.of(layer, self.requires) for layer in layers]
             guarded = guarded_slots(views, self.guard)
@@ -92,11 +103,14 @@ class Pruner(Compressor):
                     with_guarded_first(score, slots, score.max())
                     for score, slots in zip(scored, guarded, strict=True)
                 ]
-        counts = experts_kept(layers, budget, allocation, needed, scores)
-        check_kept(layers, counts, least)
+        shares = removed_shares(layers, budget, allocation, needed, scores)
+        counts = [self.count(layer, share) for layer, share in zip(layers, shares, strict=True)]
         if self.router == "slice":
             check_equal_groups(layers, counts, allocation, "compressor.router=mask")
         return counts
+
+    def least_experts(self, layer: MoELayer) -> int:
+        return layer.num_groups * layer.least_per_group
 
     def decide(self, layers: Layers, statistics: Views, counts: Counts) -> list[Decision]:
         """Choose in each layer, guarded slots included.

@@ -12,12 +12,11 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from rerail.compress.base import Compressor, Counts, Decision, Layers, Statistics, Views, untouched
+from rerail.compress.base import Compressor, Decision, untouched
 from rerail.errors import InputError, OutOfReach
 from rerail.experts.base import BankSpec
 from rerail.experts.quantized import DENSE, Coded, QuantizedExperts, buckets, pack
 from rerail.moe.model import MoELayer
-from rerail.plan.allocation import Allocation, removed_shares
 from rerail.plan.budget import Bits, Budget, numbers_kept
 from rerail.statistics.statistic import LayerStatistics
 from rerail.transfer import free_bytes
@@ -67,30 +66,18 @@ class Quantiser(Compressor):
         """Return what the plan's notes should say about a layer; nothing by default."""
         return ()
 
-    def allocate(
-        self, layers: Layers, statistics: Statistics, budget: Budget, allocation: Allocation
-    ) -> list[int]:
-        """Return the bits that the experts of each layer share: a width that can be packed each."""
-        for share in (shares := removed_shares(layers, budget, allocation)):
-            if round(average := DENSE * (1 - share), 9) not in WIDTHS:
-                raise OutOfReach(
-                    f"{type(self).__name__} cannot reach an average of {average:g} bits: it gives "
-                    "every expert the same; allowed averages: 1, 2, 3, 4, 8 (16 changes nothing)"
-                )
-        return layer_bits(layers, shares)
+    def count(self, layer: MoELayer, removed: float) -> int:
+        """Return the bits that the experts of a layer share: a width that can be packed each."""
+        if round(average := DENSE * (1 - removed), 9) not in WIDTHS:
+            raise OutOfReach(
+                f"{type(self).__name__} cannot reach an average of {average:g} bits: it gives "
+                "every expert the same; allowed averages: 1, 2, 3, 4, 8 (16 changes nothing)"
+            )
+        return numbers_kept(DENSE * layer.num_experts, removed)
 
-    def decide(self, layers: Layers, statistics: Views, counts: Counts) -> list[Decision]:
-        """Encode each layer's experts in the same bits."""
-        decisions = []
-        for layer, view, max_bits in zip(layers, statistics, counts, strict=True):
-            bits = (max_bits // layer.num_experts,) * layer.num_experts
-            decisions.append(quantised(layer, view, bits, self, self.run))
-        return decisions
-
-
-def layer_bits(layers: Layers, shares: Sequence[float]) -> list[int]:
-    """Return the sum of the bits that the experts of each layer may have, rounded down."""
-    return [numbers_kept(DENSE * la.num_experts, s) for la, s in zip(layers, shares, strict=True)]
+    def decide_layer(self, layer: MoELayer, statistics: LayerStatistics, count: int) -> Decision:
+        bits = (count // layer.num_experts,) * layer.num_experts
+        return quantised(layer, statistics, bits, self, self.run)
 
 
 def quantised(

@@ -9,20 +9,16 @@ import copy
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 
 from rerail.compress.base import (
     NO_HOOKS,
     Compressor,
-    Counts,
-    Decision,
     Layers,
     PlanHooks,
-    Scopes,
     Statistics,
-    Views,
     make_plan,
     with_notes,
 )
@@ -39,8 +35,8 @@ from rerail.statistics.statistic import LayerStatistics, Statistic, StatisticSet
 class TwoStages(Compressor):
     """Two stages that share a ratio: the second brings what the first left to the whole ratio.
 
-    The allocation is the first stage's; the second takes the same share of each layer that it is
-    given. Counts, scopes and decisions are the first stage's; `plan` puts the second behind it.
+    The allocation and the counts are the first stage's; the second takes the same share of each
+    layer that it is given.
 
     Attributes:
         first, second: the stages.
@@ -56,6 +52,12 @@ class TwoStages(Compressor):
     def __post_init__(self) -> None:
         if not 0 <= self.share <= 1:
             raise InputError(f"compressor.share={self.share} is outside [0, 1]")
+        for stage in (self.first, self.second):
+            if stage.driver == "sequential":
+                raise InputError(
+                    f"{type(stage).__name__} measures one layer at a time, and both stages are "
+                    "planned from the original model's statistics; allowed: methods that do not"
+                )
 
     def second_stage(
         self, layers: Layers, views: Sequence[LayerStatistics], plan: Plan
@@ -71,12 +73,7 @@ class TwoStages(Compressor):
 
     @property
     def requires(self) -> tuple[Statistic, ...]:
-        """What both stages read."""
         return tuple(dict.fromkeys([*self.first.requires, *self.second.requires]))
-
-    def scopes(self, layers: Layers) -> Scopes:
-        """Return the first stage's scopes."""
-        return self.first.scopes(layers)
 
     def allocate(
         self, layers: Layers, statistics: Statistics, budget: Budget, allocation: Allocation
@@ -104,10 +101,6 @@ class TwoStages(Compressor):
                 "stage; allowed: another ratio, or another compressor.share"
             ) from error
 
-    def decide(self, layers: Layers, statistics: Views, counts: Counts) -> list[Decision]:
-        """Decide about the first stage of one scope."""
-        return self.first.decide(layers, statistics, counts)
-
     def plan(
         self,
         layers: Layers,
@@ -120,24 +113,18 @@ class TwoStages(Compressor):
         first = self._first_ratio(budget)
         plan = Plan()
         if first.removed > 0:
-            plan = super().plan(layers, statistics, budget, allocation, hooks)
+            plan = self.first.plan(layers, statistics, first, allocation, hooks)
         views = [statistics.of(layer, self.requires) for layer in layers]
         second = self.second_stage(layers, views, plan)
         students = student_layers(layers, plan)
         if self.share < 1:
-            rest = Ratio(self._rest(layers, students, budget))
+            allowed = sum(numbers_kept(dense_numbers(la), budget.removed or 0.0) for la in layers)
+            rest = Ratio(max(0.0, 1 - allowed / sum(dense_numbers(la) for la in students)))
             cut = restricted(statistics, second.requires, layers, students, plan)
             then = make_plan(second, students, cut, rest, Uniform())
             plan = dataclasses.replace(plan, then=then if then.layers else None)
         notes = [note for stage in plan.stages for note in stage.lineage.get("notes", ())]
         return dataclasses.replace(plan, lineage=with_notes(plan.lineage, notes))
-
-    def _rest(self, layers: Layers, students: Sequence[MoELayer], budget: Budget) -> float:
-        """Return what the second stage must remove of what the first one left."""
-        removed = budget.removed or 0.0
-        allowed = sum(numbers_kept(dense_numbers(la), removed) for la in layers)
-        left = sum(dense_numbers(la) for la in students)
-        return max(0.0, 1 - allowed / left)
 
 
 def student_layers(layers: Layers, plan: Plan) -> tuple[MoELayer, ...]:
@@ -154,14 +141,13 @@ def student_layers(layers: Layers, plan: Plan) -> tuple[MoELayer, ...]:
                 f"{len(set(part.slots))} stored experts, and a second stage stores one a row; "
                 "let the first stage keep one row an expert (router=slice)"
             )
-    copies = tuple(MoELayer(la.index, la.name, _shared(la.block)) for la in layers)
+    copies = []
+    for layer in layers:
+        tensors = [*layer.block.parameters(), *layer.block.buffers()]
+        shared = copy.deepcopy(layer.block, {id(t): t for t in tensors})
+        copies.append(MoELayer(layer.index, layer.name, shared))
     apply_to_layers(copies, plan)
-    return copies
-
-
-def _shared(block: torch.nn.Module) -> torch.nn.Module:
-    memo: dict[int, Any] = {id(t): t for t in [*block.parameters(), *block.buffers()]}
-    return copy.deepcopy(block, memo)
+    return tuple(copies)
 
 
 def restricted(

@@ -1,6 +1,5 @@
 """Skippers: every expert is kept, some chosen slots are not computed. Open: `threshold`."""
 
-from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -8,16 +7,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from rerail.compress.base import (
-    Compressor,
-    Counts,
-    Decision,
-    Layers,
-    Statistics,
-    Views,
-    make_plan,
-    untouched,
-)
+from rerail.compress.base import Compressor, Decision, Layers, Statistics, make_plan, untouched
 from rerail.errors import InputError, OutOfReach
 from rerail.experts.base import BankSpec
 from rerail.experts.skip_policy import BINS, tails
@@ -25,7 +15,12 @@ from rerail.moe.model import MoELayer, MoEModel
 from rerail.plan.allocation import Allocation, Uniform
 from rerail.plan.budget import Budget, Skip
 from rerail.plan.plan import Plan
-from rerail.statistics.statistic import RoutedStatistic, RoutedTokens, Statistic, StatisticSet
+from rerail.statistics.statistic import (
+    LayerStatistics,
+    RoutedStatistic,
+    RoutedTokens,
+    StatisticSet,
+)
 
 
 @dataclass(frozen=True)
@@ -38,7 +33,6 @@ class GateTails(RoutedStatistic):
     """
 
     def empty(self, layer: MoELayer) -> Tensor:
-        """Return int64 zeros (BINS,)."""
         return torch.zeros(BINS, dtype=torch.int64)
 
     def measure(self, tokens: RoutedTokens) -> Tensor:
@@ -66,19 +60,15 @@ class Skipper(Compressor):
     budget: ClassVar[type[Budget]] = Skip
     allocations: ClassVar[Literal["any", "fixed", "uniform"]] = "uniform"
 
-    @property
-    def requires(self) -> tuple[Statistic, ...]:
-        """The tails of gate weights."""
-        return (GateTails(),)
+    requires = (GateTails(),)
 
-    @abstractmethod
-    def threshold(self, layer: MoELayer, tails: Tensor) -> float:
-        """Return the method's own threshold for tails, used where no share is asked for.
+    def threshold(self, tails: Tensor) -> float:
+        """Return the method's own threshold, for where no share is asked for: the median tail.
 
         Args:
-            layer: the layer.
-            tails: int64 (BINS,), the filled GateTails of the layer.
+            tails: int64 (BINS,), the filled GateTails of a layer.
         """
+        return float(nearest(tails, int(tails.sum()) // 2)) / len(tails)
 
     def policy_options(self) -> Mapping[str, str]:
         """Return further options of the policy bank; none by default."""
@@ -114,19 +104,16 @@ class Skipper(Compressor):
         if lower == 0:
             raise InputError(f"layer {layer.index}: no token to fit a threshold on; give some")
         if share is None:
-            return below(tails, self.threshold(layer, tails))
+            return below(tails, self.threshold(tails))
         return round(share * lower * layer.top_k / (layer.top_k - 1))
 
-    def decide(self, layers: Layers, statistics: Views, counts: Counts) -> list[Decision]:
-        """Put a policy around the experts that each layer has."""
-        decisions = []
-        for layer, view, num_skipped in zip(layers, statistics, counts, strict=True):
-            router = {} if self.allow_stale else {"router": layer.router_hash()}
-            options = {**router, **self.policy_options()}
-            spec = BankSpec("skip_policy", layer.num_experts, (), {}, options)
-            threshold = nearest(view[GateTails()], num_skipped)
-            decisions.append(Decision(untouched(layer, spec), {"threshold": threshold}))
-        return decisions
+    def decide_layer(self, layer: MoELayer, statistics: LayerStatistics, count: int) -> Decision:
+        """Put a policy around the experts that a layer has."""
+        router = {} if self.allow_stale else {"router": layer.router_hash()}
+        options = {**router, **self.policy_options()}
+        spec = BankSpec("skip_policy", layer.num_experts, (), {}, options)
+        threshold = nearest(statistics[GateTails()], count)
+        return Decision(untouched(layer, spec), {"threshold": threshold})
 
     def refit(
         self, student: MoEModel, measure: Callable[[MoEModel], StatisticSet], budget: Budget

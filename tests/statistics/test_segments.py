@@ -1,8 +1,8 @@
 import torch
 
 from families import tiny, tokens
-from rerail.methods.cfes import Segments
 from rerail.statistics.collect import collect
+from rerail.statistics.segments import Segments
 from rerail.statistics.token_sample import TokenSample
 
 
