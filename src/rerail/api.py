@@ -20,36 +20,33 @@ from pathlib import Path
 from typing import Any, cast
 
 import rerail.auto  # noqa: F401  (package checkpoints load like any other)
+from rerail.arguments import (
+    Method,
+    Text,
+    as_allocation,
+    as_blocks,
+    as_budget,
+    as_method,
+    as_settings,
+    check_statistics,
+)
 from rerail.compress.base import Compressor, Remeasure, make_plan
 from rerail.compress.sequential import sequential
 from rerail.compress.templates.skipper import Skipper, check_fitted, without_policies
 from rerail.config.presets import preset
 from rerail.distill import repair as fitting
-from rerail.distill.schedule import Schedule
 from rerail.distill.settings import RouterKD
+from rerail.errors import InputError
 from rerail.evaluate.scores import Scores, score_texts
+from rerail.language_model import LanguageModel, Repaired
 from rerail.moe.model import MoEModel
 from rerail.moe.source import ModelSource
-from rerail.parallel import group_rank_and_size, is_first, run_on_first
-from rerail.parts import (
-    SILENT,
-    LanguageModel,
-    Method,
-    Recorder,
-    Repaired,
-    Text,
-    as_blocks,
-    as_budget,
-    as_method,
-    as_settings,
-    blocks_of_strings,
-    check_statistics,
-    needed_text,
-)
-from rerail.plan.allocation import Allocation, Uniform
+from rerail.parallel import is_first, run_on_first
+from rerail.plan.allocation import Allocation
 from rerail.plan.apply import apply_plan
 from rerail.plan.budget import Bits, Budget, Ratio, Skip
 from rerail.plan.plan import Plan
+from rerail.recorder import SILENT, Recorder
 from rerail.statistics.collect import collect as collect_statistics
 from rerail.statistics.statistic import Statistic, StatisticSet
 from rerail.teacher.hidden_states import CachedTeacher, LiveTeacher, Teacher, final_hidden_states
@@ -57,7 +54,7 @@ from rerail.text.calibration import BATCH_SIZE, Calibration, TokenBlocks, check_
 
 log = logging.getLogger(__name__)
 
-QUIET = {"accelerator": "auto", "devices": 1, "enable_progress_bar": False}  # of Lightning
+TRAINER = {"accelerator": "auto", "devices": 1, "enable_progress_bar": False}  # where none is given
 
 __all__ = [
     "Bits",
@@ -114,13 +111,14 @@ def text(
     Raises:
         InputError: there is no such preset, or it gives too little text.
     """
-    tokenizer: Any = teacher.tokenizer if isinstance(teacher, LanguageModel) else teacher
+    model, tokenizer = None, cast(Any, teacher)
+    if isinstance(teacher, LanguageModel):
+        model, tokenizer = teacher.model.model, teacher.tokenizer
     if isinstance(calibration, str):
         calibration = cast(Calibration, preset("calibration", calibration, **fields))
     if isinstance(calibration, Calibration):
-        whole = isinstance(teacher, LanguageModel) and calibration.needs_model
-        return calibration.blocks(tokenizer, teacher.model.model if whole else None)
-    return blocks_of_strings(tokenizer, calibration, **fields)
+        return calibration.blocks(tokenizer, model if calibration.needs_model else None)
+    return as_blocks(tokenizer, calibration, **fields)
 
 
 def collect(
@@ -142,7 +140,7 @@ def collect(
     wanted: list[Statistic] = []
     for item in what:
         wanted += [item] if isinstance(item, Statistic) else as_method(item).requires
-    blocks = as_blocks(teacher, text)
+    blocks = as_blocks(teacher.tokenizer, text)
     batches = list(blocks.batches(batch_size))
 
     def make(missing: Sequence[Statistic]) -> StatisticSet:
@@ -183,51 +181,25 @@ def plan(  # noqa: PLR0913
             something and there is no text.
     """
     compressor = as_method(method)
-    asked = as_budget(budget, compressor)
-    shared = preset("allocation", allocation) if isinstance(allocation, str) else allocation
-    layers, choices = teacher.model.layers, (asked, shared or Uniform())
+    asked, shares = as_budget(budget, compressor), as_allocation(allocation)
+    layers = teacher.model.layers
 
     def make() -> Plan | None:
-        filled, remeasure = StatisticSet(), None
+        measured, remeasure = StatisticSet(), None
         if asked.removed != 0:
-            compressor.check(layers, *choices)
-            source = (teacher, text, batch_size, recorder)
-            filled, remeasure = _measurements(compressor, statistics, *source)
-        decide = partial(make_plan, compressor, layers, filled, *choices, remeasure)
+            compressor.check(layers, asked, shares)  # before anything is measured
+            measured, remeasure = _measure(
+                teacher, compressor, text, statistics, batch_size, recorder
+            )
+        decide = partial(make_plan, compressor, layers, measured, asked, shares, remeasure)
+        # in a group all processes measure again together; a plan alone is the first one's task
         made = run_on_first(decide) if remeasure is None else decide()
-        _log_notes(made)
+        if made is not None and is_first():
+            for note in made.lineage.get("notes", ()):
+                log.warning("%s", note)
         return made
 
-    return recorder.plan(teacher, make)
-
-
-def _measurements(
-    method: Compressor,
-    statistics: StatisticSet | None,
-    teacher: LanguageModel,
-    text: Text | None,
-    batch_size: int,
-    recorder: Recorder,
-) -> tuple[StatisticSet, Remeasure | None]:
-    """Return what a method plans from: the teacher's statistics, or what measures each scope."""
-    if method.driver == "sequential":
-        batches = list(needed_text(teacher, text, method).batches(batch_size))
-        return StatisticSet(), sequential(
-            teacher.model, batches, method.requires, recorder.progress
-        )
-    if statistics is None and method.requires:
-        blocks = needed_text(teacher, text, method)
-        statistics = collect(teacher, blocks, method, batch_size=batch_size, recorder=recorder)
-    filled = statistics or StatisticSet()
-    check_statistics(teacher, method, filled)
-    return filled, None
-
-
-def _log_notes(made: Plan | None) -> None:
-    """Log what a user should know of a plan, once in a group of processes."""
-    if made is not None and is_first():
-        for note in made.lineage.get("notes", ()):
-            log.warning("%s", note)
+    return recorder.plan(make)
 
 
 def apply(
@@ -302,20 +274,27 @@ def repair(  # noqa: PLR0913
         InputError: too little text, gate weights without gradient, or a KL that is not finite.
     """
     settings = as_settings(distill, **fields)
-    blocks = as_blocks(teacher, text)
-    batches = list(blocks.batches(teacher_batch_size))
+    blocks = as_blocks(teacher.tokenizer, text)
+
+    def source() -> Teacher:
+        if settings.teacher == "live":
+            return LiveTeacher(teacher.model)
+        batches = list(blocks.batches(teacher_batch_size))
+        bar = recorder.progress("teacher")
+        states = partial(final_hidden_states, teacher.model, batches, bar)
+        return CachedTeacher(recorder.states(teacher, blocks, states))
 
     def make() -> fitting.Repair:
-        source: Teacher = LiveTeacher(teacher.model)
-        if settings.teacher == "cached":
-            bar = recorder.progress("teacher")
-            states = partial(final_hidden_states, teacher.model, batches, bar)
-            source = CachedTeacher(recorder.states(teacher, blocks, states))
-        steps = Schedule.of(len(blocks), settings, group_rank_and_size()[1]).steps
-        asked = dict(QUIET if trainer is None else trainer)
-        trainee = student.model.with_shared_parameters()
-        where = (seed, recorder.folder, lambda point: recorder.point(point, steps))
-        return fitting.repair(trainee, source, blocks, settings, asked, *where)
+        return fitting.repair(
+            student.model.with_shared_parameters(),
+            source(),
+            blocks,
+            settings,
+            TRAINER if trainer is None else trainer,
+            seed,
+            recorder.folder,
+            recorder.point,
+        )
 
     fit = recorder.fit(make)
     model = student.model.with_shared_parameters()
@@ -345,13 +324,17 @@ def evaluate(  # noqa: PLR0913
         batch_size: blocks a forward.
         recorder: hears of the scores.
     """
-    named = texts if isinstance(texts, Mapping) else {"text": as_blocks(teacher, texts)}
+    named = texts if isinstance(texts, Mapping) else {"text": as_blocks(teacher.tokenizer, texts)}
 
     def scored(model: LanguageModel, name: str, against: Scores | None) -> Scores:
         def make() -> Scores:
-            bars = {text: recorder.progress(f"{name} on {text}") for text in named}
             return score_texts(
-                model.model, named, against, model.plan, batch_size, bars.__getitem__
+                model.model,
+                named,
+                against,
+                model.plan,
+                batch_size,
+                progress=lambda text: recorder.progress(f"{name} on {text}"),
             )
 
         return recorder.scores(name, model, named, make)
@@ -393,6 +376,35 @@ def save(
         densify=densify,
         dtype=source.stored_dtype(),
     )
+
+
+def _measure(
+    teacher: LanguageModel,
+    method: Compressor,
+    text: Text | None,
+    statistics: StatisticSet | None,
+    batch_size: int,
+    recorder: Recorder,
+) -> tuple[StatisticSet, Remeasure | None]:
+    """Return what a method plans from: the teacher's statistics, or what measures each scope."""
+    indices = [layer.index for layer in teacher.model.layers]
+    if method.driver != "sequential" and statistics is not None:
+        check_statistics(statistics, method, indices)
+        return statistics, None
+    if method.driver != "sequential" and not method.requires:
+        return StatisticSet(), None
+    if text is None:
+        raise InputError(
+            f"{type(method).__name__} measures the model on calibration text and there is none; "
+            "give text, e.g. api.text(teacher), or statistics where the method is not sequential"
+        )
+    blocks = as_blocks(teacher.tokenizer, text)
+    if method.driver == "sequential":
+        batches = list(blocks.batches(batch_size))
+        return StatisticSet(), sequential(
+            teacher.model, batches, method.requires, recorder.progress
+        )
+    return collect(teacher, blocks, method, batch_size=batch_size, recorder=recorder), None
 
 
 def _with_policies(

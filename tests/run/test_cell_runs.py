@@ -17,6 +17,7 @@ from rerail import api
 from rerail.config.presets import config_root
 from rerail.errors import InputError, OutOfReach
 from rerail.run import pipeline as runner
+from rerail.run import stages
 from rerail.run import status as status_file
 from rerail.run.compose import to_cell
 
@@ -162,13 +163,13 @@ def test_other_weights_in_the_same_folder_are_another_input(cell, tmp_path, mode
 
 
 def test_the_teacher_is_asked_once_for_all_cells_of_a_model(cell, tmp_path, monkeypatch):
-    asked, ask = [], runner.continuation
+    asked, ask = [], stages.continuation
 
     def counted(model, *words):
         asked.append(model)
         return ask(model, *words)
 
-    monkeypatch.setattr(runner, "continuation", counted)
+    monkeypatch.setattr(stages, "continuation", counted)
     first = runner.run_cell(cell("distill=none"), tmp_path / "out")
     assert len(asked) == 2
     second = runner.run_cell(cell("distill=none", "ratio=quarter"), tmp_path / "out")

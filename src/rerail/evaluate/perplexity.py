@@ -1,6 +1,6 @@
 """Held-out text: NLL, KL to the teacher, top-1 agreement and routing, in one forward a block."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,10 +10,8 @@ from rerail.evaluate.active import Active, counting
 from rerail.evaluate.routing import Routing, record_routing
 from rerail.moe.model import MoEModel
 from rerail.parallel import gather, my_share
+from rerail.statistics.collect import Batch, Progress
 from rerail.teacher.kl import kl_of, log_distribution
-
-Batch = tuple[Tensor, Tensor]
-Progress = Callable[[Sequence[Batch]], Iterable[Batch]]
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from rerail.evaluate.estimates import mean_and_se
-from rerail.evaluate.perplexity import Progress, score_blocks
+from rerail.evaluate.perplexity import score_blocks
 from rerail.evaluate.routing import Routing, load_by_expert, routing_changed
 from rerail.moe.model import MoEModel
 from rerail.plan.plan import Plan
+from rerail.statistics.collect import Progress
 from rerail.text.calibration import TokenBlocks
 
 # a field of the wrong type is refused by its name; an int will do where a float is asked for

@@ -10,7 +10,7 @@ from rerail.export.checkpoint import is_whole
 from rerail.export.reload import check_reload, logits_of
 from rerail.export.targets import as_written, check_student
 from rerail.files import digest
-from rerail.parts import LanguageModel
+from rerail.language_model import LanguageModel
 from rerail.plan.plan import Plan
 from rerail.run.cell import Cell
 from rerail.run.results import Row

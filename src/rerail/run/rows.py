@@ -1,6 +1,7 @@
 """From the typed results of a cell's steps to the rows of result.json."""
 
 import platform
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,12 @@ from rerail.distill.repair import Repair
 from rerail.evaluate.estimates import mean_and_se, recovery_of
 from rerail.evaluate.scores import LayerRouting, Scores
 from rerail.files import digest
+from rerail.language_model import LanguageModel
 from rerail.moe.model import MoEModel
-from rerail.parts import LanguageModel
 from rerail.plan.budget import Bits
 from rerail.run.cell import Cell
+from rerail.run.cost import Cost
 from rerail.run.provenance import revision
-from rerail.run.recorder import Cost
 from rerail.run.results import Row, new_row, write_rows
 
 
@@ -124,15 +125,10 @@ def layer_column(routing: LayerRouting) -> dict[str, Any]:
     return {"layer": routing.layer, **moved, **shares}
 
 
-def plan_columns(cost: Cost) -> dict[str, Any]:
-    """Return what making the student cost."""
-    return {"seconds": cost.seconds, "peak_memory": cost.peak_memory}
-
-
 def repair_columns(fit: Repair, cost: Cost) -> dict[str, Any]:
     """Return what a repair reached, and what it cost."""
     reached = {n: getattr(fit, n) for n in ("kl_first", "kl_best", "kl_last", "curve")}
-    return {**reached, **plan_columns(cost)}
+    return {**reached, **asdict(cost)}
 
 
 def resident(model: MoEModel) -> int:
