@@ -9,6 +9,7 @@ from families import tiny
 from measuring import batches
 from rank_programs import STATISTICS
 from rerail import parallel
+from rerail.distill.trainer import check_processes
 from rerail.errors import InputError
 from rerail.evaluate.perplexity import score_blocks
 from rerail.statistics.collect import collect
@@ -68,7 +69,7 @@ def test_an_interactive_allocation_is_one_process(environment):
 def test_processes_that_do_not_fit_the_trainer_are_refused(environment, size, trainer, sentence):
     environment(RANK=0, WORLD_SIZE=size)
     with pytest.raises(InputError, match=sentence):
-        parallel.check_processes(trainer)
+        check_processes(trainer)
 
 
 @pytest.mark.parametrize(
@@ -82,7 +83,7 @@ def test_processes_that_do_not_fit_the_trainer_are_refused(environment, size, tr
 )
 def test_processes_that_fit_are_welcome(environment, size, trainer):
     environment(RANK=0, WORLD_SIZE=size)
-    parallel.check_processes(trainer)
+    check_processes(trainer)
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,9 @@
 Names of presets are those of the command line (`reap`, `mix`, `router_kd`); objects of the classes
 that the presets name are taken as well. The command line calls these functions with a `Recorder`
 that keeps what they make.
+
+Everywhere `teacher` is the original model, `batch_size` the blocks of one forward, and `recorder`
+hears of what is made.
 """
 
 import dataclasses
@@ -131,11 +134,8 @@ def collect(
     """Collect, in one pass, the statistics that all the methods need.
 
     Args:
-        teacher: the original model.
         text: calibration text.
         what: methods, or statistics themselves.
-        batch_size: blocks a forward.
-        recorder: hears of them.
     """
     wanted: list[Statistic] = []
     for item in what:
@@ -166,15 +166,12 @@ def plan(  # noqa: PLR0913
     far, so it needs the text whatever statistics there are.
 
     Args:
-        teacher: the original model.
         method: a preset or a compressor.
         budget: `Ratio(0.5)`, `Bits(4)`, `Skip(0.25)`, or the number alone: the method says what it
             counts. None is a skipper's own rule.
         text: calibration text.
         statistics: what `collect` returned, instead of the text.
         allocation: how layers share the budget; evenly by default.
-        batch_size: blocks a forward.
-        recorder: hears of the plan.
 
     Raises:
         InputError: the budget is of another kind or out of reach, or the method must measure
@@ -211,7 +208,6 @@ def apply(
     """Return the student; it shares every Parameter that does not change with the teacher.
 
     Args:
-        teacher: the original model.
         plan: of its layers.
         method, budget: what made the plan; a skipper's policies are fitted anew by them once the
             student is repaired.
@@ -261,13 +257,11 @@ def repair(  # noqa: PLR0913
 
     Args:
         student: the compressed model; it is left as it is.
-        teacher: the original model.
         text: calibration text; its last share validates.
         distill: a preset, or settings.
         trainer: further arguments of lightning.Trainer.
         seed: of the order of the blocks.
         teacher_batch_size: blocks a forward of the teacher, and of what policies are fitted on.
-        recorder: hears of the parts.
         fields: of the preset, as in `epochs=1, batch_size=4`.
 
     Raises:
@@ -317,12 +311,9 @@ def evaluate(  # noqa: PLR0913
 
     Args:
         student: what is scored; `evaluate(teacher, teacher, texts)` scores the teacher.
-        teacher: the original model.
         texts: one text, or several by name.
         reference: the teacher's scores of the same texts; they are made where they are missing.
         stage: what the student is called for the recorder: `compressed` or `repaired`.
-        batch_size: blocks a forward.
-        recorder: hears of the scores.
     """
     named = texts if isinstance(texts, Mapping) else {"text": as_blocks(teacher.tokenizer, texts)}
 

@@ -27,8 +27,7 @@ class CurveReporter(lightning.Callback):
         self._batch_kls: list[float] = []
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: Any) -> None:
-        # of a fit that goes on from a checkpoint
-        self._step = trainer.global_step
+        self._step = trainer.global_step  # not 0 where the fit goes on from a checkpoint
 
     def on_train_batch_end(
         self, trainer: lightning.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int

@@ -115,7 +115,6 @@ class Scores:
 
     @property
     def perplexity(self) -> float:
-        """exp(nll)."""
         return math.exp(self.nll)
 
     @property
@@ -190,9 +189,8 @@ def score_texts(
         batch_size: blocks a forward.
         progress: from the name of a text to what wraps its batches, to show a bar.
     """
-    rows = {} if plan is None else {
-        part.layer: part.kept for part in plan.layers if part.router in ("slice", "pooled")
-    }  # fmt: skip
+    planned = () if plan is None else plan.layers
+    rows = {part.layer: part.kept for part in planned if part.router in ("slice", "pooled")}
     scored: dict[str, TextScores] = {}
     tensors: dict[str, Tensor] = {}
     for name, text in texts.items():
@@ -210,7 +208,7 @@ def score_texts(
         else:
             layers = _moved(name, scores.routing, reference, rows)
         sums = {n: getattr(scores, n).tolist() for n in ("nll", "tokens", "kl", "agree")}
-        scored[name] = TextScores(**sums, active=scores.active, layers=layers)
+        scored[name] = TextScores(**sums, active=scores.routing.mean_active_experts, layers=layers)
     return Scores(scored, tensors)
 
 

@@ -6,11 +6,11 @@ from dataclasses import asdict
 from pathlib import Path
 
 from rerail import api
+from rerail.distill.trainer import check_processes
 from rerail.errors import InputError
 from rerail.files import whole_file
 from rerail.parallel import (
     broadcast_from_first,
-    check_processes,
     is_first,
     join,
     rank_and_size,
