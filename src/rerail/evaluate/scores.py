@@ -160,7 +160,6 @@ class Scores:
         ]
 
     def __repr__(self) -> str:
-        """Show the means with their standard errors."""
         means = {name: self.mean(name) for name in ("nll", "kl", "agree")}
         shown = [
             f"{name}={mean:.5g}" + ("" if se is None else f"±{se:.2g}")

@@ -62,8 +62,12 @@ def export(
     rounding = float((logits_of(written, ids) - logits_of(student.model, ids)).abs().max())
     record = {"key": key, "max_logit_difference": difference, "max_logit_rounding": rounding}
     write(proof, Artefact(record))
-    message = "%s reloads with a largest logit difference of %g; rounding to its dtype moved %g"
-    log.info(message, path, difference, rounding)
+    log.info(
+        "%s reloads with a largest logit difference of %g; rounding to its dtype moved %g",
+        path,
+        difference,
+        rounding,
+    )
     return path
 
 

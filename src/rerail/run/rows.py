@@ -1,6 +1,7 @@
 """From the typed results of a cell's steps to the rows of result.json."""
 
 import platform
+from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
@@ -25,12 +26,9 @@ from rerail.run.results import Row, new_row, write_rows
 
 def identity(cell: Cell) -> dict[str, Any]:
     """Return the columns that all rows of a cell share."""
-    named = {
-        n: cell.names.get(n)
-        for n in ("model", "compressor", "allocation", "calibration", "distill")
-    }
+    groups = ("model", "compressor", "allocation", "calibration", "distill")
     return {
-        **named,
+        **{group: cell.names.get(group) for group in groups},
         "key": cell.key,
         "paradigm": cell.compressor.paradigm,
         "paper": cell.compressor.paper,
@@ -109,13 +107,16 @@ def score_columns(scores: Scores) -> dict[str, Any]:
     moved = [layer.routing_changed for layer in layers if layer.routing_changed is not None]
     return {
         **columns,
-        "routing_changed": float(np.mean(moved)) if moved else None,
-        "load_entropy": float(np.mean([layer.load_entropy for layer in layers]))
-        if layers
-        else None,
+        "routing_changed": mean_or_none(moved),
+        "load_entropy": mean_or_none([layer.load_entropy for layer in layers]),
         "layers": [layer_column(layer) for layer in layers] or None,
         "nll_by": by_text(scores),
     }
+
+
+def mean_or_none(values: Sequence[float]) -> float | None:
+    """Return the mean of values; None where there are none."""
+    return float(np.mean(values)) if values else None
 
 
 def layer_column(routing: LayerRouting) -> dict[str, Any]:
