@@ -146,6 +146,7 @@ def collect(
     def make(missing: Sequence[Statistic]) -> StatisticSet:
         return collect_statistics(teacher.model, batches, missing, recorder.progress("statistics"))
 
+    # two methods may ask for the same statistic: equal settings make it equal
     return recorder.statistics(teacher, blocks, tuple(dict.fromkeys(wanted)), make)
 
 
@@ -237,7 +238,7 @@ def compress(
     Raises:
         InputError: as `plan`.
     """
-    made = as_method(method)
+    made = as_method(method)  # once, so that plan and student name the same object
     return apply(teacher, plan(teacher, made, budget, text, **options), made, budget)
 
 
@@ -280,7 +281,7 @@ def repair(  # noqa: PLR0913
 
     def make() -> fitting.Repair:
         return fitting.repair(
-            student.model.with_shared_parameters(),
+            student.model.with_shared_parameters(),  # it trains in place
             source(),
             blocks,
             settings,
@@ -291,6 +292,7 @@ def repair(  # noqa: PLR0913
         )
 
     fit = recorder.fit(make)
+    # the rows go into a student of its own, also where the fit comes from an earlier run
     model = student.model.with_shared_parameters()
     fitting.set_router_rows(model, fit.after)
     repaired = dataclasses.replace(student, model=model)
@@ -353,7 +355,7 @@ def save(
     Raises:
         InputError: the form cannot hold the student.
     """
-    from rerail.export.targets import export_student
+    from rerail.export.targets import export_student  # only those who save wait for this import
 
     source = student.source
     parent = {"model": source.path_or_id, "fingerprint": source.fingerprint()}
@@ -419,6 +421,7 @@ def _with_policies(
     def measure(model: MoEModel) -> StatisticSet:
         return collect_statistics(model, batches, method.requires, recorder.progress("gate ratios"))
 
+    # thresholds were fitted on gate weights of the router before it was repaired
     policies = recorder.policies(lambda: method.refit(student.model, measure, budget))
     model = apply_plan(without_policies(student.model), policies)
     check_fitted(model)

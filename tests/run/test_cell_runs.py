@@ -16,6 +16,7 @@ from families import tiny
 from rerail import api
 from rerail.config.presets import config_root
 from rerail.errors import InputError, OutOfReach
+from rerail.plan.plan import Plan
 from rerail.run import pipeline as runner
 from rerail.run import stages
 from rerail.run import status as status_file
@@ -122,7 +123,9 @@ def test_finished_stages_are_not_run_again(cell, finished, tmp_path, monkeypatch
     for name in ("collect_statistics", "make_plan"):
         monkeypatch.setattr(api, name, refuse)
     monkeypatch.setattr(api.fitting, "repair", refuse)
-    assert len(runner.run_cell(cell(), tmp_path / "out")) == 3
+    rows = runner.run_cell(cell(), tmp_path / "out")
+    assert [row["seconds"] for row in rows] == [row["seconds"] for row in finished[1]]
+    assert Plan.load(folder / "plan.json").layers
 
 
 @pytest.mark.parametrize(

@@ -113,9 +113,18 @@ def repair(  # noqa: PLR0913
 
 def _describe(module: "RouterDistillation", before: dict[str, Tensor]) -> Repair:
     first, last = module.curve[0], module.curve[-1]
-    numbers = first["val_kl"], module.best[0], last["val_kl"], module.best[1], int(last["step"])
-    after = {n: t.cpu() for n, t in zip(before, module.copies().values(), strict=True)}
-    return Repair(*numbers, module.curve, before, after)
+    best_kl, best_step, _ = module.best
+    return Repair(
+        kl_first=first["val_kl"],
+        kl_best=best_kl,
+        kl_last=last["val_kl"],
+        best_step=best_step,
+        steps=int(last["step"]),
+        curve=module.curve,
+        before=before,
+        # the module names its masters otherwise, and in the same order
+        after={n: t.cpu() for n, t in zip(before, module.copies().values(), strict=True)},
+    )
 
 
 def _loss_scale(schedule: Schedule, settings: RouterKD, sharded: bool) -> float:
@@ -182,6 +191,7 @@ def _fit(
     reporters = [] if report is None else [CurveReporter(report)]
     checkpoints = [] if checkpoint is None else [Checkpoints(checkpoint)]
     free = {"logger": False, "log_every_n_steps": 1, **trainer, **strategy_arguments(trainer)}
+    # checkpoints last: a step is reported before it is saved and the process handed over
     free["callbacks"] = [*trainer.get("callbacks", []), *reporters, *checkpoints]
     try:
         with _quiet(), torch.enable_grad():

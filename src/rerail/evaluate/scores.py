@@ -226,6 +226,7 @@ def _moved(
     name: str, routing: Routing, reference: Scores, rows: Mapping[int, tuple[int, ...]]
 ) -> list[LayerRouting]:
     """Return how a student routes a text, beside the teacher's choices."""
+    # the teacher's choices as they were recorded: its model is not run again
     chosen = {i: [reference.tensors[f"{name}.chosen.{i}"]] for i in routing.chosen}
     moved = routing_changed(Routing(chosen, dict(routing.num_slots)), routing, rows)
     slots = {layer.layer: len(layer.load) for layer in reference.texts[name].layers}

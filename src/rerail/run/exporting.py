@@ -57,6 +57,7 @@ def export(
     facts = {"choices": dict(cell.choices), "evaluation": [_numbers(row) for row in rows]}
     save(student, path, form, densify, facts)
     ids = next(iter(texts.values())).input_ids[:2, :64]
+    # compared with the student as it is rounded on disk; what rounding itself moves stands beside
     written = as_written(student.model, cell.model.stored_dtype(), densify, form)
     difference = check_reload(path, ids, written, form)
     rounding = float((logits_of(written, ids) - logits_of(student.model, ids)).abs().max())

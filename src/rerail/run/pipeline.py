@@ -49,6 +49,7 @@ def run_cell(cell: Cell, out: Path, mirror: Mirror | None = None) -> list[Row]:
     check_processes(cell.trainer)
     join()
     freeze_imports()
+    # the first process decides for all: another may see a file of the folder sooner or later
     if rows := broadcast_from_first(lambda: rows_if_current(cell, folder)):
         log.info("%s is done already", folder.name)
         _show(_live(cell, folder, mirror), rows)

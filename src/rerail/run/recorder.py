@@ -115,7 +115,7 @@ class CellRecorder(Recorder):
 
         artefact = get(self.folder / "repair.json", with_cost(plain), [repair])
         data, tensors = self._without_cost("repair", artefact)
-        rows: dict[str, dict[str, Tensor]] = {"before": {}, "after": {}}
+        rows: dict[str, dict[str, Tensor]] = {"before": {}, "after": {}}  # by side, then by name
         for name, tensor in tensors.items():
             side, _, part = name.partition(".")
             rows[side][part] = tensor

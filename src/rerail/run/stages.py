@@ -35,6 +35,7 @@ class Stages:
         recorder: CellRecorder,
     ):
         self.cell, self.teacher, self.texts, self.recorder = cell, teacher, texts, recorder
+        # of the token blocks themselves: only rows that agree in it may be compared
         self.heldout = digest({name: text.fingerprint for name, text in texts.items()})
         self.rows: list[Row] = []
         self.scores: dict[str, api.Scores] = {}

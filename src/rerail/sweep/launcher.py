@@ -134,6 +134,7 @@ class SweepLauncher(Launcher):
             if cell.reason:
                 task.complain(cell.reason)
             task.record(None, failed=cell.state == "failed")
+            # two lines of overrides may make the same choices: one cell, one folder
             cells.setdefault((cell.out, cell.folder), (config, cell))
         return list(cells.values())
 
