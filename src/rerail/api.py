@@ -57,7 +57,7 @@ from rerail.text.calibration import BATCH_SIZE, Calibration, TokenBlocks, check_
 
 log = logging.getLogger(__name__)
 
-TRAINER = {"accelerator": "auto", "devices": 1, "enable_progress_bar": False}  # where none is given
+TRAINER = {"accelerator": "auto", "devices": 1, "enable_progress_bar": False}  # by default
 
 __all__ = [
     "Bits",

@@ -55,6 +55,26 @@ class Repair:
     before: dict[str, Tensor]
     after: dict[str, Tensor]
 
+    @classmethod
+    def from_plain(cls, data: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> "Repair":
+        """Return the repair that `plain` and `tensors` took apart."""
+        rows: dict[str, dict[str, Tensor]] = {"before": {}, "after": {}}
+        for name, tensor in tensors.items():
+            side, _, row = name.partition(".")
+            rows[side][row] = tensor
+        return cls(**data, before=rows["before"], after=rows["after"])
+
+    def plain(self) -> dict[str, Any]:
+        """Return the numbers and the curve as JSON has them."""
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return {name: value for name, value in fields.items() if name not in ("before", "after")}
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """The router rows, named `before.<name>` and `after.<name>`."""
+        sides = {"before": self.before, "after": self.after}
+        return {f"{side}.{name}": row for side, rows in sides.items() for name, row in rows.items()}
+
 
 def repair(  # noqa: PLR0913
     student: MoEModel,

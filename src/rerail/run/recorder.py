@@ -4,7 +4,6 @@ All artefacts of a cell are read and written here. Those of the teacher lie in t
 cell of the same model; the others in the cell's folder.
 """
 
-import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -108,18 +107,10 @@ class CellRecorder(Recorder):
 
         def plain() -> Artefact:
             made = make()
-            data = {f.name: getattr(made, f.name) for f in dataclasses.fields(made)}
-            rows = {side: data.pop(side) for side in ("before", "after")}
-            tensors = {f"{side}.{n}": t for side in rows for n, t in rows[side].items()}
-            return Artefact(data, tensors)
+            return Artefact(made.plain(), made.tensors)
 
         artefact = get(self.folder / "repair.json", with_cost(plain), [repair])
-        data, tensors = self._without_cost("repair", artefact)
-        rows: dict[str, dict[str, Tensor]] = {"before": {}, "after": {}}  # by side, then by name
-        for name, tensor in tensors.items():
-            side, _, part = name.partition(".")
-            rows[side][part] = tensor
-        return Repair(**data, before=rows["before"], after=rows["after"])
+        return Repair.from_plain(*self._without_cost("repair", artefact))
 
     def policies(self, make: Callable[[], Plan]) -> Plan:
         """Keep policy.json."""

@@ -26,8 +26,6 @@ from rerail.run.task import SweepCell
 from rerail.sweep.folder import new_sweep, write_cells
 
 EXECUTORS = ("here", "slurm")
-
-
 NAME = "hydra_plugins.rerail.SweepLauncher"  # Hydra takes plugins of this package only
 
 
