@@ -271,18 +271,10 @@ def repair(  # noqa: PLR0913
     settings = as_settings(distill, **fields)
     blocks = as_blocks(teacher.tokenizer, text)
 
-    def source() -> Teacher:
-        if settings.teacher == "live":
-            return LiveTeacher(teacher.model)
-        batches = list(blocks.batches(teacher_batch_size))
-        bar = recorder.progress("teacher")
-        states = partial(final_hidden_states, teacher.model, batches, bar)
-        return CachedTeacher(recorder.states(teacher, blocks, states))
-
     def make() -> fitting.Repair:
         return fitting.repair(
             student.model.with_shared_parameters(),  # it trains in place
-            source(),
+            _teacher_of(settings, teacher, blocks, teacher_batch_size, recorder),
             blocks,
             settings,
             TRAINER if trainer is None else trainer,
@@ -398,6 +390,22 @@ def _measure(
             teacher.model, batches, method.requires, recorder.progress
         )
     return collect(teacher, blocks, method, batch_size=batch_size, recorder=recorder), None
+
+
+def _teacher_of(
+    settings: RouterKD,
+    teacher: LanguageModel,
+    blocks: TokenBlocks,
+    batch_size: int,
+    recorder: Recorder,
+) -> Teacher:
+    """Return what a fit learns from: the live model, or its final hidden states on the text."""
+    if settings.teacher == "live":
+        return LiveTeacher(teacher.model)
+    batches = list(blocks.batches(batch_size))
+    bar = recorder.progress("teacher")
+    states = partial(final_hidden_states, teacher.model, batches, bar)
+    return CachedTeacher(recorder.states(teacher, blocks, states))
 
 
 def _with_policies(

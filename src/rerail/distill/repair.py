@@ -96,8 +96,7 @@ def repair(  # noqa: PLR0913
         trainer: further arguments of lightning.Trainer.
         seed: of the order of the blocks.
         folder: of checkpoints, from which a killed fit goes on to the same result; None for none.
-        report: called with each point of the fit as it comes and the number of steps, as in
-            `curve.CurveReporter`.
+        report: called with each point and the steps of the fit, as in `curve.CurveReporter`.
 
     Raises:
         InputError: too few blocks, constant gate weights, a trainer argument or precision that the
@@ -119,11 +118,9 @@ def repair(  # noqa: PLR0913
         before = {n: p.detach().to("cpu", copy=True) for n, p in trained.items()}
         module = RouterDistillation(trainee, teacher, settings, trained, schedule.steps, scale)
         data = Rounds(blocks, schedule, seed, settings.average, rank)
-        checkpoint = None
-        if folder is not None:
-            code = code_version(RouterDistillation, Rounds)
-            choices = [dataclasses.asdict(settings), seed, blocks.fingerprint, ranks, code]
-            checkpoint = folder / _checkpoint_name(choices, before)
+        code = code_version(RouterDistillation, Rounds)
+        choices = [dataclasses.asdict(settings), seed, blocks.fingerprint, ranks, code]
+        checkpoint = folder and folder / _checkpoint_name(choices, before)
         _fit(module, data, trainer, report, checkpoint)
         done = _describe(module, before)
     if sharded:

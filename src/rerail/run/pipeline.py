@@ -33,7 +33,7 @@ from rerail.run.results import Row, write_rows
 from rerail.run.rows import repair_columns
 from rerail.run.stages import Stages
 from rerail.run.status import Status
-from rerail.text.calibration import check_vocabulary
+from rerail.text.calibration import TokenBlocks, check_vocabulary
 
 log = logging.getLogger(__name__)
 
@@ -57,7 +57,7 @@ def run_cell(cell: Cell, out: Path, mirror: Mirror | None = None) -> list[Row]:
     status = Status(folder)
     live = _live(cell, folder, mirror)
     try:
-        rows = _run(cell, folder, status, live)
+        rows = _run(cell, CellRecorder(cell, folder, status, live))
     except SystemExit:
         raise  # preempted: the next start of the job goes on from here
     except BaseException as error:
@@ -73,25 +73,13 @@ def run_cell(cell: Cell, out: Path, mirror: Mirror | None = None) -> list[Row]:
     return rows
 
 
-def _run(cell: Cell, folder: Path, status: Status, live: Live) -> list[Row]:
-    def step(name: str) -> None:
-        log.info("%s: %s", folder.name, name)
-        status.write("running", name)
-
-    recorder = CellRecorder(cell, folder, status, live)
-    batch_size = cell.calibration.batch_size
-
+def _run(cell: Cell, recorder: CellRecorder) -> list[Row]:
+    step, batch_size = recorder.step, cell.calibration.batch_size
     step("text")
-    tokenizer = cell.model.tokenizer()
-    check_vocabulary(tokenizer, cell.model.meta().vocab_size)
-    heldout = broadcast_from_first(
-        lambda: {name: api.text(tokenizer, text) for name, text in cell.evaluation.texts.items()}
-    )
-    if not cell.calibration.needs_model:  # too little text shows before weights load
-        text = broadcast_from_first(lambda: api.text(tokenizer, cell.calibration))
+    heldout, text = broadcast_from_first(lambda: _texts(cell))
     step("load")
     teacher = api.load(cell.model)
-    if cell.calibration.needs_model:
+    if text is None:
         text = broadcast_from_first(lambda: api.text(teacher, cell.calibration))
     step("plan")
     plan = api.plan(
@@ -131,9 +119,22 @@ def _run(cell: Cell, folder: Path, status: Status, live: Live) -> list[Row]:
         stages.add("repaired", student, **repair_columns(repaired.fit, recorder.costs["repair"]))
     if exports:
         step("export")
-        run_on_first(lambda: exporting.export(cell, student, heldout, folder, stages.rows))
-        run_on_first(lambda: exporting.add_disk_bytes(cell, folder, stages.rows))
+        run_on_first(lambda: exporting.export(cell, student, heldout, recorder.folder, stages.rows))
+        run_on_first(lambda: exporting.add_disk_bytes(cell, recorder.folder, stages.rows))
     return stages.rows
+
+
+def _texts(cell: Cell) -> tuple[dict[str, TokenBlocks], TokenBlocks | None]:
+    """Return the held-out texts, and the calibration text unless the teacher must write it.
+
+    Raises:
+        InputError: there is too little text, which shows here before weights load.
+    """
+    tokenizer = cell.model.tokenizer()
+    check_vocabulary(tokenizer, cell.model.meta().vocab_size)
+    heldout = {name: api.text(tokenizer, text) for name, text in cell.evaluation.texts.items()}
+    written = cell.calibration.needs_model
+    return heldout, None if written else api.text(tokenizer, cell.calibration)
 
 
 def _live(cell: Cell, folder: Path, mirror: Mirror | None) -> Live:

@@ -4,6 +4,7 @@ All artefacts of a cell are read and written here. Those of the teacher lie in t
 cell of the same model; the others in the cell's folder.
 """
 
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,8 @@ from rerail.store import Artefact, Code, get, read, write
 from rerail.teacher.hidden_states import final_hidden_states
 from rerail.text.calibration import TokenBlocks
 
+log = logging.getLogger(__name__)
+
 
 class CellRecorder(Recorder):
     """Keeps the parts of one cell, and shows how far it is.
@@ -49,6 +52,11 @@ class CellRecorder(Recorder):
     def __init__(self, cell: Cell, folder: Path, status: Status, live: Live):
         self.cell, self.folder, self.status, self.live = cell, folder, status, live
         self.costs: dict[str, Cost] = {}
+
+    def step(self, name: str) -> None:
+        """Say that a step of the cell begins."""
+        log.info("%s: %s", self.folder.name, name)
+        self.status.write("running", name)
 
     def progress(self, label: str) -> Progress:
         def over(batches: Sequence[Batch]) -> Iterator[Batch]:
