@@ -156,7 +156,7 @@ def measures(folder: Path) -> dict[str, Any]:
         "tokens": student.tokens,
         "hidden": scores.hidden,
         "chosen": {i: student.routing.slots(i) for i in student.routing.chosen},
-        "active": student.active,
+        "active": student.routing.mean_active_experts,
     }
 
 

@@ -9,6 +9,7 @@ from families import tiny
 from measuring import batches
 from rank_programs import STATISTICS
 from rerail import parallel
+from rerail.distill.trainer import check_processes
 from rerail.errors import InputError
 from rerail.evaluate.perplexity import score_blocks
 from rerail.statistics.collect import collect
@@ -68,7 +69,7 @@ def test_an_interactive_allocation_is_one_process(environment):
 def test_processes_that_do_not_fit_the_trainer_are_refused(environment, size, trainer, sentence):
     environment(RANK=0, WORLD_SIZE=size)
     with pytest.raises(InputError, match=sentence):
-        parallel.check_processes(trainer)
+        check_processes(trainer)
 
 
 @pytest.mark.parametrize(
@@ -82,7 +83,7 @@ def test_processes_that_do_not_fit_the_trainer_are_refused(environment, size, tr
 )
 def test_processes_that_fit_are_welcome(environment, size, trainer):
     environment(RANK=0, WORLD_SIZE=size)
-    parallel.check_processes(trainer)
+    check_processes(trainer)
 
 
 @pytest.mark.parametrize(
@@ -182,6 +183,6 @@ def test_scores_and_teacher_states_of_two_processes_are_those_of_one_to_the_bit(
         assert torch.equal(process["hidden"], teacher.hidden)
         for name in ("nll", "kl", "agree", "tokens"):
             assert torch.equal(process[name], getattr(scores, name))
-        assert process["active"] == scores.active
+        assert process["active"] == scores.routing.mean_active_experts
         for layer, chosen in process["chosen"].items():
             assert torch.equal(chosen, scores.routing.slots(layer))

@@ -1,8 +1,9 @@
 """Compress Mixture-of-Experts language models and re-align their routers.
 
 Importing this package costs nothing: `rerail.load(...)` imports what it needs when it is called.
-The functions `text`, `plan`, `compress` and `evaluate` share their names with packages of this one,
-so they are reached by `from rerail import api`, as all the others are, too.
+The names below are those of `rerail.api`; `rerail.text`, `rerail.plan`, `rerail.compress` and
+`rerail.evaluate` are packages, so the functions of these names are reached by `from rerail import
+api`, as all the others are, too.
 """
 
 import importlib

@@ -10,6 +10,9 @@
 Names of presets are those of the command line (`reap`, `mix`, `router_kd`); objects of the classes
 that the presets name are taken as well. The command line calls these functions with a `Recorder`
 that keeps what they make.
+
+Everywhere `teacher` is the original model, `batch_size` the blocks of one forward, and `recorder`
+hears of what is made.
 """
 
 import dataclasses
@@ -20,36 +23,33 @@ from pathlib import Path
 from typing import Any, cast
 
 import rerail.auto  # noqa: F401  (package checkpoints load like any other)
+from rerail.arguments import (
+    Method,
+    Text,
+    as_allocation,
+    as_blocks,
+    as_budget,
+    as_method,
+    as_settings,
+    check_statistics,
+)
 from rerail.compress.base import Compressor, Remeasure, make_plan
 from rerail.compress.sequential import sequential
 from rerail.compress.templates.skipper import Skipper, check_fitted, without_policies
 from rerail.config.presets import preset
 from rerail.distill import repair as fitting
-from rerail.distill.schedule import Schedule
 from rerail.distill.settings import RouterKD
+from rerail.errors import InputError
 from rerail.evaluate.scores import Scores, score_texts
+from rerail.language_model import LanguageModel, Repaired
 from rerail.moe.model import MoEModel
 from rerail.moe.source import ModelSource
-from rerail.parallel import group_rank_and_size, is_first, run_on_first
-from rerail.parts import (
-    SILENT,
-    LanguageModel,
-    Method,
-    Recorder,
-    Repaired,
-    Text,
-    as_blocks,
-    as_budget,
-    as_method,
-    as_settings,
-    blocks_of_strings,
-    check_statistics,
-    needed_text,
-)
-from rerail.plan.allocation import Allocation, Uniform
+from rerail.parallel import is_first, run_on_first
+from rerail.plan.allocation import Allocation
 from rerail.plan.apply import apply_plan
 from rerail.plan.budget import Bits, Budget, Ratio, Skip
 from rerail.plan.plan import Plan
+from rerail.recorder import SILENT, Recorder
 from rerail.statistics.collect import collect as collect_statistics
 from rerail.statistics.statistic import Statistic, StatisticSet
 from rerail.teacher.hidden_states import CachedTeacher, LiveTeacher, Teacher, final_hidden_states
@@ -57,7 +57,7 @@ from rerail.text.calibration import BATCH_SIZE, Calibration, TokenBlocks, check_
 
 log = logging.getLogger(__name__)
 
-QUIET = {"accelerator": "auto", "devices": 1, "enable_progress_bar": False}  # of Lightning
+TRAINER = {"accelerator": "auto", "devices": 1, "enable_progress_bar": False}  # by default
 
 __all__ = [
     "Bits",
@@ -114,13 +114,14 @@ def text(
     Raises:
         InputError: there is no such preset, or it gives too little text.
     """
-    tokenizer: Any = teacher.tokenizer if isinstance(teacher, LanguageModel) else teacher
+    model, tokenizer = None, cast(Any, teacher)
+    if isinstance(teacher, LanguageModel):
+        model, tokenizer = teacher.model.model, teacher.tokenizer
     if isinstance(calibration, str):
         calibration = cast(Calibration, preset("calibration", calibration, **fields))
     if isinstance(calibration, Calibration):
-        whole = isinstance(teacher, LanguageModel) and calibration.needs_model
-        return calibration.blocks(tokenizer, teacher.model.model if whole else None)
-    return blocks_of_strings(tokenizer, calibration, **fields)
+        return calibration.blocks(tokenizer, model if calibration.needs_model else None)
+    return as_blocks(tokenizer, calibration, **fields)
 
 
 def collect(
@@ -133,21 +134,19 @@ def collect(
     """Collect, in one pass, the statistics that all the methods need.
 
     Args:
-        teacher: the original model.
         text: calibration text.
         what: methods, or statistics themselves.
-        batch_size: blocks a forward.
-        recorder: hears of them.
     """
     wanted: list[Statistic] = []
     for item in what:
         wanted += [item] if isinstance(item, Statistic) else as_method(item).requires
-    blocks = as_blocks(teacher, text)
+    blocks = as_blocks(teacher.tokenizer, text)
     batches = list(blocks.batches(batch_size))
 
     def make(missing: Sequence[Statistic]) -> StatisticSet:
         return collect_statistics(teacher.model, batches, missing, recorder.progress("statistics"))
 
+    # two methods may ask for the same statistic: equal settings make it equal
     return recorder.statistics(teacher, blocks, tuple(dict.fromkeys(wanted)), make)
 
 
@@ -168,66 +167,37 @@ def plan(  # noqa: PLR0913
     far, so it needs the text whatever statistics there are.
 
     Args:
-        teacher: the original model.
         method: a preset or a compressor.
         budget: `Ratio(0.5)`, `Bits(4)`, `Skip(0.25)`, or the number alone: the method says what it
             counts. None is a skipper's own rule.
         text: calibration text.
         statistics: what `collect` returned, instead of the text.
         allocation: how layers share the budget; evenly by default.
-        batch_size: blocks a forward.
-        recorder: hears of the plan.
 
     Raises:
         InputError: the budget is of another kind or out of reach, or the method must measure
             something and there is no text.
     """
     compressor = as_method(method)
-    asked = as_budget(budget, compressor)
-    shared = preset("allocation", allocation) if isinstance(allocation, str) else allocation
-    layers, choices = teacher.model.layers, (asked, shared or Uniform())
+    asked, shares = as_budget(budget, compressor), as_allocation(allocation)
+    layers = teacher.model.layers
 
     def make() -> Plan | None:
-        filled, remeasure = StatisticSet(), None
+        measured, remeasure = StatisticSet(), None
         if asked.removed != 0:
-            compressor.check(layers, *choices)
-            source = (teacher, text, batch_size, recorder)
-            filled, remeasure = _measurements(compressor, statistics, *source)
-        decide = partial(make_plan, compressor, layers, filled, *choices, remeasure)
+            compressor.check(layers, asked, shares)  # before anything is measured
+            measured, remeasure = _measure(
+                teacher, compressor, text, statistics, batch_size, recorder
+            )
+        decide = partial(make_plan, compressor, layers, measured, asked, shares, remeasure)
+        # in a group all processes measure again together; a plan alone is the first one's task
         made = run_on_first(decide) if remeasure is None else decide()
-        _log_notes(made)
+        if made is not None and is_first():
+            for note in made.lineage.get("notes", ()):
+                log.warning("%s", note)
         return made
 
-    return recorder.plan(teacher, make)
-
-
-def _measurements(
-    method: Compressor,
-    statistics: StatisticSet | None,
-    teacher: LanguageModel,
-    text: Text | None,
-    batch_size: int,
-    recorder: Recorder,
-) -> tuple[StatisticSet, Remeasure | None]:
-    """Return what a method plans from: the teacher's statistics, or what measures each scope."""
-    if method.driver == "sequential":
-        batches = list(needed_text(teacher, text, method).batches(batch_size))
-        return StatisticSet(), sequential(
-            teacher.model, batches, method.requires, recorder.progress
-        )
-    if statistics is None and method.requires:
-        blocks = needed_text(teacher, text, method)
-        statistics = collect(teacher, blocks, method, batch_size=batch_size, recorder=recorder)
-    filled = statistics or StatisticSet()
-    check_statistics(teacher, method, filled)
-    return filled, None
-
-
-def _log_notes(made: Plan | None) -> None:
-    """Log what a user should know of a plan, once in a group of processes."""
-    if made is not None and is_first():
-        for note in made.lineage.get("notes", ()):
-            log.warning("%s", note)
+    return recorder.plan(make)
 
 
 def apply(
@@ -239,7 +209,6 @@ def apply(
     """Return the student; it shares every Parameter that does not change with the teacher.
 
     Args:
-        teacher: the original model.
         plan: of its layers.
         method, budget: what made the plan; a skipper's policies are fitted anew by them once the
             student is repaired.
@@ -269,7 +238,7 @@ def compress(
     Raises:
         InputError: as `plan`.
     """
-    made = as_method(method)
+    made = as_method(method)  # once, so that plan and student name the same object
     return apply(teacher, plan(teacher, made, budget, text, **options), made, budget)
 
 
@@ -289,35 +258,33 @@ def repair(  # noqa: PLR0913
 
     Args:
         student: the compressed model; it is left as it is.
-        teacher: the original model.
         text: calibration text; its last share validates.
         distill: a preset, or settings.
         trainer: further arguments of lightning.Trainer.
         seed: of the order of the blocks.
         teacher_batch_size: blocks a forward of the teacher, and of what policies are fitted on.
-        recorder: hears of the parts.
         fields: of the preset, as in `epochs=1, batch_size=4`.
 
     Raises:
         InputError: too little text, gate weights without gradient, or a KL that is not finite.
     """
     settings = as_settings(distill, **fields)
-    blocks = as_blocks(teacher, text)
-    batches = list(blocks.batches(teacher_batch_size))
+    blocks = as_blocks(teacher.tokenizer, text)
 
     def make() -> fitting.Repair:
-        source: Teacher = LiveTeacher(teacher.model)
-        if settings.teacher == "cached":
-            bar = recorder.progress("teacher")
-            states = partial(final_hidden_states, teacher.model, batches, bar)
-            source = CachedTeacher(recorder.states(teacher, blocks, states))
-        steps = Schedule.of(len(blocks), settings, group_rank_and_size()[1]).steps
-        asked = dict(QUIET if trainer is None else trainer)
-        trainee = student.model.with_shared_parameters()
-        where = (seed, recorder.folder, lambda point: recorder.point(point, steps))
-        return fitting.repair(trainee, source, blocks, settings, asked, *where)
+        return fitting.repair(
+            student.model.with_shared_parameters(),  # it trains in place
+            _teacher_of(settings, teacher, blocks, teacher_batch_size, recorder),
+            blocks,
+            settings,
+            TRAINER if trainer is None else trainer,
+            seed,
+            recorder.folder,
+            recorder.point,
+        )
 
     fit = recorder.fit(make)
+    # the rows go into a student of its own, also where the fit comes from an earlier run
     model = student.model.with_shared_parameters()
     fitting.set_router_rows(model, fit.after)
     repaired = dataclasses.replace(student, model=model)
@@ -338,20 +305,21 @@ def evaluate(  # noqa: PLR0913
 
     Args:
         student: what is scored; `evaluate(teacher, teacher, texts)` scores the teacher.
-        teacher: the original model.
         texts: one text, or several by name.
         reference: the teacher's scores of the same texts; they are made where they are missing.
         stage: what the student is called for the recorder: `compressed` or `repaired`.
-        batch_size: blocks a forward.
-        recorder: hears of the scores.
     """
-    named = texts if isinstance(texts, Mapping) else {"text": as_blocks(teacher, texts)}
+    named = texts if isinstance(texts, Mapping) else {"text": as_blocks(teacher.tokenizer, texts)}
 
     def scored(model: LanguageModel, name: str, against: Scores | None) -> Scores:
         def make() -> Scores:
-            bars = {text: recorder.progress(f"{name} on {text}") for text in named}
             return score_texts(
-                model.model, named, against, model.plan, batch_size, bars.__getitem__
+                model.model,
+                named,
+                against,
+                model.plan,
+                batch_size,
+                progress=lambda text: recorder.progress(f"{name} on {text}"),
             )
 
         return recorder.scores(name, model, named, make)
@@ -379,7 +347,7 @@ def save(
     Raises:
         InputError: the form cannot hold the student.
     """
-    from rerail.export.targets import export_student
+    from rerail.export.targets import export_student  # only those who save wait for this import
 
     source = student.source
     parent = {"model": source.path_or_id, "fingerprint": source.fingerprint()}
@@ -393,6 +361,51 @@ def save(
         densify=densify,
         dtype=source.stored_dtype(),
     )
+
+
+def _measure(
+    teacher: LanguageModel,
+    method: Compressor,
+    text: Text | None,
+    statistics: StatisticSet | None,
+    batch_size: int,
+    recorder: Recorder,
+) -> tuple[StatisticSet, Remeasure | None]:
+    """Return what a method plans from: the teacher's statistics, or what measures each scope."""
+    indices = [layer.index for layer in teacher.model.layers]
+    if method.driver != "sequential" and statistics is not None:
+        check_statistics(statistics, method, indices)
+        return statistics, None
+    if method.driver != "sequential" and not method.requires:
+        return StatisticSet(), None
+    if text is None:
+        raise InputError(
+            f"{type(method).__name__} measures the model on calibration text and there is none; "
+            "give text, e.g. api.text(teacher), or statistics where the method is not sequential"
+        )
+    blocks = as_blocks(teacher.tokenizer, text)
+    if method.driver == "sequential":
+        batches = list(blocks.batches(batch_size))
+        return StatisticSet(), sequential(
+            teacher.model, batches, method.requires, recorder.progress
+        )
+    return collect(teacher, blocks, method, batch_size=batch_size, recorder=recorder), None
+
+
+def _teacher_of(
+    settings: RouterKD,
+    teacher: LanguageModel,
+    blocks: TokenBlocks,
+    batch_size: int,
+    recorder: Recorder,
+) -> Teacher:
+    """Return what a fit learns from: the live model, or its final hidden states on the text."""
+    if settings.teacher == "live":
+        return LiveTeacher(teacher.model)
+    batches = list(blocks.batches(batch_size))
+    bar = recorder.progress("teacher")
+    states = partial(final_hidden_states, teacher.model, batches, bar)
+    return CachedTeacher(recorder.states(teacher, blocks, states))
 
 
 def _with_policies(
@@ -416,6 +429,7 @@ def _with_policies(
     def measure(model: MoEModel) -> StatisticSet:
         return collect_statistics(model, batches, method.requires, recorder.progress("gate ratios"))
 
+    # thresholds were fitted on gate weights of the router before it was repaired
     policies = recorder.policies(lambda: method.refit(student.model, measure, budget))
     model = apply_plan(without_policies(student.model), policies)
     check_fitted(model)

@@ -11,7 +11,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar, cast
 
 from rerail.errors import InputError
@@ -31,24 +31,24 @@ def in_slurm() -> bool:
 
 def launched_rank_and_size() -> tuple[int, int]:
     """Return (rank, size) from the environment: torchrun's variables first, then Slurm's."""
-    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+    if _in_torchrun():
         return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     if in_slurm():
         return int(os.environ["SLURM_PROCID"]), int(os.environ["SLURM_NTASKS"])
     return 0, 1
 
 
+def _in_torchrun() -> bool:
+    return {"RANK", "WORLD_SIZE"} <= os.environ.keys()
+
+
 def node_rank_and_size() -> tuple[int, int]:
     """Return (rank, size) among the processes of this node."""
     rank, size = launched_rank_and_size()
-    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
-        local = os.environ.get("LOCAL_RANK", rank), os.environ.get("LOCAL_WORLD_SIZE", size)
-    else:
-        local = (
-            os.environ.get("SLURM_LOCALID", rank),
-            os.environ.get("SLURM_NTASKS_PER_NODE", size),
-        )
-    return int(local[0]), int(local[1])
+    local_rank, local_size = "SLURM_LOCALID", "SLURM_NTASKS_PER_NODE"
+    if _in_torchrun():
+        local_rank, local_size = "LOCAL_RANK", "LOCAL_WORLD_SIZE"
+    return int(os.environ.get(local_rank, rank)), int(os.environ.get(local_size, size))
 
 
 def _group() -> Any | None:
@@ -72,28 +72,6 @@ def rank_and_size() -> tuple[int, int]:
 def is_first() -> bool:
     """Return whether this process is the one that writes files."""
     return rank_and_size()[0] == 0
-
-
-def check_processes(trainer: Mapping[str, Any]) -> None:
-    """Check that as many processes were started as the trainer's arguments ask for.
-
-    Raises:
-        InputError: the numbers differ, or there are several and no strategy shares the work.
-    """
-    size = rank_and_size()[1]
-    strategy = trainer.get("strategy", "auto")
-    if (size > 1) == (strategy == "auto"):
-        raise InputError(
-            f"{size} process{'es' * (size > 1)} started and trainer.strategy={strategy!r} is for "
-            f"{'one' if size > 1 else 'several'}; trainer=ddp and trainer=fsdp2 are for several "
-            "(torchrun --nproc-per-node=2 -m rerail, or a Slurm profile), the others for one"
-        )
-    devices, nodes = trainer.get("devices", "auto"), int(trainer.get("num_nodes", 1))
-    if size > 1 and isinstance(devices, int) and devices * nodes != size:
-        raise InputError(
-            f"trainer.devices={devices} on trainer.num_nodes={nodes} needs {devices * nodes} "
-            f"processes and {size} started; leave both out: they follow what was started"
-        )
 
 
 def join() -> None:

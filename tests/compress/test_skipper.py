@@ -11,7 +11,7 @@ from rerail.compress.templates.skipper import (
     without_policies,
 )
 from rerail.errors import InputError, OutOfReach
-from rerail.evaluate.active import counting
+from rerail.evaluate.routing import record_routing
 from rerail.experts.skip_policy import BINS, SkipPolicy
 from rerail.methods.naee_skip import NAEESkip
 from rerail.methods.odp import ODP
@@ -44,11 +44,11 @@ def plan_of(method: Skipper, model: MoEModel, share: float | None = None) -> Pla
 
 
 def active(model: MoEModel) -> float:
-    with counting(model) as found, torch.no_grad():
+    with record_routing(model) as routing, torch.no_grad():
         for ids, mask in batches():
-            found.mask = mask
+            routing.mask = mask
             model.hidden(ids, mask)
-    return found.mean
+    return routing.mean_active_experts
 
 
 def trace_share(model: MoEModel, plan: Plan) -> list[float]:

@@ -20,7 +20,12 @@ SETTINGS = RouterKD(
 def fit(report: Any, folder: Any = None) -> Any:
     teacher = tiny("qwen3_moe")
     student, states = sliced(teacher), LiveTeacher(teacher)
-    return repair(student, states, blocks(), SETTINGS, QUIET, 0, folder, report)
+
+    def report_point(point: dict[str, float], steps: int) -> None:
+        assert steps == 6
+        report(point)
+
+    return repair(student, states, blocks(), SETTINGS, QUIET, 0, folder, report_point)
 
 
 def test_every_step_and_every_point_of_the_curve_is_reported_once_and_in_order() -> None:

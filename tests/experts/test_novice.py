@@ -5,7 +5,7 @@ import torch
 
 from families import tiny, tokens
 from rerail.errors import InputError
-from rerail.evaluate.active import counting
+from rerail.evaluate.routing import record_routing
 from rerail.experts.base import BankSpec
 from rerail.moe.model import MoEModel
 from rerail.plan.apply import apply_plan
@@ -74,12 +74,12 @@ def test_a_token_of_novices_only_costs_no_expert_and_may_lack_top_k():
     expected = torch.tensor([[1.0], [0.625]]).expand(2, 16)
     torch.testing.assert_close(bank(hidden, index, weights), expected)
     assert bank.active.tolist() == [0, 0]
-    with counting(student) as active, torch.no_grad():
+    with record_routing(student) as routing, torch.no_grad():
         student.hidden(tokens(2, 12))
     hit = [torch.isin(routed(student, i)[1], torch.tensor(KEPT)).sum() for i in (0, 1)]
-    assert active.tokens == {0: 24, 1: 24}
-    assert 0 < active.mean < 2
-    assert active.of(0) != 2
+    assert [len(routing.slots(i)) for i in (0, 1)] == [24, 24]
+    assert 0 < routing.mean_active_experts < 2
+    assert routing.active_experts(0) != 2
     assert hit[0] > 0
 
 

@@ -7,7 +7,7 @@ import torch
 
 from families import tiny, tokens
 from rerail.errors import InputError
-from rerail.evaluate.active import counting
+from rerail.evaluate.routing import record_routing
 from rerail.experts import skip_policy as policy
 from rerail.experts.base import BankSpec
 from rerail.experts.skip_policy import BINS, SkipPolicy, protected, rescaled, tails
@@ -149,24 +149,22 @@ def test_computed_experts_are_counted_on_valid_tokens_only():
         layer.experts.register_forward_pre_hook(
             lambda bank, args: recount.append((~bank.skipped(*args[::2])).sum(dim=1)[valid])
         )
-    with counting(student) as active, torch.no_grad():
-        active.mask = mask
+    with record_routing(student) as routing, torch.no_grad():
+        routing.mask = mask
         student.hidden(ids, mask)
-    assert active.tokens == {0: 38, 1: 38}
+    assert [len(routing.slots(i)) for i in (0, 1)] == [38, 38]
     for i, per_token in enumerate(recount):
-        assert active.of(i) == pytest.approx(float(per_token.double().mean()))
-    assert active.mean == pytest.approx((active.of(0) + active.of(1)) / 2)
-    assert 1 < active.mean < 4
-    with counting(tiny("qwen3_moe", **K)) as whole, torch.no_grad():
-        tiny("qwen3_moe", **K)
-    assert whole.tokens == {0: 0, 1: 0}
+        assert routing.active_experts(i) == pytest.approx(float(per_token.double().mean()))
+    both = [routing.active_experts(i) for i in (0, 1)]
+    assert routing.mean_active_experts == pytest.approx(sum(both) / 2)
+    assert 1 < routing.mean_active_experts < 4
 
 
 def test_a_plain_model_computes_all_k():
     model = tiny("qwen3_moe", **K)
-    with counting(model) as active, torch.no_grad():
+    with record_routing(model) as routing, torch.no_grad():
         model.hidden(tokens(2, 8))
-    assert active.mean == 4
+    assert routing.mean_active_experts == 4
 
 
 def test_the_skipped_share_rises_with_the_threshold_on_a_fixed_trace():

@@ -1,10 +1,11 @@
+import gc
 import platform
 import time
 
 import pytest
 import torch
 
-from rerail.run.cost import peak_memory, start_peak, with_cost
+from rerail.run.cost import freeze_imports, peak_memory, start_peak, with_cost
 from rerail.store import Artefact, get
 
 
@@ -37,3 +38,13 @@ def test_what_making_took_is_stored_with_what_was_made(tmp_path):
 
 def test_a_process_that_makes_nothing_costs_nothing():
     assert with_cost(lambda: None)() is None
+
+
+def test_what_is_alive_at_the_first_cell_is_exempt_from_collection_once(monkeypatch):
+    calls = []
+    monkeypatch.setattr(gc, "collect", lambda: calls.append("collect"))
+    monkeypatch.setattr(gc, "freeze", lambda: calls.append("freeze"))
+    freeze_imports.cache_clear()
+    freeze_imports()
+    freeze_imports()
+    assert calls == ["collect", "freeze"]

@@ -13,8 +13,8 @@ from rerail.errors import InputError
 from rerail.experts.base import BankSpec
 from rerail.export.checkpoint import read_manifest
 from rerail.export.targets import export_student
+from rerail.language_model import LanguageModel
 from rerail.moe.source import ModelSource
-from rerail.parts import LanguageModel
 from rerail.plan.apply import apply_plan
 from rerail.plan.plan import LayerPlan, Plan
 from rerail.run import exporting

@@ -6,8 +6,9 @@ import os
 import pytest
 
 from rerail.processes import running_process
-from rerail.run import progress
 from rerail.run import status as status_file
+from rerail.run.mirror import Live
+from rerail.run.recorder import CellRecorder
 from rerail.run.status import Status
 
 
@@ -29,16 +30,14 @@ def test_it_names_the_process_and_the_job(status):
     assert running_process(content).pid == os.getpid()
 
 
-def test_the_items_of_a_bar_are_progress(status, monkeypatch):
+def test_the_items_of_a_bar_are_progress(status, tmp_path, monkeypatch):
     monkeypatch.setattr(status_file, "EVERY", 0.0)
     status.write("running", "evaluate teacher")
-    with progress.reporting_to(status):
-        items = progress.bar("teacher on docs")(["a", "b", "c"])
-        seen = [read(status)["progress"] for _ in items]
+    recorder = CellRecorder(None, tmp_path, status, Live())
+    items = recorder.progress("teacher on docs")(["a", "b", "c"])
+    seen = [read(status)["progress"] for _ in items]
     assert seen == [{"label": "teacher on docs", "done": n, "of": 3} for n in range(3)]
     assert read(status)["stage"] == "evaluate teacher"
-    list(progress.bar("nobody listens")(["a"]))
-    assert read(status)["progress"] == seen[-1]
 
 
 def test_progress_is_written_seldom_and_a_state_at_once(status):

@@ -10,7 +10,7 @@ from omegaconf import OmegaConf
 from submitit import AutoExecutor, SlurmExecutor
 
 from rerail.config.presets import config_root
-from rerail.parallel import check_processes
+from rerail.distill.trainer import check_processes
 from rerail.sweep import launcher, submit
 from rerail.sweep.cluster import check_walltime
 

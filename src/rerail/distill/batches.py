@@ -56,7 +56,6 @@ class Round:
         return [make_batch(data.blocks, i, w) for i, w in pieces]
 
     def __iter__(self) -> Iterator[Batch]:
-        """Yield the batches that are left."""
         for step in range(self.step, self.end):
             yield from self._batches(step)
 
@@ -65,11 +64,10 @@ class Round:
         return sum(self.data.schedule.forwards_of(step) for step in range(self.begin, self.end))
 
     def state_dict(self) -> dict[str, Any]:
-        """Return nothing: `train_dataloader` starts at the trainer's optimiser step."""
-        return {}
+        return {}  # `train_dataloader` starts at the trainer's optimiser step
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Load nothing, as `state_dict` saves nothing; Lightning asks for both."""
+        """Load nothing; Lightning asks for both."""
 
 
 class Rounds(lightning.LightningDataModule):

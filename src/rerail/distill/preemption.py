@@ -35,7 +35,6 @@ class Checkpoints(lightning.Callback):
         self._step = 0
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: Any) -> None:
-        """Take the place of the other handler."""
         self._step = trainer.global_step
         self._install_handler()
 
@@ -66,7 +65,6 @@ class Checkpoints(lightning.Callback):
             self._save_and_hand_over(trainer)
 
     def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: Any) -> None:
-        """Write; hand over where that is requested."""
         if self._any_requested(trainer):
             self._save_and_hand_over(trainer)
         else:

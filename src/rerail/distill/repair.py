@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import logging
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,6 +28,7 @@ from rerail.text.calibration import TokenBlocks
 
 if TYPE_CHECKING:  # Lightning takes seconds to import: functions that train import it
     from rerail.distill.batches import Rounds
+    from rerail.distill.curve import Report
     from rerail.distill.router_distillation import RouterDistillation
 
 log = logging.getLogger(__name__)
@@ -54,16 +55,36 @@ class Repair:
     before: dict[str, Tensor]
     after: dict[str, Tensor]
 
+    @classmethod
+    def from_plain(cls, data: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> "Repair":
+        """Return the repair that `plain` and `tensors` took apart."""
+        rows: dict[str, dict[str, Tensor]] = {"before": {}, "after": {}}
+        for name, tensor in tensors.items():
+            side, _, row = name.partition(".")
+            rows[side][row] = tensor
+        return cls(**data, before=rows["before"], after=rows["after"])
+
+    def plain(self) -> dict[str, Any]:
+        """Return the numbers and the curve as JSON has them."""
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return {name: value for name, value in fields.items() if name not in ("before", "after")}
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """The router rows, named `before.<name>` and `after.<name>`."""
+        sides = {"before": self.before, "after": self.after}
+        return {f"{side}.{name}": row for side, rows in sides.items() for name, row in rows.items()}
+
 
 def repair(  # noqa: PLR0913
     student: MoEModel,
     teacher: Teacher,
     blocks: TokenBlocks,
     settings: RouterKD,
-    trainer: dict[str, Any],
+    trainer: Mapping[str, Any],
     seed: int,
     folder: Path | None = None,
-    report: Callable[[Mapping[str, float]], None] | None = None,
+    report: "Report | None" = None,
 ) -> Repair:
     """Train the student's routers in place on calibration blocks, by Lightning.
 
@@ -75,7 +96,7 @@ def repair(  # noqa: PLR0913
         trainer: further arguments of lightning.Trainer.
         seed: of the order of the blocks.
         folder: of checkpoints, from which a killed fit goes on to the same result; None for none.
-        report: called with each point of the fit as it comes, as in `curve.CurveReporter`.
+        report: called with each point and the steps of the fit, as in `curve.CurveReporter`.
 
     Raises:
         InputError: too few blocks, constant gate weights, a trainer argument or precision that the
@@ -96,11 +117,11 @@ def repair(  # noqa: PLR0913
     with master_copies(trainee, settings.trains) as trained:
         before = {n: p.detach().to("cpu", copy=True) for n, p in trained.items()}
         module = RouterDistillation(trainee, teacher, settings, trained, schedule.steps, scale)
+        data = Rounds(blocks, schedule, seed, settings.average, rank)
         code = code_version(RouterDistillation, Rounds)
         choices = [dataclasses.asdict(settings), seed, blocks.fingerprint, ranks, code]
-        held = None if folder is None else folder / _name(choices, before)
-        data = Rounds(blocks, schedule, seed, settings.average, rank)
-        _fit(module, data, _with_report(trainer, report), held)
+        checkpoint = folder and folder / _checkpoint_name(choices, before)
+        _fit(module, data, trainer, report, checkpoint)
         done = _describe(module, before)
     if sharded:
         set_router_rows(student, done.after)
@@ -109,9 +130,18 @@ def repair(  # noqa: PLR0913
 
 def _describe(module: "RouterDistillation", before: dict[str, Tensor]) -> Repair:
     first, last = module.curve[0], module.curve[-1]
-    numbers = first["val_kl"], module.best[0], last["val_kl"], module.best[1], int(last["step"])
-    after = {n: t.cpu() for n, t in zip(before, module.copies().values(), strict=True)}
-    return Repair(*numbers, module.curve, before, after)
+    best_kl, best_step, _ = module.best
+    return Repair(
+        kl_first=first["val_kl"],
+        kl_best=best_kl,
+        kl_last=last["val_kl"],
+        best_step=best_step,
+        steps=int(last["step"]),
+        curve=module.curve,
+        before=before,
+        # the module names its masters otherwise, and in the same order
+        after={n: t.cpu() for n, t in zip(before, module.copies().values(), strict=True)},
+    )
 
 
 def _loss_scale(schedule: Schedule, settings: RouterKD, sharded: bool) -> float:
@@ -124,17 +154,7 @@ def _loss_scale(schedule: Schedule, settings: RouterKD, sharded: bool) -> float:
     return schedule.forwards / settings.accumulate * (1 if sharded else schedule.ranks)
 
 
-def _with_report(
-    trainer: dict[str, Any], report: Callable[[Mapping[str, float]], None] | None
-) -> dict[str, Any]:
-    if report is None:
-        return trainer
-    from rerail.distill.curve import CurveReporter
-
-    return {**trainer, "callbacks": [*trainer.get("callbacks", []), CurveReporter(report)]}
-
-
-def _name(choices: list[Any], before: Mapping[str, Tensor]) -> str:
+def _checkpoint_name(choices: list[Any], before: Mapping[str, Tensor]) -> str:
     """Return the file name of a fit's checkpoint: another fit never goes on from it."""
     rows = [sha256(t.cpu().numpy().tobytes()).hexdigest() for t in before.values()]
     return f"repair-{digest([choices, rows])}.ckpt"
@@ -152,15 +172,27 @@ def set_router_rows(student: MoEModel, rows: Mapping[str, Tensor]) -> None:
 
 
 def _fit(
-    module: "RouterDistillation", data: "Rounds", trainer: dict[str, Any], held: Path | None
+    module: "RouterDistillation",
+    data: "Rounds",
+    trainer: Mapping[str, Any],
+    report: "Report | None",
+    checkpoint: Path | None,
 ) -> None:
-    """Fit in rounds (Lightning's epochs), from `held` where it is sound; remove it at the end."""
+    """Fit in rounds (Lightning's epochs), from a checkpoint where it is sound; it goes at the end.
+
+    Raises:
+        InputError: the trainer is given an argument that the settings decide.
+    """
     import lightning
 
+    from rerail.distill.curve import CurveReporter
     from rerail.distill.preemption import Checkpoints
 
     settings, schedule = module.settings, data.schedule
-    start = held if held and broadcast_from_first(lambda: _can_go_on_from(held)) else None
+    start = None
+    if checkpoint is not None and broadcast_from_first(lambda: is_sound(checkpoint)):
+        start = checkpoint
+        log.info("going on with the repair in %s", checkpoint)
     fixed: dict[str, Any] = {
         "max_epochs": schedule.rounds,
         "reload_dataloaders_every_n_epochs": 1,
@@ -173,9 +205,11 @@ def _fit(
     }
     if clash := sorted(fixed.keys() & trainer.keys()):
         raise InputError(f"trainer.{clash[0]} is decided by the settings of distill; leave it out")
-    checkpoints = [Checkpoints(held)] if held is not None else []
+    reporters = [] if report is None else [CurveReporter(report)]
+    checkpoints = [] if checkpoint is None else [Checkpoints(checkpoint)]
     free = {"logger": False, "log_every_n_steps": 1, **trainer, **strategy_arguments(trainer)}
-    free["callbacks"] = [*trainer.get("callbacks", []), *checkpoints]
+    # checkpoints last: a step is reported before it is saved and the process handed over
+    free["callbacks"] = [*trainer.get("callbacks", []), *reporters, *checkpoints]
     try:
         with _quiet(), torch.enable_grad():
             lightning.Trainer(**fixed, **free).fit(module, datamodule=data, ckpt_path=start)
@@ -183,8 +217,8 @@ def _fit(
         for callback in checkpoints:
             callback.close()
     barrier()
-    if held is not None and is_first():
-        remove_sealed(held)
+    if checkpoint is not None and is_first():
+        remove_sealed(checkpoint)
 
 
 @contextlib.contextmanager
@@ -203,10 +237,3 @@ def _quiet() -> Iterator[None]:
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
-
-
-def _can_go_on_from(path: Path) -> bool:
-    if is_sound(path):
-        log.info("going on with the repair in %s", path)
-        return True
-    return False

@@ -106,13 +106,10 @@ class RouterDistillation(lightning.LightningModule):
         ids, mask = batch["input_ids"].to(device), batch["mask"].to(device)
         teacher = self._teacher[0].hidden(batch["index"], ids, mask)
         student = self._student[0].hidden(ids, mask)
-        valid = mask[:, 1:].to(
-            student.device
-        )  # position t predicts t + 1: the last predicts nothing
+        valid = mask[:, 1:].to(student.device)  # position t predicts t + 1; the last, nothing
         return student[:, :-1][valid], teacher[:, :-1].to(student)[valid], valid
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """One forward of the student, and the KL to the teacher."""
         loss = self.loss(batch)
         blocks = int(batch["weights"].any(dim=1).sum())  # without those that only fill a share
         self._train = (self._train[0] + float(loss.detach()), self._train[1] + blocks)
@@ -120,7 +117,6 @@ class RouterDistillation(lightning.LightningModule):
         return loss * self.scale
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Add up the KL of held-out calibration blocks."""
         student, teacher, valid = self._states(batch)
         head, s = self._student[0].head, self.settings
         # float64 sums, so that batches and processes may be cut in any way
@@ -166,7 +162,6 @@ class RouterDistillation(lightning.LightningModule):
             copy_into(self.masters[name], value)
 
     def configure_optimizers(self) -> Any:
-        """AdamW on the masters."""
         s = self.settings
         adam = torch.optim.AdamW(
             self.masters.values(), lr=s.learning_rate, weight_decay=s.weight_decay
@@ -184,11 +179,9 @@ class RouterDistillation(lightning.LightningModule):
         return warmup * (0.1 + 0.45 * (1 + math.cos(math.pi * min(1.0, step / max(1, self.steps)))))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add what the fit has seen so far."""
         checkpoint["curve"], checkpoint["best"] = self.curve, self.best
         checkpoint["train"] = gather(self._train)  # one a process; each takes its own back
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Go on from it."""
         self.curve, self.best = checkpoint["curve"], checkpoint["best"]
         self._train = tuple(checkpoint["train"][group_rank_and_size()[0]])

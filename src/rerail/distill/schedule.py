@@ -57,9 +57,16 @@ class Schedule:
             )
         batches = train // settings.batch_size * settings.epochs  # full ones: see `order`
         steps = math.ceil(batches / settings.accumulate)
-        round_steps = math.ceil(steps / settings.evaluations)
-        sizes = (settings.batch_size, settings.accumulate)
-        return cls(train, *sizes, batches, steps, round_steps, settings.epochs, ranks)
+        return cls(
+            train_blocks=train,
+            batch_size=settings.batch_size,
+            accumulate=settings.accumulate,
+            batches=batches,
+            steps=steps,
+            round_steps=math.ceil(steps / settings.evaluations),
+            passes=settings.epochs,
+            ranks=ranks,
+        )
 
     @property
     def rounds(self) -> int:

@@ -44,7 +44,6 @@ class RouterKD:
     clip: float = 0.0
 
     def __post_init__(self) -> None:
-        """Check the values before anything is loaded."""
         counts = ["epochs", "batch_size", "accumulate", "evaluations"]
         counts += ["chunk"] if self.chunk is not None else []
         for name in ("learning_rate", "temperature", *counts):

@@ -97,7 +97,7 @@ def master_copies(student: MoEModel, trains: str) -> Iterator[dict[str, nn.Param
         Parameters (rows (E, H), biases (E,)) named `layers.<index>.router.<parameter>`.
 
     Raises:
-        InputError: as `check_gates`.
+        InputError: as `check_router_gradients`.
     """
     check_router_gradients(student)
     # frozen experts cost no weight gradient; only the path from the first router is differentiated

@@ -12,7 +12,7 @@ from typing import Any
 
 from rerail.distill.settings import RouterKD
 from rerail.errors import InputError
-from rerail.parallel import group_rank_and_size, in_slurm, node_rank_and_size
+from rerail.parallel import group_rank_and_size, in_slurm, node_rank_and_size, rank_and_size
 
 STRATEGIES = ("auto", "ddp", "fsdp2")
 
@@ -49,6 +49,28 @@ def check_strategy(trainer: Mapping[str, Any], settings: RouterKD) -> None:
         raise InputError(
             "distill.teacher='live' keeps the whole teacher in memory, which "
             "trainer.strategy='fsdp2' is there to avoid; use distill.teacher=cached"
+        )
+
+
+def check_processes(trainer: Mapping[str, Any]) -> None:
+    """Check that as many processes were started as the trainer's arguments ask for.
+
+    Raises:
+        InputError: the numbers differ, or there are several and no strategy shares the work.
+    """
+    size = rank_and_size()[1]
+    strategy = trainer.get("strategy", "auto")
+    if (size > 1) == (strategy == "auto"):
+        raise InputError(
+            f"{size} process{'es' * (size > 1)} started and trainer.strategy={strategy!r} is for "
+            f"{'one' if size > 1 else 'several'}; trainer=ddp and trainer=fsdp2 are for several "
+            "(torchrun --nproc-per-node=2 -m rerail, or a Slurm profile), the others for one"
+        )
+    devices, nodes = trainer.get("devices", "auto"), int(trainer.get("num_nodes", 1))
+    if size > 1 and isinstance(devices, int) and devices * nodes != size:
+        raise InputError(
+            f"trainer.devices={devices} on trainer.num_nodes={nodes} needs {devices * nodes} "
+            f"processes and {size} started; leave both out: they follow what was started"
         )
 
 

@@ -11,7 +11,7 @@ from rerail.moe.model import MoEModel
 def continuation(model: MoEModel, tokenizer: Any, prompt: str, new_tokens: int, seed: int) -> str:
     """Return `new_tokens` tokens after a prompt, sampled with a fixed seed, as text.
 
-    Nothing where the prompt or the number of tokens is.
+    It is empty without a prompt, and for no tokens.
     """
     if not new_tokens or not prompt:
         return ""
@@ -26,6 +26,7 @@ def continuation(model: MoEModel, tokenizer: Any, prompt: str, new_tokens: int, 
             temperature=0.8,
             top_k=40,
             max_new_tokens=new_tokens,
+            # only silences a warning: one prompt is never padded
             pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id,
         )
     text: str = tokenizer.decode(out[0, inputs.input_ids.shape[1] :], skip_special_tokens=True)

@@ -103,8 +103,8 @@ def recovery_of(
         return Recovery(None, None)
     gained, lost = compressed - repaired, compressed - teacher
     value = float(gained.sum() / lost.sum())
-    rest = lost.sum() - lost
-    if not rest.all():
+    rest = lost.sum() - lost  # the gap without each block in turn
+    if not rest.all():  # the whole gap lies in one block
         return Recovery(value, None)
     without = (gained.sum() - gained) / rest
     blocks = len(counts)

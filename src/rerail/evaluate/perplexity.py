@@ -1,19 +1,16 @@
 """Held-out text: NLL, KL to the teacher, top-1 agreement and routing, in one forward a block."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from rerail.evaluate.active import Active, counting
 from rerail.evaluate.routing import Routing, record_routing
 from rerail.moe.model import MoEModel
 from rerail.parallel import gather, my_share
+from rerail.statistics.collect import Batch, Progress
 from rerail.teacher.kl import kl_of, log_distribution
-
-Batch = tuple[Tensor, Tensor]
-Progress = Callable[[Sequence[Batch]], Iterable[Batch]]
 
 
 @dataclass(frozen=True)
@@ -27,7 +24,6 @@ class BlockScores:
         agree: float64 (N,), number of targets whose most likely token is the teacher's.
         hidden: (N, S, H), final hidden states of a teacher; None for a student.
         routing: chosen slots of every token.
-        active: experts computed for a token and layer, on average.
     """
 
     nll: Tensor
@@ -36,7 +32,6 @@ class BlockScores:
     agree: Tensor
     hidden: Tensor | None
     routing: Routing
-    active: float
 
 
 @torch.no_grad()
@@ -65,9 +60,9 @@ def score_blocks(
     device = next(model.model.parameters()).device
     begin, mine = my_share(batches)
     done = sum(len(ids) for ids, _ in batches[:begin])  # blocks before the next batch
-    with record_routing(model) as routing, counting(model) as active:
+    with record_routing(model) as routing:
         for ids, mask in progress(mine):
-            routing.mask = active.mask = mask
+            routing.mask = mask
             hidden = model.hidden(ids.to(device), mask.to(device))
             target = hidden if teacher is None else teacher[done : done + len(ids)].to(hidden)
             ids, mask = ids.to(hidden.device), mask.to(hidden.device)  # the last GPU's
@@ -75,14 +70,13 @@ def score_blocks(
             if teacher is None:
                 states.append(hidden.cpu())
             done += len(ids)
-    shares = gather((sums, states, routing.chosen, active))  # in the order of the ranks
+    shares = gather((sums, states, routing.chosen, routing.computed))  # in the order of the ranks
     nll, kl, agree, tokens = torch.cat([t for own, *_ in shares for t in own]).unbind(1)
     states = [t for _, own, *_ in shares for t in own]
     for i in routing.chosen:
         routing.chosen[i] = [t for *_, chosen, _ in shares for t in chosen[i]]
-    all_states = torch.cat(states) if states else None
-    all_active = Active.of_all([own for *_, own in shares])
-    return BlockScores(nll, tokens, kl, agree, all_states, routing, all_active.mean)
+        routing.computed[i] = sum(computed[i] for *_, computed in shares)
+    return BlockScores(nll, tokens, kl, agree, torch.cat(states) if states else None, routing)
 
 
 def _batch_sums(
@@ -100,7 +94,6 @@ def _batch_sums(
         nll = -log_s.gather(1, y[:, None]).squeeze(1).double()
         agree = (log_s.argmax(-1) == log_t.argmax(-1)).double()
         columns = [nll, kl_of(log_t, log_s).double(), agree, torch.ones_like(nll)]
-        sums.index_add_(
-            0, b, torch.stack(columns, dim=1)
-        )  # float64: chunks do not show in the sums
+        # in float64, so that chunks do not show in the sums
+        sums.index_add_(0, b, torch.stack(columns, dim=1))
     return sums.cpu()

@@ -1,13 +1,13 @@
-"""How far routing moved: the slots that each token chose, and how evenly experts are loaded."""
+"""How far routing moved, how evenly experts are loaded, and how many are computed."""
 
 import contextlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from rerail.experts.base import bank_of
 from rerail.moe.model import MoELayer, MoEModel
 
 
@@ -18,16 +18,28 @@ class Routing:
     Attributes:
         chosen: layer index -> list of int16 (T, K), each row ascending.
         num_slots: layer index -> number of router rows.
+        computed: layer index -> experts computed for all these tokens together.
         mask: (B, S), true at real tokens of the batch that runs now; None where all are.
     """
 
     chosen: dict[int, list[Tensor]] = field(default_factory=dict)
     num_slots: dict[int, int] = field(default_factory=dict)
+    computed: dict[int, int] = field(default_factory=dict)
     mask: Tensor | None = None
 
     def slots(self, layer: int) -> Tensor:
         """Return the chosen slots of a layer, int16 (T, K)."""
         return torch.cat(self.chosen[layer])
+
+    def active_experts(self, layer: int) -> float:
+        """Return the experts computed for a token, on average: below K where slots are skipped."""
+        tokens = sum(map(len, self.chosen[layer]))
+        return self.computed[layer] / max(1, tokens)
+
+    @property
+    def mean_active_experts(self) -> float:
+        """The mean over the layers."""
+        return sum(map(self.active_experts, self.computed)) / len(self.computed)
 
     def load(self, layer: int) -> Tensor:
         """Return the share of all choices that each slot has, float64 (slots,); it sums to 1."""
@@ -43,33 +55,47 @@ class Routing:
         return float(entropy / torch.tensor(float(max(self.num_slots[layer], 2))).log())
 
 
-def _recorder(layer: MoELayer, routing: Routing) -> Any:
-    """Return a forward pre-hook for a layer's experts (or bank)."""
-    routing.chosen[layer.index] = []
-    routing.num_slots[layer.index] = layer.num_experts
+class _LayerHooks:
+    """Hooks on a layer's experts (or bank) that fill in a `Routing`."""
 
-    def record(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        index = inputs[1]
-        if routing.mask is not None:
-            index = index[routing.mask.flatten().to(index.device)]
+    def __init__(self, layer: MoELayer, routing: Routing):
+        self.layer, self.routing = layer.index, routing
+        routing.chosen[layer.index] = []
+        routing.num_slots[layer.index] = layer.num_experts
+        routing.computed[layer.index] = 0
+        before = layer.experts.register_forward_pre_hook(self._record_choices)
+        after = layer.experts.register_forward_hook(self._count_computed)
+        self.handles = (before, after)
+
+    def _of_real_tokens(self, values: Tensor) -> Tensor:
+        mask = self.routing.mask
+        return values if mask is None else values[mask.flatten().to(values.device)]
+
+    def _record_choices(self, experts: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        index = self._of_real_tokens(inputs[1])
         # sorted, so that equal sets are equal rows; int16, as a text has millions of choices
-        routing.chosen[layer.index].append(index.sort(dim=1).values.to(torch.int16).cpu())
+        rows = index.sort(dim=1).values.to(torch.int16).cpu()
+        self.routing.chosen[self.layer].append(rows)
 
-    return record
+    def _count_computed(
+        self, experts: nn.Module, inputs: tuple[Tensor, ...], output: Tensor
+    ) -> None:
+        index, active = inputs[1], bank_of(experts).active  # known after the forward
+        if active is None:  # this form skips nothing
+            active = index.new_full((len(index),), index.shape[1])
+        self.routing.computed[self.layer] += int(self._of_real_tokens(active).sum())
 
 
 @contextlib.contextmanager
 def record_routing(model: MoEModel) -> Iterator[Routing]:
     """Record the choices of every forward inside the block."""
     routing = Routing()
-    hooks = [
-        layer.experts.register_forward_pre_hook(_recorder(layer, routing)) for layer in model.layers
-    ]
+    hooks = [_LayerHooks(layer, routing) for layer in model.layers]
     try:
         yield routing
     finally:
-        for hook in hooks:
-            hook.remove()
+        for handle in (handle for layer in hooks for handle in layer.handles):
+            handle.remove()
         routing.mask = None
 
 

@@ -12,10 +12,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from rerail.evaluate.estimates import mean_and_se
-from rerail.evaluate.perplexity import Progress, score_blocks
+from rerail.evaluate.perplexity import score_blocks
 from rerail.evaluate.routing import Routing, load_by_expert, routing_changed
 from rerail.moe.model import MoEModel
 from rerail.plan.plan import Plan
+from rerail.statistics.collect import Progress
 from rerail.text.calibration import TokenBlocks
 
 # a field of the wrong type is refused by its name; an int will do where a float is asked for
@@ -114,7 +115,6 @@ class Scores:
 
     @property
     def perplexity(self) -> float:
-        """exp(nll)."""
         return math.exp(self.nll)
 
     @property
@@ -160,7 +160,6 @@ class Scores:
         ]
 
     def __repr__(self) -> str:
-        """Show the means with their standard errors."""
         means = {name: self.mean(name) for name in ("nll", "kl", "agree")}
         shown = [
             f"{name}={mean:.5g}" + ("" if se is None else f"±{se:.2g}")
@@ -189,9 +188,8 @@ def score_texts(
         batch_size: blocks a forward.
         progress: from the name of a text to what wraps its batches, to show a bar.
     """
-    rows = {} if plan is None else {
-        part.layer: part.kept for part in plan.layers if part.router in ("slice", "pooled")
-    }  # fmt: skip
+    planned = () if plan is None else plan.layers
+    rows = {part.layer: part.kept for part in planned if part.router in ("slice", "pooled")}
     scored: dict[str, TextScores] = {}
     tensors: dict[str, Tensor] = {}
     for name, text in texts.items():
@@ -209,7 +207,7 @@ def score_texts(
         else:
             layers = _moved(name, scores.routing, reference, rows)
         sums = {n: getattr(scores, n).tolist() for n in ("nll", "tokens", "kl", "agree")}
-        scored[name] = TextScores(**sums, active=scores.active, layers=layers)
+        scored[name] = TextScores(**sums, active=scores.routing.mean_active_experts, layers=layers)
     return Scores(scored, tensors)
 
 
@@ -228,6 +226,7 @@ def _moved(
     name: str, routing: Routing, reference: Scores, rows: Mapping[int, tuple[int, ...]]
 ) -> list[LayerRouting]:
     """Return how a student routes a text, beside the teacher's choices."""
+    # the teacher's choices as they were recorded: its model is not run again
     chosen = {i: [reference.tensors[f"{name}.chosen.{i}"]] for i in routing.chosen}
     moved = routing_changed(Routing(chosen, dict(routing.num_slots)), routing, rows)
     slots = {layer.layer: len(layer.load) for layer in reference.texts[name].layers}

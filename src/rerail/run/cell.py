@@ -7,6 +7,7 @@ from typing import Any
 import rerail.auto  # noqa: F401  (package checkpoints load like any other)
 from rerail.code_version import code_version
 from rerail.compress.base import Compressor, make_plan
+from rerail.compress.sequential import sequential
 from rerail.distill.repair import repair
 from rerail.distill.schedule import Schedule
 from rerail.distill.settings import RouterKD
@@ -24,6 +25,7 @@ from rerail.plan.allocation import Allocation
 from rerail.plan.apply import apply_plan
 from rerail.plan.budget import Bits, Budget, Ratio, Skip
 from rerail.run.evaluation import Evaluation
+from rerail.statistics.collect import collect
 from rerail.text.calibration import Calibration
 from rerail.versions import package_version
 
@@ -65,7 +67,6 @@ class Export:
     densify: bool = False
 
     def __post_init__(self) -> None:
-        """Check the form."""
         if self.form not in (forms := ("none", *FORMS)):
             raise InputError(f"export.form={self.form!r} is not one of {', '.join(forms)}")
 
@@ -137,6 +138,8 @@ class Cell:
             "code": code_version(
                 type(self.compressor),
                 type(self.allocation),
+                collect,
+                sequential,
                 make_plan,
                 apply_plan,
                 repair,

@@ -25,7 +25,11 @@ class Evaluation:
     tasks: Harness | None = None
 
     def check(self) -> None:
-        """Check everything that can be checked before a model is loaded."""
+        """Check what can be checked before a model is loaded.
+
+        Raises:
+            InputError: a value cannot be used.
+        """
         if not self.texts:
             raise InputError("evaluation.texts is empty; name at least one held-out text")
         if self.batch_size < 1 or self.new_tokens < 0:

@@ -10,7 +10,7 @@ from rerail.export.checkpoint import is_whole
 from rerail.export.reload import check_reload, logits_of
 from rerail.export.targets import as_written, check_student
 from rerail.files import digest
-from rerail.parts import LanguageModel
+from rerail.language_model import LanguageModel
 from rerail.plan.plan import Plan
 from rerail.run.cell import Cell
 from rerail.run.results import Row
@@ -57,13 +57,18 @@ def export(
     facts = {"choices": dict(cell.choices), "evaluation": [_numbers(row) for row in rows]}
     save(student, path, form, densify, facts)
     ids = next(iter(texts.values())).input_ids[:2, :64]
+    # compared with the student as it is rounded on disk; what rounding itself moves stands beside
     written = as_written(student.model, cell.model.stored_dtype(), densify, form)
     difference = check_reload(path, ids, written, form)
     rounding = float((logits_of(written, ids) - logits_of(student.model, ids)).abs().max())
     record = {"key": key, "max_logit_difference": difference, "max_logit_rounding": rounding}
     write(proof, Artefact(record))
-    message = "%s reloads with a largest logit difference of %g; rounding to its dtype moved %g"
-    log.info(message, path, difference, rounding)
+    log.info(
+        "%s reloads with a largest logit difference of %g; rounding to its dtype moved %g",
+        path,
+        difference,
+        rounding,
+    )
     return path
 
 

@@ -4,40 +4,34 @@ All artefacts of a cell are read and written here. Those of the teacher lie in t
 cell of the same model; the others in the cell's folder.
 """
 
-import dataclasses
-import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
+from tqdm import tqdm
 
 from rerail.distill.repair import Repair, repair
 from rerail.evaluate.continuation import continuation
-from rerail.evaluate.perplexity import Progress
 from rerail.evaluate.scores import Scores, score_texts
 from rerail.files import cache_dir
-from rerail.parallel import read_or_make, run_on_first
-from rerail.parts import LanguageModel, Recorder
+from rerail.language_model import LanguageModel
+from rerail.parallel import is_first, read_or_make, run_on_first
 from rerail.plan.plan import Plan
+from rerail.recorder import Recorder
 from rerail.run.cell import Cell
-from rerail.run.cost import peak_memory, start_peak, with_cost
+from rerail.run.cost import Cost, with_cost
 from rerail.run.mirror import Live
-from rerail.run.progress import bar, report_progress
+from rerail.run.status import Status
 from rerail.statistics.cached import cached_statistics
+from rerail.statistics.collect import Batch, Progress
 from rerail.statistics.statistic import Statistic, StatisticSet
 from rerail.store import Artefact, Code, get, read, write
 from rerail.teacher.hidden_states import final_hidden_states
 from rerail.text.calibration import TokenBlocks
 
-
-@dataclass(frozen=True)
-class Cost:
-    """What making a part cost: wall time in seconds, and peak memory of the process in bytes."""
-
-    seconds: float
-    peak_memory: int
+log = logging.getLogger(__name__)
 
 
 class CellRecorder(Recorder):
@@ -46,6 +40,7 @@ class CellRecorder(Recorder):
     Args:
         cell: its choices.
         folder: of the cell.
+        status: its status file, which says how far each bar and the fit are.
         live: where the points of its fit are shown.
 
     Attributes:
@@ -54,19 +49,29 @@ class CellRecorder(Recorder):
 
     folder: Path
 
-    def __init__(self, cell: Cell, folder: Path, live: Live):
-        self.cell, self.folder, self.live = cell, folder, live
+    def __init__(self, cell: Cell, folder: Path, status: Status, live: Live):
+        self.cell, self.folder, self.status, self.live = cell, folder, status, live
         self.costs: dict[str, Cost] = {}
 
+    def step(self, name: str) -> None:
+        """Say that a step of the cell begins."""
+        log.info("%s: %s", self.folder.name, name)
+        self.status.write("running", name)
+
     def progress(self, label: str) -> Progress:
-        """Return a progress bar, which the status file follows."""
-        return bar(label)
+        def over(batches: Sequence[Batch]) -> Iterator[Batch]:
+            how = {"leave": False, "dynamic_ncols": True, "mininterval": 0.5}
+            shown = tqdm(batches, desc=label, disable=not is_first(), **how)
+            for done, batch in enumerate(shown):
+                self.status.progress(label, done, len(batches))
+                yield batch
+
+        return over
 
     def point(self, point: Mapping[str, float], steps: int) -> None:
-        """Show a point, and tell the status file how far the fit is."""
         self.live.point(point)
         if "batch_kl" in point:
-            report_progress("step", int(point["step"]), steps)
+            self.status.progress("step", int(point["step"]), steps)
 
     def statistics(
         self,
@@ -82,32 +87,19 @@ class CellRecorder(Recorder):
         key = self._key(teacher, text.fingerprint, self.cell.calibration.batch_size)
         return cached_statistics(cache_dir() / "statistics" / key, wanted, make)
 
-    def plan(self, teacher: LanguageModel, make: Callable[[], Plan | None]) -> Plan:
-        """Keep plan.json, and beside it what making it cost (statistics included)."""
-        path, beside = self.folder / "plan.json", self.folder / "plan.cost.json"
+    def plan(self, make: Callable[[], Plan | None]) -> Plan:
+        """Keep plan.json, which `Plan.load` reads, with its cost (statistics included)."""
+        path = self.folder / "plan.json"
 
-        def stored() -> tuple[Plan, Cost] | None:
-            known, cost = Plan.load(path), read(beside)
-            if known is None or cost is None:
-                return None
-            known.validate(teacher.model.layers)
-            return known, Cost(**cost.data)
-
-        def measured() -> tuple[Plan | None, Cost]:
-            start_peak()
-            start = time.perf_counter()
+        def plain() -> Artefact | None:
             made = make()
-            return made, Cost(time.perf_counter() - start, peak_memory())
+            return None if made is None else Artefact(made.to_json(), made.all_tensors())
 
-        def put(measurement: tuple[Plan | None, Cost]) -> tuple[Plan, Cost]:
-            made, cost = measurement
-            assert made is not None  # on the first process
-            made.save(path)
-            write(beside, Artefact(dataclasses.asdict(cost)))
-            return made, cost
-
-        plan, self.costs["plan"] = read_or_make(stored, measured, put)
-        return plan
+        # without a version: a cell whose code has changed has lost its folder by now
+        artefact = read_or_make(
+            lambda: read(path), with_cost(plain), lambda made: write(path, made)
+        )
+        return Plan.from_json(*self._without_cost("plan", artefact))
 
     def states(
         self, teacher: LanguageModel, text: TokenBlocks, make: Callable[[], Tensor]
@@ -123,27 +115,20 @@ class CellRecorder(Recorder):
 
         def plain() -> Artefact:
             made = make()
-            data = {f.name: getattr(made, f.name) for f in dataclasses.fields(made)}
-            rows = {side: data.pop(side) for side in ("before", "after")}
-            tensors = {f"{side}.{n}": t for side in rows for n, t in rows[side].items()}
-            return Artefact(data, tensors)
+            return Artefact(made.plain(), made.tensors)
 
-        data, tensors = self._kept("repair", self.folder / "repair.json", plain, [repair])
-        rows: dict[str, dict[str, Tensor]] = {"before": {}, "after": {}}
-        for name, tensor in tensors.items():
-            side, _, part = name.partition(".")
-            rows[side][part] = tensor
-        return Repair(**data, before=rows["before"], after=rows["after"])
+        artefact = get(self.folder / "repair.json", with_cost(plain), [repair])
+        return Repair.from_plain(*self._without_cost("repair", artefact))
 
     def policies(self, make: Callable[[], Plan]) -> Plan:
         """Keep policy.json."""
         path = self.folder / "policy.json"
 
-        def write(made: Plan) -> Plan:
+        def save(made: Plan) -> Plan:
             made.save(path)
             return made
 
-        return read_or_make(lambda: Plan.load(path), make, write)
+        return read_or_make(lambda: Plan.load(path), make, save)
 
     def scores(
         self,
@@ -163,8 +148,8 @@ class CellRecorder(Recorder):
             made = make()
             return Artefact(made.plain(), made.tensors)
 
-        data, tensors = self._kept(stage, path, plain, [score_texts])
-        return Scores.from_plain(data, tensors)
+        artefact = get(path, with_cost(plain), [score_texts])
+        return Scores.from_plain(*self._without_cost(stage, artefact))
 
     def seen(
         self, stage: str, model: LanguageModel, make: Callable[[], dict[str, Any]]
@@ -174,29 +159,22 @@ class CellRecorder(Recorder):
         The teacher is asked once for every cell of the same model.
         """
         path = self.folder / f"{stage}.seen.json"
+        choices, tasks = self.cell.evaluation, self.cell.evaluation.tasks
         if stage == "teacher":
-            choices = self.cell.evaluation
-            tasks = choices.tasks and choices.tasks.fingerprint()
-            key = self._key(model, self.cell.prompt, self.cell.seed, choices.new_tokens, tasks)
+            settings = tasks and tasks.fingerprint()
+            key = self._key(model, self.cell.prompt, self.cell.seed, choices.new_tokens, settings)
             path = cache_dir() / "scores" / f"{key}.seen.json"
-        tasks = self.cell.evaluation.tasks
         code: list[Code] = [continuation, *([] if tasks is None else [type(tasks)])]
-        return self._kept(
-            f"{stage}.seen", path, lambda: run_on_first(lambda: Artefact(make())), code
-        )[0]
+        stored = get(path, lambda: run_on_first(lambda: Artefact(make())), code)
+        return dict(stored.data)
 
     def _key(self, teacher: LanguageModel, *what: Any) -> str:
         return self.cell.key_of(teacher.model, *what)
 
-    def _kept(
-        self,
-        name: str,
-        path: Path,
-        make: Callable[[], Artefact | None],
-        code: Sequence[Code],
+    def _without_cost(
+        self, name: str, artefact: Artefact
     ) -> tuple[dict[str, Any], Mapping[str, Tensor]]:
-        """Return a part as plain data and tensors, and note what making it cost."""
-        data, tensors = get(path, with_cost(make), code)
-        data = dict(data)
+        """Return the data and tensors of a part, and note what making it cost."""
+        data = dict(artefact.data)
         self.costs[name] = Cost(data.pop("seconds"), data.pop("peak_memory"))
-        return data, tensors
+        return data, artefact.tensors

@@ -1,6 +1,8 @@
 """From the typed results of a cell's steps to the rows of result.json."""
 
 import platform
+from collections.abc import Sequence
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -13,23 +15,20 @@ from rerail.distill.repair import Repair
 from rerail.evaluate.estimates import mean_and_se, recovery_of
 from rerail.evaluate.scores import LayerRouting, Scores
 from rerail.files import digest
+from rerail.language_model import LanguageModel
 from rerail.moe.model import MoEModel
-from rerail.parts import LanguageModel
 from rerail.plan.budget import Bits
 from rerail.run.cell import Cell
+from rerail.run.cost import Cost
 from rerail.run.provenance import revision
-from rerail.run.recorder import Cost
 from rerail.run.results import Row, new_row, write_rows
 
 
 def identity(cell: Cell) -> dict[str, Any]:
     """Return the columns that all rows of a cell share."""
-    named = {
-        n: cell.names.get(n)
-        for n in ("model", "compressor", "allocation", "calibration", "distill")
-    }
+    groups = ("model", "compressor", "allocation", "calibration", "distill")
     return {
-        **named,
+        **{group: cell.names.get(group) for group in groups},
         "key": cell.key,
         "paradigm": cell.compressor.paradigm,
         "paper": cell.compressor.paper,
@@ -108,13 +107,16 @@ def score_columns(scores: Scores) -> dict[str, Any]:
     moved = [layer.routing_changed for layer in layers if layer.routing_changed is not None]
     return {
         **columns,
-        "routing_changed": float(np.mean(moved)) if moved else None,
-        "load_entropy": float(np.mean([layer.load_entropy for layer in layers]))
-        if layers
-        else None,
+        "routing_changed": mean_or_none(moved),
+        "load_entropy": mean_or_none([layer.load_entropy for layer in layers]),
         "layers": [layer_column(layer) for layer in layers] or None,
         "nll_by": by_text(scores),
     }
+
+
+def mean_or_none(values: Sequence[float]) -> float | None:
+    """Return the mean of values; None where there are none."""
+    return float(np.mean(values)) if values else None
 
 
 def layer_column(routing: LayerRouting) -> dict[str, Any]:
@@ -124,15 +126,10 @@ def layer_column(routing: LayerRouting) -> dict[str, Any]:
     return {"layer": routing.layer, **moved, **shares}
 
 
-def plan_columns(cost: Cost) -> dict[str, Any]:
-    """Return what making the student cost."""
-    return {"seconds": cost.seconds, "peak_memory": cost.peak_memory}
-
-
 def repair_columns(fit: Repair, cost: Cost) -> dict[str, Any]:
     """Return what a repair reached, and what it cost."""
     reached = {n: getattr(fit, n) for n in ("kl_first", "kl_best", "kl_last", "curve")}
-    return {**reached, **plan_columns(cost)}
+    return {**reached, **asdict(cost)}
 
 
 def resident(model: MoEModel) -> int:

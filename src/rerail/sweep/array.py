@@ -45,6 +45,7 @@ def launch(
     Raises:
         InputError: the profile cannot be used, or sbatch refuses; nothing was submitted.
     """
+    # a cell that an earlier start of the sweep still runs gets no second job
     busy = (
         {cell.folder for cell in look(out).cells if cell.state in OPEN} if out.is_dir() else set()
     )
@@ -61,7 +62,7 @@ def launch(
             ids = submit(jobs, path / "jobs", code, slurm)
             write_jobs(path, dict(zip(wanted, ids, strict=True)))
     except InputError:
-        shutil.rmtree(path)
+        shutil.rmtree(path)  # a sweep without jobs would look lost for ever
         raise
     _log_counts(out, states, ids)
     return [cell.folder for cell in cells]

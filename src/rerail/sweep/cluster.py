@@ -176,8 +176,24 @@ def local_environment() -> dict[str, str]:
 
 
 def _answers(variables: Mapping[str, str]) -> bool:
-    command = ("scontrol", "ping")
-    environment = {**os.environ, **variables}
+    try:
+        return " is UP" in _ask("scontrol", "ping", failing="", variables=variables)
+    except InputError:
+        return False
+
+
+def _ask(*command: str, failing: str, variables: Mapping[str, str] | None = None) -> str:
+    """Return what a command of Slurm prints.
+
+    Args:
+        command: its words.
+        failing: how the sentence begins where it fails.
+        variables: of its environment, beside those of this process.
+
+    Raises:
+        InputError: it fails, or does not answer in time.
+    """
+    environment = {**os.environ, **(variables or {})}
     try:
         done = subprocess.run(
             command,
@@ -186,16 +202,6 @@ def _answers(variables: Mapping[str, str]) -> bool:
             text=True,
             timeout=_PATIENCE_S,
             check=False,
-        )
-    except (OSError, subprocess.SubprocessError):
-        return False
-    return " is UP" in done.stdout
-
-
-def _ask(*command: str, failing: str) -> str:
-    try:
-        done = subprocess.run(
-            command, capture_output=True, text=True, timeout=_PATIENCE_S, check=False
         )
     except (OSError, subprocess.SubprocessError) as error:
         raise InputError(f"{failing}: {error}") from error

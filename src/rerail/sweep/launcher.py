@@ -26,8 +26,6 @@ from rerail.run.task import SweepCell
 from rerail.sweep.folder import new_sweep, write_cells
 
 EXECUTORS = ("here", "slurm")
-
-
 NAME = "hydra_plugins.rerail.SweepLauncher"  # Hydra takes plugins of this package only
 
 
@@ -134,6 +132,7 @@ class SweepLauncher(Launcher):
             if cell.reason:
                 task.complain(cell.reason)
             task.record(None, failed=cell.state == "failed")
+            # two lines of overrides may make the same choices: one cell, one folder
             cells.setdefault((cell.out, cell.folder), (config, cell))
         return list(cells.values())
 

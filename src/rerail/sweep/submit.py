@@ -54,9 +54,8 @@ def parameters(asked: Mapping[str, Any], code: Path) -> dict[str, Any]:
         arguments += [f"--cpus-per-task={threads}"]  # Slurm 22.05 and later do not hand it on
     fields["setup"] = [*setup, *fields.pop("setup", [])]
     fields["srun_args"] = [*arguments, *fields.pop("srun_args", [])]
-    extra: dict[str, Any] = {
-        "requeue": True
-    }  # also where the cluster's default is not to, after a lost node
+    # a job whose node is lost is requeued, also where that is not the cluster's default
+    extra: dict[str, Any] = {"requeue": True}
     if gpus := fields.pop("gpus_per_node", None):
         extra["gres"] = f"gpu:{gpus}"
     fields["additional_parameters"] = {**extra, **fields.pop("additional_parameters", {})}
