@@ -2,12 +2,13 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import pandas as pd
 
 from rerail.run.results import STAGES
-from rerail.run.settings import label_of
+from rerail.run.settings import budget_of, label_of, shown, tokens_of
 
 Fields = Mapping[str, Any]  # a result row
 
@@ -45,6 +46,36 @@ class Cell:
     def get(self, stage: str, column: str) -> Any:
         """Return a value of a stage, None where the stage or the value is absent."""
         return next((row[column] for row in self.rows if row["stage"] == stage), None)
+
+    def last(self, column: str) -> Any:
+        """Return a value of the repaired model, or else of the compressed one."""
+        values = (self.get(stage, column) for stage in ("repaired", "compressed"))
+        return next((value for value in values if value is not None), None)
+
+    def choice(self, name: str) -> tuple[Any, str]:
+        """Return a choice as it is shown, and its unit; `budget` is the budget of any kind."""
+        return budget_of(self.head) if name == "budget" else (shown(self.head, name), "")
+
+    @cached_property
+    def tokens(self) -> str:
+        """What identifies the held-out tokens."""
+        return tokens_of(self.head)
+
+    @property
+    def texts(self) -> dict[str, list[Fields]]:
+        """The scores on each held-out text, stage by stage; empty where there is none."""
+        scores = [self.get(stage, "nll_by") or {} for stage in STAGES]
+        return {text: [stage.get(text) or {} for stage in scores] for text in scores[0]}
+
+    @cached_property
+    def tasks(self) -> dict[tuple[str, str], list[Fields]]:
+        """The scores of lm-eval by task and metric, stage by stage; empty where there is none."""
+        scores = [
+            {(score["task"], score["metric"]): score for score in self.get(stage, "tasks") or ()}
+            for stage in STAGES
+        ]
+        names = dict.fromkeys(name for stage in scores for name in stage)
+        return {name: [stage.get(name, {}) for stage in scores] for name in names}
 
     @property
     def no_recovery(self) -> str:
