@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from rerail.report import svg
-from rerail.report.svg import INK, PAPER, SOFT
+from rerail.report.svg import DASHES, INK, PAPER, SOFT, STAGE
 from rerail.report.words import percent
 
 ROW: Any = {"va": "center", "textcoords": "offset points", "fontsize": 8.5}
@@ -85,39 +85,39 @@ class Axis:
 
 
 @dataclass(frozen=True)
-class Rule:
-    """A straight line at a value of the measured axis."""
-
-    value: float
-    label: str = ""
-    colour: str = SOFT
-    line: Any = "-"
-
-
-@dataclass(frozen=True)
 class Plot:
-    """Marks on two axes; whiskers and rules belong to the measured one (`x` or `y`)."""
+    """Marks on two axes; whiskers belong to the measured one, x where y has rows.
+
+    Attributes:
+        height: of the drawing, or of each row where y has rows, in inches.
+        teacher: a line at this value of the measured axis; NaN for none.
+    """
 
     marks: Sequence[Marks]
     x: Axis
     y: Axis
-    measured: str = "y"
     height: float = 2.6
-    rules: Sequence[Rule] = ()
+    teacher: float = math.nan
+
+    @property
+    def measured(self) -> str:
+        """The name of the axis that measures."""
+        return "x" if self.y.rows else "y"
 
     def draw(self) -> Figure:
         """Return the drawing; call inside `svg.style()`."""
-        figure, axes = svg.canvas(self.height)
+        rows = len(self.y.rows)
+        figure, axes = svg.canvas(0.75 + self.height * rows if rows else self.height)
         for marks in self.marks:
             if marks.bars:
                 _draw_bars(axes, marks)
             else:
                 _draw_points(axes, marks, self)
-        across = axes.axvline if self.measured == "x" else axes.axhline
-        for rule in self.rules:
-            width = 1.8 if rule.label else 0.8
-            style = {"color": rule.colour, "linestyle": rule.line, "linewidth": width}
-            across(rule.value, label=rule.label or "_", **style)
+        across = axes.axvline if rows else axes.axhline
+        if getattr(self, self.measured).shares:
+            across(0, color=SOFT, linewidth=0.8)
+        if not math.isnan(self.teacher):
+            across(self.teacher, label="teacher", color=STAGE["teacher"], linestyle=DASHES[1])
         for name in ("x", "y"):
             _finish(axes, name, self)
         _write_words(axes, self)

@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
-from rerail.report.chart import Axis, Chart, Marks, Plot, Rule
-from rerail.report.frame import MANY, Results, by, by_paradigm, mean_interval, parts, varying
+from rerail.report.chart import Axis, Chart, Marks, Plot
+from rerail.report.frame import MANY, Results, by, mean_interval, parts, split, varying
 from rerail.report.svg import DASHES, GRAIN, INK, LINES, MARKERS, SOFT, STAGE, within
 from rerail.report.words import interval, percent, plus_minus, share
 from rerail.run.results import STAGES
@@ -42,10 +42,8 @@ class Panel(NamedTuple):
 def panels(settings: pd.DataFrame, at_most: int) -> Iterator[Panel]:
     """Yield panels of at most this many settings; `fields` vary among all those of the model."""
     for model, whole in by(settings, "model"):
-        for paradigm, group in by_paradigm(whole):
-            for part, some in parts(group, at_most):
-                title = f"{model}{paradigm and f', {paradigm}'}{part}"
-                yield Panel(title, paradigm, some, varying(whole))
+        for paradigm, title, some in split(whole, at_most):
+            yield Panel(model + title, paradigm, some, varying(whole))
 
 
 def labels_of(settings: pd.DataFrame, fields: Sequence[str]) -> list[str]:
@@ -90,16 +88,11 @@ def before_after(results: Results, settings: pd.DataFrame) -> Iterator[Chart]:
                 marks,
                 Axis(NLL, end=end, margin=0.06),
                 Axis(rows=labels),
-                measured="x",
-                height=0.75 + 0.27 * len(labels),
-                rules=_teacher(values["teacher"], STAGE["teacher"], DASHES[1]),
+                height=0.27,
+                teacher=values["teacher"].iloc[0],
             ),
             group=panel.paradigm,
         )
-
-
-def _teacher(values: pd.Series, colour: str, line: object) -> list[Rule]:
-    return [Rule(value, "teacher", colour, line) for value in values.iloc[:1].dropna()]
 
 
 def pareto(results: Results, settings: pd.DataFrame) -> Iterator[Chart]:
@@ -201,9 +194,7 @@ def _bars(
             ],
             Axis("recovered share of the lost NLL", shares=True, margin=0.04),
             Axis(rows=[*rows]),
-            measured="x",
-            height=0.75 + (0.2 + 0.24 * len(colours)) * len(rows),
-            rules=[Rule(0)],
+            height=0.2 + 0.24 * len(colours),
         ),
         group=group,
     )
@@ -235,13 +226,11 @@ def _twin_bars(
     label = dict(zip(first["twin"], labels_of(first, fields), strict=True))
     grains = zip(settings["model"], settings["granularity"], strict=True)
     colours = {model: GRAIN.get(grain, INK) for model, grain in grains}
-    for paradigm, group in by_paradigm(first):
-        for part, some in parts(group, 12):
-            inside = settings[settings["twin"].isin(some["twin"])]
-            names = {"key": inside["twin"], "row": inside["twin"].map(label)}
-            data = _recovery(results, inside).assign(**names, series=inside["model"])
-            whole = f"{title}{paradigm and f', {paradigm}'}{part}"
-            yield _bars(data, colours, whole, caption, paradigm)
+    for paradigm, part, some in split(first, 12):
+        inside = settings[settings["twin"].isin(some["twin"])]
+        names = {"key": inside["twin"], "row": inside["twin"].map(label)}
+        data = _recovery(results, inside).assign(**names, series=inside["model"])
+        yield _bars(data, colours, title + part, caption, paradigm)
 
 
 def fine_against_coarse(results: Results, settings: pd.DataFrame) -> Iterator[Chart]:
@@ -304,10 +293,9 @@ def recovery_over(column: str, results: Results, settings: pd.DataFrame) -> Iter
     """Yield recovery against ratio, bits or samples; none where there is one value only."""
     series = results.series_over(column, settings)
     series = series.assign(compressor=series["compressor"].fillna("?"))
-    for paradigm, group in by_paradigm(series.drop_duplicates("compressor")):
-        for part, some in parts(group, METHODS):
-            lines = [series[series["compressor"] == method] for method in some["compressor"]]
-            yield _recovery_lines(column, results, pd.concat(lines), part, paradigm)
+    for paradigm, part, some in split(series.drop_duplicates("compressor"), METHODS):
+        lines = [series[series["compressor"] == method] for method in some["compressor"]]
+        yield _recovery_lines(column, results, pd.concat(lines), part, paradigm)
 
 
 def _recovery_lines(
@@ -342,7 +330,6 @@ def _recovery_lines(
             marks,
             Axis(ALONG[column], ticks=list(series["at"]), log2=column == "samples"),
             Axis("recovery", shares=True, cut=True),
-            rules=[Rule(0)],
         ),
         group=paradigm,
     )
@@ -372,7 +359,7 @@ def _loss_lines(column: str, title: str, results: Results, series: pd.DataFrame)
             points = nll[stage].loc[lines[-1].index].rename(columns={"value": "y"})
             look = line_look(i) | {"line": dash, "hollow": stage == "compressed"}
             marks.append(Marks(points[["x", "y"]].dropna(), f"{label}, {stage}", **look))
-    rules = _teacher(nll["teacher"]["value"], SOFT, DASHES[2])
+    teacher = nll["teacher"]["value"].iloc[0]
     ordered = pd.concat(lines)
     table = {n: nll[n].loc[ordered.index] for n in STAGES[1:]}
     return Chart(
@@ -389,8 +376,8 @@ def _loss_lines(column: str, title: str, results: Results, series: pd.DataFrame)
         drawing=Plot(
             marks,
             Axis(ALONG[column], ticks=list(series["at"]) if column == "bits" else ()),
-            Axis(NLL, end=max([end, *(rule.value for rule in rules)])),
-            rules=rules,
+            Axis(NLL, end=np.nanmax([end, teacher])),
+            teacher=teacher,
         ),
     )
 
@@ -402,29 +389,25 @@ def forest(results: Results, settings: pd.DataFrame) -> Iterator[Chart]:
     fields = varying(settings.loc[[*gaps["fine"], *gaps["coarse"]]])
     fine = settings.loc[gaps["fine"]]
     gaps = gaps.assign(paradigm=[*fine["paradigm"]], row=labels_of(fine, fields))
-    for paradigm, group in by_paradigm(gaps):
-        for part, some in parts(group, 20):
-            marks = Marks(some.assign(x=some["value"], y=range(len(some)), error=some["half"]))
-            yield Chart(
-                title=f"Fine minus coarse, paired by seed{paradigm and f', {paradigm}'}{part}",
-                caption="Difference of the recoveries with its 95 % interval by Student's t over "
-                "seeds; to the right of zero the fine model recovers more.",
-                opening="Chart of the difference in recovery between the fine and the coarse "
-                "model.",
-                numbers={
-                    "setting": [*some["row"]],
-                    "fine - coarse": [*map(percent, some["value"])],
-                    "95 % interval": [*map(interval, some["value"], some["half"])],
-                    "seeds": [*map(str, some["n"])],
-                },
-                sentence="{0}: {1}, {2}, {3} seeds.",
-                drawing=Plot(
-                    [marks],
-                    Axis("recovery of fine - coarse", shares=True, margin=0.1),
-                    Axis(rows=[*some["row"]]),
-                    measured="x",
-                    height=1.1 + 0.27 * len(some),
-                    rules=[Rule(0)],
-                ),
-                group=paradigm,
-            )
+    for paradigm, part, some in split(gaps, 20):
+        marks = Marks(some.assign(x=some["value"], y=range(len(some)), error=some["half"]))
+        yield Chart(
+            title=f"Fine minus coarse, paired by seed{part}",
+            caption="Difference of the recoveries with its 95 % interval by Student's t over "
+            "seeds; to the right of zero the fine model recovers more.",
+            opening="Chart of the difference in recovery between the fine and the coarse model.",
+            numbers={
+                "setting": [*some["row"]],
+                "fine - coarse": [*map(percent, some["value"])],
+                "95 % interval": [*map(interval, some["value"], some["half"])],
+                "seeds": [*map(str, some["n"])],
+            },
+            sentence="{0}: {1}, {2}, {3} seeds.",
+            drawing=Plot(
+                [marks],
+                Axis("recovery of fine - coarse", shares=True, margin=0.1),
+                Axis(rows=[*some["row"]]),
+                height=0.27,
+            ),
+            group=paradigm,
+        )

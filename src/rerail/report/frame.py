@@ -234,17 +234,20 @@ def by(
         yield str(value), part
 
 
-def by_paradigm(frame: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
-    """Yield rows apart by paradigm where they are many, else all of them without a name."""
-    if len(frame) > MANY:
-        yield from by(frame, "paradigm", "other")
-    elif len(frame):
-        yield "", frame
-
-
 def parts(frame: pd.DataFrame, at_most: int) -> Iterator[tuple[str, pd.DataFrame]]:
     """Yield rows in parts of at most this many, each with what its title adds."""
     count = math.ceil(len(frame) / at_most)
     for i in range(count):
         title = f" ({i + 1} of {count})" if count > 1 else ""
         yield title, frame.iloc[i * at_most : (i + 1) * at_most]
+
+
+def split(frame: pd.DataFrame, at_most: int) -> Iterator[tuple[str, str, pd.DataFrame]]:
+    """Yield (paradigm, what the title adds, rows): apart by paradigm where they are many.
+
+    The paradigm is empty where they are few.
+    """
+    many = len(frame) > MANY
+    for paradigm, some in by(frame, "paradigm", "other") if many else [("", frame)]:
+        for title, part in parts(some, at_most):
+            yield paradigm, f"{paradigm and f', {paradigm}'}{title}", part
