@@ -126,20 +126,13 @@ class Results:
     @cached_property
     def estimates(self) -> pd.DataFrame:
         """value, error, n and half (of the 95 % interval), by setting, stage, text and measure."""
-        estimates = self.tidy.groupby(BY).agg(
-            value=("value", "mean"),
-            spread=("value", "std"),
-            se=("se", "first"),
-            n=("value", "size"),
-        )
+        groups = self.tidy.groupby(BY)
+        estimates = groups["value"].agg(value="mean", spread="std", n="size")
+        n, spread, several = estimates["n"], estimates["spread"], estimates["n"] > 1
         # "first" skips what is missing, and with one seed it is the error of that row
-        estimates["error"] = estimates["se"].where(estimates["n"] == 1, estimates["spread"])
-        estimates["half"] = np.where(
-            estimates["n"] == 1,
-            1.96 * estimates["error"],
-            half_interval(estimates["spread"], estimates["n"]),
-        )
-        return estimates[["value", "error", "n", "half"]]
+        error = spread.where(several, groups["se"].first())
+        half = half_interval(spread, n).where(several, 1.96 * error)
+        return estimates[["value"]].assign(error=error, n=n, half=half)
 
     def estimate(
         self, settings: pd.DataFrame, measure: str, stage: str = "repaired", text: str = ""
@@ -164,28 +157,21 @@ class Results:
         Paired by seed with Student's t. With one seed the interval is made of the two standard
         errors, as if they were independent.
         """
-        tidy = self.tidy[(self.tidy["measure"] == "recovery") & (self.tidy["text"] == "")]
+        recovery = self.tidy.query("measure == 'recovery' and text == ''").fillna({"seed": -1})
         # a seed that a setting has twice counts once, as it was measured last
-        tidy = tidy.drop_duplicates(["setting", "seed"], keep="last")[
-            ["setting", "seed", "value", "se"]
-        ]
-        both = pairs.rename_axis("pair").reset_index()
-        for grain in ("fine", "coarse"):
-            on = [grain] if grain == "fine" else [grain, "seed"]
-            both = both.merge(
-                tidy.rename(columns={"setting": grain}), on=on, suffixes=("_fine", "")
-            )
-        both["gap"] = both["value_fine"] - both["value"]
-        both["alone"] = 1.96 * np.hypot(both["se_fine"], both["se"])
-        gaps = both.groupby("pair").agg(
-            value=("gap", "mean"),
-            spread=("gap", "std"),
-            n=("gap", "size"),
-            alone=("alone", "first"),
+        recovery = recovery.drop_duplicates(["setting", "seed"], keep="last")
+        tables = (
+            recovery.pivot(index="setting", columns="seed", values=n) for n in ("value", "se")
         )
-        several = half_interval(gaps["spread"], gaps["n"])
-        gaps["half"] = np.where(gaps["n"] == 1, gaps["alone"], several)
-        return pairs.join(gaps[["value", "n", "half"]], how="inner")
+        (fine, coarse), errors = (
+            [table.reindex(pairs[grain]).set_axis(pairs.index) for grain in ("fine", "coarse")]
+            for table in tables
+        )
+        gaps = fine - coarse
+        alone = 1.96 * np.hypot(*errors).where(gaps.notna()).max(axis=1)
+        n = gaps.count(axis=1)
+        half = half_interval(gaps.std(axis=1), n).where(n > 1, alone)
+        return pairs.assign(value=gaps.mean(axis=1), n=n, half=half)[n > 0]
 
     def series_over(self, column: str, settings: pd.DataFrame) -> pd.DataFrame:
         """Return settings that differ in one column only, series by series, sorted by it in each.
