@@ -341,7 +341,9 @@ def loss_over(column: str, results: Results, settings: pd.DataFrame) -> Iterator
         series = results.series_over("skip" if column == "active_experts" else column, group)
         if column == "active_experts":
             series = series.assign(at=results.estimate(series, column)["value"])
-        series = series.assign(at=series["at"].astype(float))
+        order = pd.factorize(series["series"])[0]
+        series = series.assign(at=series["at"].astype(float), order=order)
+        series = series.sort_values(["order", "at"], kind="stable")
         for part, some in parts(series.drop_duplicates("series"), METHODS):
             inside = series[series["series"].isin(some["series"])]
             yield _loss_lines(column, model + part, results, inside)
@@ -351,26 +353,23 @@ def _loss_lines(column: str, title: str, results: Results, series: pd.DataFrame)
     fields = [name for name in varying(series) if name not in (column, "skip")]
     nll = {n: results.estimate(series, "nll", n).assign(x=series["at"]) for n in STAGES}
     end = within(pd.concat([nll[n]["value"] for n in STAGES[1:]]))
-    lines, marks = [], []
+    marks = []
     for i, (_, line) in enumerate(series.groupby("series", sort=False)):
-        lines.append(line.sort_values("at", kind="stable"))
         label = short_label(line["head"].iloc[0], fields)
         for stage, dash in (("compressed", DASHES[1]), ("repaired", DASHES[0])):
-            points = nll[stage].loc[lines[-1].index].rename(columns={"value": "y"})
+            points = nll[stage].loc[line.index].rename(columns={"value": "y"})
             look = line_look(i) | {"line": dash, "hollow": stage == "compressed"}
             marks.append(Marks(points[["x", "y"]].dropna(), f"{label}, {stage}", **look))
     teacher = nll["teacher"]["value"].iloc[0]
-    ordered = pd.concat(lines)
-    table = {n: nll[n].loc[ordered.index] for n in STAGES[1:]}
     return Chart(
         title=f"{title}: NLL against {ALONG[column]}",
         caption="Held-out NLL; dashed: compressed, full: repaired. What lies far above is cut off; "
         "the numbers have it.",
         opening=f"Line chart of held-out NLL against {ALONG[column]} for {title}.",
         numbers={
-            "setting": labels_of(ordered, ["ratio", *fields]),
-            ALONG[column]: [f"{at:.4g}" for at in ordered["at"].fillna(0)],
-            **{n: [*map(plus_minus, e["value"], e["error"])] for n, e in table.items()},
+            "setting": labels_of(series, ["ratio", *fields]),
+            ALONG[column]: [f"{at:.4g}" for at in series["at"].fillna(0)],
+            **{n: [*map(plus_minus, nll[n]["value"], nll[n]["error"])] for n in STAGES[1:]},
         },
         sentence="{0} at {1}: compressed {2}, repaired {3}.",
         drawing=Plot(

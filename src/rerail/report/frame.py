@@ -14,8 +14,8 @@ import numpy as np
 import pandas as pd
 from scipy.stats import t as student_t
 
-from rerail.report.cells import Cell, cells_of
-from rerail.run.settings import BUDGETS, VARYING, setting_of, shown, tokens_of
+from rerail.report.cells import Cell, cells_of, grouped
+from rerail.run.settings import BUDGETS, VARYING, setting_of, shown
 
 MEASURES = ("nll", "kl", "recovery", "bytes", "active_experts")
 BY = ["setting", "stage", "text", "measure"]
@@ -79,9 +79,7 @@ class Results:
     def _measured(self) -> dict[str, list[Cell]]:
         """The done cells that were scored, by their setting."""
         scored = [c for c in self.done if any(row["nll"] is not None for row in c.rows)]
-        cells = pd.Series(scored, dtype=object)
-        keys = pd.Series([setting_of(cell.head) for cell in scored], dtype=object)
-        return {str(key): list(part) for key, part in cells.groupby(keys, sort=False)}
+        return grouped(scored, [setting_of(cell.head) for cell in scored])
 
     @cached_property
     def settings(self) -> pd.DataFrame:
@@ -100,7 +98,7 @@ class Results:
                 setting=pd.Series(list(self._measured), dtype=object),
                 head=pd.Series([cell.head for cell in first], dtype=object),
                 cells=pd.Series(list(groups), dtype=object),
-                tokens=[tokens_of(cell.head) for cell in first],
+                tokens=[cell.tokens for cell in first],
                 twin=pd.factorize(pd.Series(twins, dtype=object))[0],
                 blank=[reasons[0] if all(reasons) else "" for reasons in blanks],
             )

@@ -1,9 +1,8 @@
 """One self-contained page of all results: no network, no account, readable from a file."""
 
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
@@ -13,7 +12,7 @@ from rerail.config.secrets import without_secrets
 from rerail.errors import InputError
 from rerail.files import whole_file
 from rerail.report import charts, paper, routing_charts, tables
-from rerail.report.cells import Cell, Fields
+from rerail.report.cells import Cell, Fields, grouped
 from rerail.report.chart import Chart
 from rerail.report.comparison import comparison
 from rerail.report.frame import MANY, Results, columns_of, varying
@@ -96,19 +95,11 @@ def _template() -> Template:
     # each drawing has a name of its own, that ids of the page may differ; matplotlib escapes texts
     drawn = {"svg": lambda chart: Markup(chart.svg(f"f{next(numbers)}"))}
     written = {f.__name__: f for f in (form, interval, megabytes, number, percent, plus_minus)}
-    grouped = {"grouped": lambda made: _grouped(made, [chart.group for chart in made]).items()}
-    environment.filters |= drawn | written | grouped
+    folded = {"grouped": lambda made: grouped(made, [chart.group for chart in made]).items()}
+    environment.filters |= drawn | written | folded
     environment.filters |= {"share": share, "by_stage": tables.by_stage}
     environment.globals["STAGES"] = STAGES
     return environment.get_template("page.html.jinja")
-
-
-def _grouped(items: Iterable[Any], groups: Iterable[str]) -> dict[str, list[Any]]:
-    """Return the items of each group, in the order in which groups first come."""
-    made: dict[str, list[Any]] = {}
-    for item, group in zip(items, groups, strict=True):
-        made.setdefault(group, []).append(item)
-    return made
 
 
 def check_columns(columns: Sequence[str]) -> None:
@@ -150,4 +141,4 @@ def _continuations(cells: Sequence[Cell]) -> dict[str, list[Cell]]:
     """Return the cells that wrote after the prompt, by paradigm where cells are many."""
     written = [cell for cell in cells if any(cell.get(s, "samples_text") for s in STAGES)]
     paradigms = [cell.head["paradigm"] or "other" for cell in written]
-    return _grouped(written, paradigms if len(cells) > MANY else [""] * len(written))
+    return grouped(written, paradigms if len(cells) > MANY else [""] * len(written))
