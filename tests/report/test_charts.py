@@ -96,7 +96,7 @@ def test_lines_hold_every_value_of_a_budget_in_its_order() -> None:
     fine, coarse = chart.drawing.marks
     assert list(fine.data["x"]) == [0.5, 0.75]
     assert (fine.label, coarse.label) == ("tiny_fine reap", "tiny_coarse reap")
-    assert fine.colour != coarse.colour
+    assert fine.style["color"] != coarse.style["color"]
 
 
 def test_a_skipper_stands_where_it_computes_experts_and_not_where_it_was_asked_to() -> None:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -12,9 +12,10 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from rerail.report import svg
-from rerail.report.svg import DASHES, INK, PAPER, SOFT, STAGE
+from rerail.report.svg import DASHES, INK, SOFT, STAGE
 from rerail.report.words import percent
 
+PLAIN: dict[str, Any] = {"color": INK, "marker": "o", "linestyle": "none"}
 ROW: Any = {"va": "center", "textcoords": "offset points", "fontsize": 8.5}
 
 
@@ -26,8 +27,7 @@ class Marks:
         data: a row a mark; columns x and y, and where they apply error (half of the whisker's
             length) and words (printed behind the mark).
         label: in the legend; empty for none.
-        colour, marker, size, hollow: of the points.
-        line: dash of the line through them; empty for none.
+        style: looks of points and of the line through them, over `PLAIN`, as matplotlib has them.
         bars: height of bars from zero, instead of points.
         steps: whether the line goes in steps.
         offset: from a mark to its words, in points.
@@ -35,26 +35,10 @@ class Marks:
 
     data: pd.DataFrame
     label: str = ""
-    colour: str = INK
-    marker: str = "o"
-    size: float = 6
-    hollow: bool = False
-    line: Any = ""
+    style: dict[str, Any] = field(default_factory=dict)
     bars: float = 0.0
     steps: bool = False
     offset: tuple[float, float] = (7, 0)
-
-    @property
-    def look(self) -> dict[str, Any]:
-        """The looks as matplotlib names them."""
-        fill = PAPER if self.hollow else self.colour
-        return {
-            "color": self.colour,
-            "marker": self.marker,
-            "markersize": self.size,
-            "markerfacecolor": fill,
-            "linestyle": self.line or "none",
-        }
 
 
 @dataclass(frozen=True)
@@ -127,7 +111,7 @@ class Plot:
 
 def _draw_bars(axes: Axes, marks: Marks) -> None:
     data = marks.data
-    axes.barh(data["y"], data["x"], marks.bars, color=marks.colour, label=marks.label)
+    axes.barh(data["y"], data["x"], marks.bars, color=marks.style["color"], label=marks.label)
     errors = data["error"].fillna(0)
     if errors.any():
         whisker: dict[str, Any] = {"color": INK, "linewidth": 1.2, "linestyle": "none"}
@@ -136,23 +120,23 @@ def _draw_bars(axes: Axes, marks: Marks) -> None:
 
 def _draw_points(axes: Axes, marks: Marks, plot: Plot) -> None:
     # points beyond the end become triangles on it; a line leaves the drawing there
-    end = math.inf if marks.line else getattr(plot, plot.measured).end
+    look = PLAIN | marks.style
+    end = math.inf if "linestyle" in marks.style else getattr(plot, plot.measured).end
     beyond = marks.data[plot.measured] > end
     near, far = marks.data[~beyond], marks.data[beyond]
-    named: dict[str, Any] = {"label": marks.label or "_", **marks.look}
+    named: dict[str, Any] = {"label": marks.label or "_", **look}
     if marks.steps:
         axes.step(near["x"], near["y"], where="post", linewidth=1, **named)
     elif "error" in near:
         errors = near["error"].fillna(0)
         whiskers: dict[str, Any] = {f"{plot.measured}err": errors if errors.any() else None}
-        thin: dict[str, Any] = {"capsize": 2 + bool(marks.line), "elinewidth": 1.2}
+        thin: dict[str, Any] = {"capsize": 2 + ("linestyle" in marks.style), "elinewidth": 1.2}
         axes.errorbar(near["x"], near["y"], **whiskers, **thin, **named)
     else:
         axes.plot(near["x"], near["y"], **named)
     triangle = {"x": ">", "y": "^"}[plot.measured]
     places = far.assign(**{plot.measured: end})
-    look = marks.look | {"marker": triangle, "linestyle": "none"}
-    axes.plot(places["x"], places["y"], **look)
+    axes.plot(places["x"], places["y"], **look | {"marker": triangle, "linestyle": "none"})
 
 
 def _finish(axes: Axes, name: str, plot: Plot) -> None:
@@ -174,7 +158,9 @@ def _finish(axes: Axes, name: str, plot: Plot) -> None:
         limits(*_cut(plot, *getattr(axes, f"get_{name}lim")()))
     if axis.start is not None:
         limits(axis.start, None)
-    if axis.end < math.inf and any(marks.line for marks in plot.marks if not marks.steps):
+    if axis.end < math.inf and any(
+        "linestyle" in marks.style for marks in plot.marks if not marks.steps
+    ):
         limits(None, axis.end)
 
 

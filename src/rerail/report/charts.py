@@ -11,7 +11,7 @@ import pandas as pd
 
 from rerail.report.chart import Axis, Chart, Marks, Plot
 from rerail.report.frame import MANY, Results, by, mean_interval, parts, split, varying
-from rerail.report.svg import DASHES, GRAIN, INK, LINES, MARKERS, SOFT, STAGE, within
+from rerail.report.svg import DASHES, GRAIN, INK, LINES, MARKERS, PAPER, SOFT, STAGE, within
 from rerail.report.words import interval, percent, plus_minus, share
 from rerail.run.results import STAGES
 from rerail.run.settings import number, short_label
@@ -27,7 +27,9 @@ ALONG = {
     "active_experts": "experts computed a token and layer",
 }
 METHODS = 4  # of one figure; each has a line a model
-LOOKS: dict[str, Any] = {n: {"colour": STAGE[n], "hollow": n == "compressed"} for n in STAGES}
+HOLLOW = {"markerfacecolor": PAPER}
+LOOKS: dict[str, dict[str, Any]] = {n: {"color": STAGE[n]} for n in STAGES}
+LOOKS["compressed"] |= HOLLOW
 
 
 class Panel(NamedTuple):
@@ -54,7 +56,7 @@ def labels_of(settings: pd.DataFrame, fields: Sequence[str]) -> list[str]:
 def line_look(i: int) -> dict[str, Any]:
     """Return the looks of line i."""
     colour, line = LINES[i % len(LINES)], DASHES[i % len(DASHES)]
-    return {"colour": colour, "line": line, "marker": MARKERS[i % len(MARKERS)]}
+    return {"color": colour, "linestyle": line, "marker": MARKERS[i % len(MARKERS)]}
 
 
 def before_after(results: Results, settings: pd.DataFrame) -> Iterator[Chart]:
@@ -67,14 +69,14 @@ def before_after(results: Results, settings: pd.DataFrame) -> Iterator[Chart]:
         values = pd.DataFrame({n: e["value"] for n, e in nll.items()})
         end = within(values)
         marks = [
-            Marks(nll[n].assign(x=values[n], y=rows + shift), n, size=5.5, **LOOKS[n])
+            Marks(nll[n].assign(x=values[n], y=rows + shift), n, LOOKS[n] | {"markersize": 5.5})
             for n, shift in (("compressed", -0.14), ("repaired", 0.14))
         ]
         # the words stand behind the longest whisker of a row
         reach = pd.DataFrame({n: e["value"] + e["error"].fillna(0) for n, e in nll.items()})
         words = [" → ".join(f"{v:.3f}" for v in row if v == v) for row in values.to_numpy()[:, 1:]]
         behind = {"x": reach.max(axis=1).clip(upper=end), "y": rows, "words": words}
-        marks.append(Marks(pd.DataFrame(behind), marker=""))
+        marks.append(Marks(pd.DataFrame(behind), style={"marker": ""}))
         written = {n: [*map(plus_minus, e["value"], e["error"])] for n, e in nll.items()}
         seeds = pd.DataFrame({n: e["n"] for n, e in nll.items()}).max(axis=1)
         far = "" if end == np.inf else f"{FAR} "
@@ -151,17 +153,19 @@ def _plane_marks(points: pd.DataFrame) -> list[Marks]:
     none = points.iloc[:0]
     marks = []
     for (stage, kind), some in points.groupby(["stage", "kind"], sort=False):
-        shape = {"marker": "*", "size": 11} if stage == "teacher" else {"marker": marker[kind]}
-        marks.append(Marks(some, **{"size": 6.5, **shape, **LOOKS[stage]}))
-    marks += [Marks(none, kind, marker=marker[kind], hollow=True) for kind in kinds]
+        star = {"marker": "*", "markersize": 11}
+        shape = star if stage == "teacher" else {"marker": marker[kind], "markersize": 6.5}
+        marks.append(Marks(some, style=LOOKS[stage] | shape))
+    marks += [Marks(none, kind, HOLLOW | {"marker": marker[kind]}) for kind in kinds]
     shapes = {"teacher": "*", "compressed": "s", "repaired": "s"}
-    return marks + [Marks(none, n, marker=shape, **LOOKS[n]) for n, shape in shapes.items()]
+    return marks + [Marks(none, n, LOOKS[n] | {"marker": shape}) for n, shape in shapes.items()]
 
 
 def _front(front: pd.DataFrame, end: float) -> Marks:
     words = [str(i) for i in range(1, len(front) + 1)]
     line = pd.DataFrame({"x": front["x"], "y": front["y"].clip(upper=end), "words": words})
-    return Marks(line, colour=SOFT, line=DASHES[2], marker="", steps=True, offset=(-8, -6))
+    style = {"color": SOFT, "linestyle": DASHES[2], "marker": ""}
+    return Marks(line, style=style, steps=True, offset=(-8, -6))
 
 
 def _bars(
@@ -189,7 +193,7 @@ def _bars(
         sentence="{0} on {1}: {value}.",
         drawing=Plot(
             [
-                Marks(bars[bars["series"] == n], n, c, bars=width * 0.92, offset=(4, 0))
+                Marks(bars[bars["series"] == n], n, {"color": c}, width * 0.92, offset=(4, 0))
                 for n, c in colours.items()
             ],
             Axis("recovered share of the lost NLL", shares=True, margin=0.04),
@@ -308,15 +312,16 @@ def _recovery_lines(
     lines, marks = [], []
     for i, (_, line) in enumerate(series.groupby("series", sort=False)):
         head = line["head"].iloc[0]
-        look = line_look(i) | {"colour": GRAIN.get(head["granularity"], INK)}
+        look = line_look(i) | {"markersize": 5, "color": GRAIN.get(head["granularity"], INK)}
         if len(methods) > 1:
             method, model = methods.index(line["compressor"].iloc[0]), models.index(head["model"])
-            look |= {"colour": line_look(method)["colour"], "line": line_look(model)["line"]}
+            look |= {"color": line_look(method)["color"]}
+            look |= {"linestyle": line_look(model)["linestyle"]}
         label = f"{head['model']} {short_label(head, fields)}"
         data = _recovery(results, line).assign(label=label, at=line["at"])
         lines.append(data)
         data = data.assign(x=data["at"].astype(float), y=data["value"], error=data["half"])
-        marks.append(Marks(data.dropna(subset="y"), label, size=5, **look))
+        marks.append(Marks(data.dropna(subset="y"), label, look))
     data = pd.concat(lines)
     names = {"series": [*data["label"]], column: [*map(number, data["at"])]}
     return Chart(
@@ -358,8 +363,8 @@ def _loss_lines(column: str, title: str, results: Results, series: pd.DataFrame)
         label = short_label(line["head"].iloc[0], fields)
         for stage, dash in (("compressed", DASHES[1]), ("repaired", DASHES[0])):
             points = nll[stage].loc[line.index].rename(columns={"value": "y"})
-            look = line_look(i) | {"line": dash, "hollow": stage == "compressed"}
-            marks.append(Marks(points[["x", "y"]].dropna(), f"{label}, {stage}", **look))
+            look = line_look(i) | {"linestyle": dash} | (HOLLOW if stage == "compressed" else {})
+            marks.append(Marks(points[["x", "y"]].dropna(), f"{label}, {stage}", look))
     teacher = nll["teacher"]["value"].iloc[0]
     return Chart(
         title=f"{title}: NLL against {ALONG[column]}",
