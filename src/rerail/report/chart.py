@@ -40,6 +40,11 @@ class Marks:
     steps: bool = False
     offset: tuple[float, float] = (7, 0)
 
+    @property
+    def lined(self) -> bool:
+        """Whether a line goes through the points."""
+        return "linestyle" in self.style
+
 
 @dataclass(frozen=True)
 class Axis:
@@ -121,7 +126,7 @@ def _draw_bars(axes: Axes, marks: Marks) -> None:
 def _draw_points(axes: Axes, marks: Marks, plot: Plot) -> None:
     # points beyond the end become triangles on it; a line leaves the drawing there
     look = PLAIN | marks.style
-    end = math.inf if "linestyle" in marks.style else getattr(plot, plot.measured).end
+    end = math.inf if marks.lined else getattr(plot, plot.measured).end
     beyond = marks.data[plot.measured] > end
     near, far = marks.data[~beyond], marks.data[beyond]
     named: dict[str, Any] = {"label": marks.label or "_", **look}
@@ -130,7 +135,7 @@ def _draw_points(axes: Axes, marks: Marks, plot: Plot) -> None:
     elif "error" in near:
         errors = near["error"].fillna(0)
         whiskers: dict[str, Any] = {f"{plot.measured}err": errors if errors.any() else None}
-        thin: dict[str, Any] = {"capsize": 2 + ("linestyle" in marks.style), "elinewidth": 1.2}
+        thin: dict[str, Any] = {"capsize": 2 + marks.lined, "elinewidth": 1.2}
         axes.errorbar(near["x"], near["y"], **whiskers, **thin, **named)
     else:
         axes.plot(near["x"], near["y"], **named)
@@ -158,9 +163,7 @@ def _finish(axes: Axes, name: str, plot: Plot) -> None:
         limits(*_cut(plot, *getattr(axes, f"get_{name}lim")()))
     if axis.start is not None:
         limits(axis.start, None)
-    if axis.end < math.inf and any(
-        "linestyle" in marks.style for marks in plot.marks if not marks.steps
-    ):
+    if axis.end < math.inf and any(marks.lined and not marks.steps for marks in plot.marks):
         limits(None, axis.end)
 
 
