@@ -130,7 +130,7 @@ def test_ours_stand_beside_the_papers_with_errors_differences_and_what_is_absent
 
 def test_without_scores_of_tasks_there_is_no_table() -> None:
     bare = [{**row, "tasks": None} for row in rows()]
-    assert not beside(cells_of(bare)).parts
+    assert not beside(cells_of(bare))
     assert "Beside the paper" not in render(bare)
 
 

@@ -46,7 +46,8 @@ class Page(HTMLParser):
         assert self.open.pop() == tag
 
     def handle_data(self, data: str) -> None:
-        self.text += data if self.open[-1:] not in (["script"], ["style"]) else ""
+        shown = self.open[-1:] not in (["script"], ["style"])
+        self.text += data if shown and data.strip() else ""
 
     def all(self, tag: str) -> list[dict[str, str | None]]:
         return [attributes for name, attributes, _ in self.elements if name == tag]

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -12,9 +12,10 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from rerail.report import svg
-from rerail.report.svg import INK, PAPER, SOFT
+from rerail.report.svg import DASHES, INK, SOFT, STAGE
 from rerail.report.words import percent
 
+PLAIN: dict[str, Any] = {"color": INK, "marker": "o", "linestyle": "none"}
 ROW: Any = {"va": "center", "textcoords": "offset points", "fontsize": 8.5}
 
 
@@ -26,8 +27,7 @@ class Marks:
         data: a row a mark; columns x and y, and where they apply error (half of the whisker's
             length) and words (printed behind the mark).
         label: in the legend; empty for none.
-        colour, marker, size, hollow: of the points.
-        line: dash of the line through them; empty for none.
+        style: looks of points and of the line through them, over `PLAIN`, as matplotlib has them.
         bars: height of bars from zero, instead of points.
         steps: whether the line goes in steps.
         offset: from a mark to its words, in points.
@@ -35,26 +35,15 @@ class Marks:
 
     data: pd.DataFrame
     label: str = ""
-    colour: str = INK
-    marker: str = "o"
-    size: float = 6
-    hollow: bool = False
-    line: Any = ""
+    style: dict[str, Any] = field(default_factory=dict)
     bars: float = 0.0
     steps: bool = False
     offset: tuple[float, float] = (7, 0)
 
     @property
-    def look(self) -> dict[str, Any]:
-        """The looks as matplotlib names them."""
-        fill = PAPER if self.hollow else self.colour
-        return {
-            "color": self.colour,
-            "marker": self.marker,
-            "markersize": self.size,
-            "markerfacecolor": fill,
-            "linestyle": self.line or "none",
-        }
+    def lined(self) -> bool:
+        """Whether a line goes through the points."""
+        return "linestyle" in self.style
 
 
 @dataclass(frozen=True)
@@ -85,39 +74,39 @@ class Axis:
 
 
 @dataclass(frozen=True)
-class Rule:
-    """A straight line at a value of the measured axis."""
-
-    value: float
-    label: str = ""
-    colour: str = SOFT
-    line: Any = "-"
-
-
-@dataclass(frozen=True)
 class Plot:
-    """Marks on two axes; whiskers and rules belong to the measured one (`x` or `y`)."""
+    """Marks on two axes; whiskers belong to the measured one, x where y has rows.
+
+    Attributes:
+        height: of the drawing, or of each row where y has rows, in inches.
+        teacher: a line at this value of the measured axis; NaN for none.
+    """
 
     marks: Sequence[Marks]
     x: Axis
     y: Axis
-    measured: str = "y"
     height: float = 2.6
-    rules: Sequence[Rule] = ()
+    teacher: float = math.nan
+
+    @property
+    def measured(self) -> str:
+        """The name of the axis that measures."""
+        return "x" if self.y.rows else "y"
 
     def draw(self) -> Figure:
         """Return the drawing; call inside `svg.style()`."""
-        figure, axes = svg.canvas(self.height)
+        rows = len(self.y.rows)
+        figure, axes = svg.canvas(0.75 + self.height * rows if rows else self.height)
         for marks in self.marks:
             if marks.bars:
                 _draw_bars(axes, marks)
             else:
                 _draw_points(axes, marks, self)
-        across = axes.axvline if self.measured == "x" else axes.axhline
-        for rule in self.rules:
-            width = 1.8 if rule.label else 0.8
-            style = {"color": rule.colour, "linestyle": rule.line, "linewidth": width}
-            across(rule.value, label=rule.label or "_", **style)
+        across = axes.axvline if rows else axes.axhline
+        if getattr(self, self.measured).shares:
+            across(0, color=SOFT, linewidth=0.8)
+        if not math.isnan(self.teacher):
+            across(self.teacher, label="teacher", color=STAGE["teacher"], linestyle=DASHES[1])
         for name in ("x", "y"):
             _finish(axes, name, self)
         _write_words(axes, self)
@@ -127,7 +116,7 @@ class Plot:
 
 def _draw_bars(axes: Axes, marks: Marks) -> None:
     data = marks.data
-    axes.barh(data["y"], data["x"], marks.bars, color=marks.colour, label=marks.label)
+    axes.barh(data["y"], data["x"], marks.bars, color=marks.style["color"], label=marks.label)
     errors = data["error"].fillna(0)
     if errors.any():
         whisker: dict[str, Any] = {"color": INK, "linewidth": 1.2, "linestyle": "none"}
@@ -136,23 +125,23 @@ def _draw_bars(axes: Axes, marks: Marks) -> None:
 
 def _draw_points(axes: Axes, marks: Marks, plot: Plot) -> None:
     # points beyond the end become triangles on it; a line leaves the drawing there
-    end = math.inf if marks.line else getattr(plot, plot.measured).end
+    look = PLAIN | marks.style
+    end = math.inf if marks.lined else getattr(plot, plot.measured).end
     beyond = marks.data[plot.measured] > end
     near, far = marks.data[~beyond], marks.data[beyond]
-    named: dict[str, Any] = {"label": marks.label or "_", **marks.look}
+    named: dict[str, Any] = {"label": marks.label or "_", **look}
     if marks.steps:
         axes.step(near["x"], near["y"], where="post", linewidth=1, **named)
     elif "error" in near:
         errors = near["error"].fillna(0)
         whiskers: dict[str, Any] = {f"{plot.measured}err": errors if errors.any() else None}
-        thin: dict[str, Any] = {"capsize": 2 + bool(marks.line), "elinewidth": 1.2}
+        thin: dict[str, Any] = {"capsize": 2 + marks.lined, "elinewidth": 1.2}
         axes.errorbar(near["x"], near["y"], **whiskers, **thin, **named)
     else:
         axes.plot(near["x"], near["y"], **named)
     triangle = {"x": ">", "y": "^"}[plot.measured]
     places = far.assign(**{plot.measured: end})
-    look = marks.look | {"marker": triangle, "linestyle": "none"}
-    axes.plot(places["x"], places["y"], **look)
+    axes.plot(places["x"], places["y"], **look | {"marker": triangle, "linestyle": "none"})
 
 
 def _finish(axes: Axes, name: str, plot: Plot) -> None:
@@ -174,7 +163,7 @@ def _finish(axes: Axes, name: str, plot: Plot) -> None:
         limits(*_cut(plot, *getattr(axes, f"get_{name}lim")()))
     if axis.start is not None:
         limits(axis.start, None)
-    if axis.end < math.inf and any(marks.line for marks in plot.marks if not marks.steps):
+    if axis.end < math.inf and any(marks.lined and not marks.steps for marks in plot.marks):
         limits(None, axis.end)
 
 

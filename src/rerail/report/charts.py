@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
-from rerail.report.chart import Axis, Chart, Marks, Plot, Rule
-from rerail.report.frame import MANY, Results, by, by_paradigm, mean_interval, parts, varying
-from rerail.report.svg import DASHES, GRAIN, INK, LINES, MARKERS, SOFT, STAGE, within
+from rerail.report.chart import Axis, Chart, Marks, Plot
+from rerail.report.frame import MANY, Results, by, mean_interval, parts, split, varying
+from rerail.report.svg import DASHES, GRAIN, INK, LINES, MARKERS, PAPER, SOFT, STAGE, within
 from rerail.report.words import interval, percent, plus_minus, share
 from rerail.run.results import STAGES
 from rerail.run.settings import number, short_label
@@ -27,7 +27,9 @@ ALONG = {
     "active_experts": "experts computed a token and layer",
 }
 METHODS = 4  # of one figure; each has a line a model
-LOOKS: dict[str, Any] = {n: {"colour": STAGE[n], "hollow": n == "compressed"} for n in STAGES}
+HOLLOW = {"markerfacecolor": PAPER}
+LOOKS: dict[str, dict[str, Any]] = {n: {"color": STAGE[n]} for n in STAGES}
+LOOKS["compressed"] |= HOLLOW
 
 
 class Panel(NamedTuple):
@@ -42,10 +44,8 @@ class Panel(NamedTuple):
 def panels(settings: pd.DataFrame, at_most: int) -> Iterator[Panel]:
     """Yield panels of at most this many settings; `fields` vary among all those of the model."""
     for model, whole in by(settings, "model"):
-        for paradigm, group in by_paradigm(whole):
-            for part, some in parts(group, at_most):
-                title = f"{model}{paradigm and f', {paradigm}'}{part}"
-                yield Panel(title, paradigm, some, varying(whole))
+        for paradigm, title, some in split(whole, at_most):
+            yield Panel(model + title, paradigm, some, varying(whole))
 
 
 def labels_of(settings: pd.DataFrame, fields: Sequence[str]) -> list[str]:
@@ -56,7 +56,7 @@ def labels_of(settings: pd.DataFrame, fields: Sequence[str]) -> list[str]:
 def line_look(i: int) -> dict[str, Any]:
     """Return the looks of line i."""
     colour, line = LINES[i % len(LINES)], DASHES[i % len(DASHES)]
-    return {"colour": colour, "line": line, "marker": MARKERS[i % len(MARKERS)]}
+    return {"color": colour, "linestyle": line, "marker": MARKERS[i % len(MARKERS)]}
 
 
 def before_after(results: Results, settings: pd.DataFrame) -> Iterator[Chart]:
@@ -69,14 +69,14 @@ def before_after(results: Results, settings: pd.DataFrame) -> Iterator[Chart]:
         values = pd.DataFrame({n: e["value"] for n, e in nll.items()})
         end = within(values)
         marks = [
-            Marks(nll[n].assign(x=values[n], y=rows + shift), n, size=5.5, **LOOKS[n])
+            Marks(nll[n].assign(x=values[n], y=rows + shift), n, LOOKS[n] | {"markersize": 5.5})
             for n, shift in (("compressed", -0.14), ("repaired", 0.14))
         ]
         # the words stand behind the longest whisker of a row
         reach = pd.DataFrame({n: e["value"] + e["error"].fillna(0) for n, e in nll.items()})
         words = [" → ".join(f"{v:.3f}" for v in row if v == v) for row in values.to_numpy()[:, 1:]]
         behind = {"x": reach.max(axis=1).clip(upper=end), "y": rows, "words": words}
-        marks.append(Marks(pd.DataFrame(behind), marker=""))
+        marks.append(Marks(pd.DataFrame(behind), style={"marker": ""}))
         written = {n: [*map(plus_minus, e["value"], e["error"])] for n, e in nll.items()}
         seeds = pd.DataFrame({n: e["n"] for n, e in nll.items()}).max(axis=1)
         far = "" if end == np.inf else f"{FAR} "
@@ -90,16 +90,11 @@ def before_after(results: Results, settings: pd.DataFrame) -> Iterator[Chart]:
                 marks,
                 Axis(NLL, end=end, margin=0.06),
                 Axis(rows=labels),
-                measured="x",
-                height=0.75 + 0.27 * len(labels),
-                rules=_teacher(values["teacher"], STAGE["teacher"], DASHES[1]),
+                height=0.27,
+                teacher=values["teacher"].iloc[0],
             ),
             group=panel.paradigm,
         )
-
-
-def _teacher(values: pd.Series, colour: str, line: object) -> list[Rule]:
-    return [Rule(value, "teacher", colour, line) for value in values.iloc[:1].dropna()]
 
 
 def pareto(results: Results, settings: pd.DataFrame) -> Iterator[Chart]:
@@ -158,17 +153,19 @@ def _plane_marks(points: pd.DataFrame) -> list[Marks]:
     none = points.iloc[:0]
     marks = []
     for (stage, kind), some in points.groupby(["stage", "kind"], sort=False):
-        shape = {"marker": "*", "size": 11} if stage == "teacher" else {"marker": marker[kind]}
-        marks.append(Marks(some, **{"size": 6.5, **shape, **LOOKS[stage]}))
-    marks += [Marks(none, kind, marker=marker[kind], hollow=True) for kind in kinds]
+        star = {"marker": "*", "markersize": 11}
+        shape = star if stage == "teacher" else {"marker": marker[kind], "markersize": 6.5}
+        marks.append(Marks(some, style=LOOKS[stage] | shape))
+    marks += [Marks(none, kind, HOLLOW | {"marker": marker[kind]}) for kind in kinds]
     shapes = {"teacher": "*", "compressed": "s", "repaired": "s"}
-    return marks + [Marks(none, n, marker=shape, **LOOKS[n]) for n, shape in shapes.items()]
+    return marks + [Marks(none, n, LOOKS[n] | {"marker": shape}) for n, shape in shapes.items()]
 
 
 def _front(front: pd.DataFrame, end: float) -> Marks:
     words = [str(i) for i in range(1, len(front) + 1)]
     line = pd.DataFrame({"x": front["x"], "y": front["y"].clip(upper=end), "words": words})
-    return Marks(line, colour=SOFT, line=DASHES[2], marker="", steps=True, offset=(-8, -6))
+    style = {"color": SOFT, "linestyle": DASHES[2], "marker": ""}
+    return Marks(line, style=style, steps=True, offset=(-8, -6))
 
 
 def _bars(
@@ -196,14 +193,12 @@ def _bars(
         sentence="{0} on {1}: {value}.",
         drawing=Plot(
             [
-                Marks(bars[bars["series"] == n], n, c, bars=width * 0.92, offset=(4, 0))
+                Marks(bars[bars["series"] == n], n, {"color": c}, width * 0.92, offset=(4, 0))
                 for n, c in colours.items()
             ],
             Axis("recovered share of the lost NLL", shares=True, margin=0.04),
             Axis(rows=[*rows]),
-            measured="x",
-            height=0.75 + (0.2 + 0.24 * len(colours)) * len(rows),
-            rules=[Rule(0)],
+            height=0.2 + 0.24 * len(colours),
         ),
         group=group,
     )
@@ -235,13 +230,11 @@ def _twin_bars(
     label = dict(zip(first["twin"], labels_of(first, fields), strict=True))
     grains = zip(settings["model"], settings["granularity"], strict=True)
     colours = {model: GRAIN.get(grain, INK) for model, grain in grains}
-    for paradigm, group in by_paradigm(first):
-        for part, some in parts(group, 12):
-            inside = settings[settings["twin"].isin(some["twin"])]
-            names = {"key": inside["twin"], "row": inside["twin"].map(label)}
-            data = _recovery(results, inside).assign(**names, series=inside["model"])
-            whole = f"{title}{paradigm and f', {paradigm}'}{part}"
-            yield _bars(data, colours, whole, caption, paradigm)
+    for paradigm, part, some in split(first, 12):
+        inside = settings[settings["twin"].isin(some["twin"])]
+        names = {"key": inside["twin"], "row": inside["twin"].map(label)}
+        data = _recovery(results, inside).assign(**names, series=inside["model"])
+        yield _bars(data, colours, title + part, caption, paradigm)
 
 
 def fine_against_coarse(results: Results, settings: pd.DataFrame) -> Iterator[Chart]:
@@ -304,10 +297,9 @@ def recovery_over(column: str, results: Results, settings: pd.DataFrame) -> Iter
     """Yield recovery against ratio, bits or samples; none where there is one value only."""
     series = results.series_over(column, settings)
     series = series.assign(compressor=series["compressor"].fillna("?"))
-    for paradigm, group in by_paradigm(series.drop_duplicates("compressor")):
-        for part, some in parts(group, METHODS):
-            lines = [series[series["compressor"] == method] for method in some["compressor"]]
-            yield _recovery_lines(column, results, pd.concat(lines), part, paradigm)
+    for paradigm, part, some in split(series.drop_duplicates("compressor"), METHODS):
+        lines = [series[series["compressor"] == method] for method in some["compressor"]]
+        yield _recovery_lines(column, results, pd.concat(lines), part, paradigm)
 
 
 def _recovery_lines(
@@ -320,15 +312,16 @@ def _recovery_lines(
     lines, marks = [], []
     for i, (_, line) in enumerate(series.groupby("series", sort=False)):
         head = line["head"].iloc[0]
-        look = line_look(i) | {"colour": GRAIN.get(head["granularity"], INK)}
+        look = line_look(i) | {"markersize": 5, "color": GRAIN.get(head["granularity"], INK)}
         if len(methods) > 1:
             method, model = methods.index(line["compressor"].iloc[0]), models.index(head["model"])
-            look |= {"colour": line_look(method)["colour"], "line": line_look(model)["line"]}
+            look |= {"color": line_look(method)["color"]}
+            look |= {"linestyle": line_look(model)["linestyle"]}
         label = f"{head['model']} {short_label(head, fields)}"
         data = _recovery(results, line).assign(label=label, at=line["at"])
         lines.append(data)
         data = data.assign(x=data["at"].astype(float), y=data["value"], error=data["half"])
-        marks.append(Marks(data.dropna(subset="y"), label, size=5, **look))
+        marks.append(Marks(data.dropna(subset="y"), label, look))
     data = pd.concat(lines)
     names = {"series": [*data["label"]], column: [*map(number, data["at"])]}
     return Chart(
@@ -342,7 +335,6 @@ def _recovery_lines(
             marks,
             Axis(ALONG[column], ticks=list(series["at"]), log2=column == "samples"),
             Axis("recovery", shares=True, cut=True),
-            rules=[Rule(0)],
         ),
         group=paradigm,
     )
@@ -354,7 +346,9 @@ def loss_over(column: str, results: Results, settings: pd.DataFrame) -> Iterator
         series = results.series_over("skip" if column == "active_experts" else column, group)
         if column == "active_experts":
             series = series.assign(at=results.estimate(series, column)["value"])
-        series = series.assign(at=series["at"].astype(float))
+        order = pd.factorize(series["series"])[0]
+        series = series.assign(at=series["at"].astype(float), order=order)
+        series = series.sort_values(["order", "at"], kind="stable")
         for part, some in parts(series.drop_duplicates("series"), METHODS):
             inside = series[series["series"].isin(some["series"])]
             yield _loss_lines(column, model + part, results, inside)
@@ -364,33 +358,30 @@ def _loss_lines(column: str, title: str, results: Results, series: pd.DataFrame)
     fields = [name for name in varying(series) if name not in (column, "skip")]
     nll = {n: results.estimate(series, "nll", n).assign(x=series["at"]) for n in STAGES}
     end = within(pd.concat([nll[n]["value"] for n in STAGES[1:]]))
-    lines, marks = [], []
+    marks = []
     for i, (_, line) in enumerate(series.groupby("series", sort=False)):
-        lines.append(line.sort_values("at", kind="stable"))
         label = short_label(line["head"].iloc[0], fields)
         for stage, dash in (("compressed", DASHES[1]), ("repaired", DASHES[0])):
-            points = nll[stage].loc[lines[-1].index].rename(columns={"value": "y"})
-            look = line_look(i) | {"line": dash, "hollow": stage == "compressed"}
-            marks.append(Marks(points[["x", "y"]].dropna(), f"{label}, {stage}", **look))
-    rules = _teacher(nll["teacher"]["value"], SOFT, DASHES[2])
-    ordered = pd.concat(lines)
-    table = {n: nll[n].loc[ordered.index] for n in STAGES[1:]}
+            points = nll[stage].loc[line.index].rename(columns={"value": "y"})
+            look = line_look(i) | {"linestyle": dash} | (HOLLOW if stage == "compressed" else {})
+            marks.append(Marks(points[["x", "y"]].dropna(), f"{label}, {stage}", look))
+    teacher = nll["teacher"]["value"].iloc[0]
     return Chart(
         title=f"{title}: NLL against {ALONG[column]}",
         caption="Held-out NLL; dashed: compressed, full: repaired. What lies far above is cut off; "
         "the numbers have it.",
         opening=f"Line chart of held-out NLL against {ALONG[column]} for {title}.",
         numbers={
-            "setting": labels_of(ordered, ["ratio", *fields]),
-            ALONG[column]: [f"{at:.4g}" for at in ordered["at"].fillna(0)],
-            **{n: [*map(plus_minus, e["value"], e["error"])] for n, e in table.items()},
+            "setting": labels_of(series, ["ratio", *fields]),
+            ALONG[column]: [f"{at:.4g}" for at in series["at"].fillna(0)],
+            **{n: [*map(plus_minus, nll[n]["value"], nll[n]["error"])] for n in STAGES[1:]},
         },
         sentence="{0} at {1}: compressed {2}, repaired {3}.",
         drawing=Plot(
             marks,
             Axis(ALONG[column], ticks=list(series["at"]) if column == "bits" else ()),
-            Axis(NLL, end=max([end, *(rule.value for rule in rules)])),
-            rules=rules,
+            Axis(NLL, end=np.nanmax([end, teacher])),
+            teacher=teacher,
         ),
     )
 
@@ -402,29 +393,25 @@ def forest(results: Results, settings: pd.DataFrame) -> Iterator[Chart]:
     fields = varying(settings.loc[[*gaps["fine"], *gaps["coarse"]]])
     fine = settings.loc[gaps["fine"]]
     gaps = gaps.assign(paradigm=[*fine["paradigm"]], row=labels_of(fine, fields))
-    for paradigm, group in by_paradigm(gaps):
-        for part, some in parts(group, 20):
-            marks = Marks(some.assign(x=some["value"], y=range(len(some)), error=some["half"]))
-            yield Chart(
-                title=f"Fine minus coarse, paired by seed{paradigm and f', {paradigm}'}{part}",
-                caption="Difference of the recoveries with its 95 % interval by Student's t over "
-                "seeds; to the right of zero the fine model recovers more.",
-                opening="Chart of the difference in recovery between the fine and the coarse "
-                "model.",
-                numbers={
-                    "setting": [*some["row"]],
-                    "fine - coarse": [*map(percent, some["value"])],
-                    "95 % interval": [*map(interval, some["value"], some["half"])],
-                    "seeds": [*map(str, some["n"])],
-                },
-                sentence="{0}: {1}, {2}, {3} seeds.",
-                drawing=Plot(
-                    [marks],
-                    Axis("recovery of fine - coarse", shares=True, margin=0.1),
-                    Axis(rows=[*some["row"]]),
-                    measured="x",
-                    height=1.1 + 0.27 * len(some),
-                    rules=[Rule(0)],
-                ),
-                group=paradigm,
-            )
+    for paradigm, part, some in split(gaps, 20):
+        marks = Marks(some.assign(x=some["value"], y=range(len(some)), error=some["half"]))
+        yield Chart(
+            title=f"Fine minus coarse, paired by seed{part}",
+            caption="Difference of the recoveries with its 95 % interval by Student's t over "
+            "seeds; to the right of zero the fine model recovers more.",
+            opening="Chart of the difference in recovery between the fine and the coarse model.",
+            numbers={
+                "setting": [*some["row"]],
+                "fine - coarse": [*map(percent, some["value"])],
+                "95 % interval": [*map(interval, some["value"], some["half"])],
+                "seeds": [*map(str, some["n"])],
+            },
+            sentence="{0}: {1}, {2}, {3} seeds.",
+            drawing=Plot(
+                [marks],
+                Axis("recovery of fine - coarse", shares=True, margin=0.1),
+                Axis(rows=[*some["row"]]),
+                height=0.27,
+            ),
+            group=paradigm,
+        )

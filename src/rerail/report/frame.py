@@ -14,8 +14,8 @@ import numpy as np
 import pandas as pd
 from scipy.stats import t as student_t
 
-from rerail.report.cells import Cell, cells_of
-from rerail.run.settings import BUDGETS, VARYING, setting_of, shown, tokens_of
+from rerail.report.cells import Cell, cells_of, grouped
+from rerail.run.settings import BUDGETS, VARYING, setting_of, shown
 
 MEASURES = ("nll", "kl", "recovery", "bytes", "active_experts")
 BY = ["setting", "stage", "text", "measure"]
@@ -79,9 +79,7 @@ class Results:
     def _measured(self) -> dict[str, list[Cell]]:
         """The done cells that were scored, by their setting."""
         scored = [c for c in self.done if any(row["nll"] is not None for row in c.rows)]
-        cells = pd.Series(scored, dtype=object)
-        keys = pd.Series([setting_of(cell.head) for cell in scored], dtype=object)
-        return {str(key): list(part) for key, part in cells.groupby(keys, sort=False)}
+        return grouped(scored, [setting_of(cell.head) for cell in scored])
 
     @cached_property
     def settings(self) -> pd.DataFrame:
@@ -100,7 +98,7 @@ class Results:
                 setting=pd.Series(list(self._measured), dtype=object),
                 head=pd.Series([cell.head for cell in first], dtype=object),
                 cells=pd.Series(list(groups), dtype=object),
-                tokens=[tokens_of(cell.head) for cell in first],
+                tokens=[cell.tokens for cell in first],
                 twin=pd.factorize(pd.Series(twins, dtype=object))[0],
                 blank=[reasons[0] if all(reasons) else "" for reasons in blanks],
             )
@@ -126,20 +124,13 @@ class Results:
     @cached_property
     def estimates(self) -> pd.DataFrame:
         """value, error, n and half (of the 95 % interval), by setting, stage, text and measure."""
-        estimates = self.tidy.groupby(BY).agg(
-            value=("value", "mean"),
-            spread=("value", "std"),
-            se=("se", "first"),
-            n=("value", "size"),
-        )
+        groups = self.tidy.groupby(BY)
+        estimates = groups["value"].agg(value="mean", spread="std", n="size")
+        n, spread, several = estimates["n"], estimates["spread"], estimates["n"] > 1
         # "first" skips what is missing, and with one seed it is the error of that row
-        estimates["error"] = estimates["se"].where(estimates["n"] == 1, estimates["spread"])
-        estimates["half"] = np.where(
-            estimates["n"] == 1,
-            1.96 * estimates["error"],
-            half_interval(estimates["spread"], estimates["n"]),
-        )
-        return estimates[["value", "error", "n", "half"]]
+        error = spread.where(several, groups["se"].first())
+        half = half_interval(spread, n).where(several, 1.96 * error)
+        return estimates[["value"]].assign(error=error, n=n, half=half)
 
     def estimate(
         self, settings: pd.DataFrame, measure: str, stage: str = "repaired", text: str = ""
@@ -164,28 +155,21 @@ class Results:
         Paired by seed with Student's t. With one seed the interval is made of the two standard
         errors, as if they were independent.
         """
-        tidy = self.tidy[(self.tidy["measure"] == "recovery") & (self.tidy["text"] == "")]
+        recovery = self.tidy.query("measure == 'recovery' and text == ''").fillna({"seed": -1})
         # a seed that a setting has twice counts once, as it was measured last
-        tidy = tidy.drop_duplicates(["setting", "seed"], keep="last")[
-            ["setting", "seed", "value", "se"]
-        ]
-        both = pairs.rename_axis("pair").reset_index()
-        for grain in ("fine", "coarse"):
-            on = [grain] if grain == "fine" else [grain, "seed"]
-            both = both.merge(
-                tidy.rename(columns={"setting": grain}), on=on, suffixes=("_fine", "")
-            )
-        both["gap"] = both["value_fine"] - both["value"]
-        both["alone"] = 1.96 * np.hypot(both["se_fine"], both["se"])
-        gaps = both.groupby("pair").agg(
-            value=("gap", "mean"),
-            spread=("gap", "std"),
-            n=("gap", "size"),
-            alone=("alone", "first"),
+        recovery = recovery.drop_duplicates(["setting", "seed"], keep="last")
+        tables = (
+            recovery.pivot(index="setting", columns="seed", values=n) for n in ("value", "se")
         )
-        several = half_interval(gaps["spread"], gaps["n"])
-        gaps["half"] = np.where(gaps["n"] == 1, gaps["alone"], several)
-        return pairs.join(gaps[["value", "n", "half"]], how="inner")
+        (fine, coarse), errors = (
+            [table.reindex(pairs[grain]).set_axis(pairs.index) for grain in ("fine", "coarse")]
+            for table in tables
+        )
+        gaps = fine - coarse
+        alone = 1.96 * np.hypot(*errors).where(gaps.notna()).max(axis=1)
+        n = gaps.count(axis=1)
+        half = half_interval(gaps.std(axis=1), n).where(n > 1, alone)
+        return pairs.assign(value=gaps.mean(axis=1), n=n, half=half)[n > 0]
 
     def series_over(self, column: str, settings: pd.DataFrame) -> pd.DataFrame:
         """Return settings that differ in one column only, series by series, sorted by it in each.
@@ -234,17 +218,20 @@ def by(
         yield str(value), part
 
 
-def by_paradigm(frame: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
-    """Yield rows apart by paradigm where they are many, else all of them without a name."""
-    if len(frame) > MANY:
-        yield from by(frame, "paradigm", "other")
-    elif len(frame):
-        yield "", frame
-
-
 def parts(frame: pd.DataFrame, at_most: int) -> Iterator[tuple[str, pd.DataFrame]]:
     """Yield rows in parts of at most this many, each with what its title adds."""
     count = math.ceil(len(frame) / at_most)
     for i in range(count):
         title = f" ({i + 1} of {count})" if count > 1 else ""
         yield title, frame.iloc[i * at_most : (i + 1) * at_most]
+
+
+def split(frame: pd.DataFrame, at_most: int) -> Iterator[tuple[str, str, pd.DataFrame]]:
+    """Yield (paradigm, what the title adds, rows): apart by paradigm where they are many.
+
+    The paradigm is empty where they are few.
+    """
+    many = len(frame) > MANY
+    for paradigm, some in by(frame, "paradigm", "other") if many else [("", frame)]:
+        for title, part in parts(some, at_most):
+            yield paradigm, f"{paradigm and f', {paradigm}'}{title}", part

@@ -12,12 +12,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from rerail.report.cells import Cell
-from rerail.report.page import Field, Section, Table, Words
 from rerail.run.results import STAGES
 
 FILE = Path(__file__).with_name("paper_tables.json")
-
-Score = Mapping[str, Any]  # of lm-eval, as in the rows: {task, metric, value, se, n}
 
 
 class Printed(NamedTuple):
@@ -61,46 +58,26 @@ def printed(cell: Cell) -> Printed | None:
     return None
 
 
-def beside(cells: Sequence[Cell]) -> Section:
-    """Return a table for each cell that the paper has, too, and that has scores of tasks."""
-    parts = [
-        _table(cell, known)
-        for cell in cells
-        if (known := printed(cell)) and any(cell.get(stage, "tasks") for stage in STAGES)
-    ]
-    lead = f"{data()['source']}. {data()['note']} Ours with their standard errors; the difference "
-    lead += "is ours minus the paper's, in points. Both in percent."
-    return Section("paper", "Beside the paper", [Words("p", lead), *parts] if parts else [])
+def beside(cells: Sequence[Cell]) -> list[tuple[Cell, Printed, list[dict[str, Any]], int]]:
+    """Return each cell that the paper has, too, and that has scores of tasks.
+
+    Returns:
+        The cell, what is printed, one row a benchmark and metric, and how many benchmarks the cell
+        lacks. A row has benchmark, task, metric, and stages: the printed share of each stage and
+        our score, which is empty where there is none.
+    """
+    known = [(cell, printed(cell)) for cell in cells if cell.tasks]
+    return [(cell, paper, *_rows(cell, paper)) for cell, paper in known if paper]
 
 
-def _table(cell: Cell, known: Printed) -> Table:
-    ours = [{(t["task"], t["metric"]): t for t in cell.get(s, "tasks") or []} for s in STAGES]
-    rows: list[list[Field | str]] = []
-    absent = 0
+def _rows(cell: Cell, known: Printed) -> tuple[list[dict[str, Any]], int]:
+    rows = []
     for benchmark, values in known.rows.items():
         named = data()["benchmarks"][benchmark]
-        keys = [(named["task"], metric) for metric in named["metrics"]]
-        scored = [key for key in keys if any(key in scores for scores in ours)]
-        absent += not scored
-        for task, metric in scored or [(named["task"], "absent")]:
-            scores = [stage.get((task, metric)) for stage in ours]
-            rows.append([Field(benchmark, f"{task}, {metric}"), *_fields(values, scores)])
-    heads = [f"{stage} {what}" for stage in STAGES for what in ("paper", "ours", "difference")]
-    caption = f"{cell.name(['ratio'])}, seed {cell.head['seed']}: table {known.number} of the "
-    caption += f"paper ({known.method}) and ours; "
-    caption += f"{absent} of {len(known.rows)} benchmarks are absent here."
-    return Table(caption, ["benchmark", *heads], rows, "sortable overview")
-
-
-def _fields(values: Sequence[float], scores: Sequence[Score | None]) -> list[Field | str]:
-    fields: list[Field | str] = []
-    for value, score in zip(values, scores, strict=True):
-        fields.append(Field(f"{100 * value:.2f}", sort=value))
-        if score is None or score["value"] is None:
-            fields += ["absent", ""]
-            continue
-        ours, se, gap = score["value"], score["se"], score["value"] - value
-        error = "" if se is None else f" ± {100 * se:.2f}"
-        fields.append(Field(f"{100 * ours:.2f}{error}", f"n = {score['n']}", ours))
-        fields.append(Field(f"{100 * gap:+.2f}", sort=gap))
-    return fields
+        task = named["task"]
+        metrics = [metric for metric in named["metrics"] if (task, metric) in cell.tasks]
+        for metric in metrics or ["absent"]:
+            stages = zip(values, cell.tasks.get((task, metric), [{}] * len(STAGES)), strict=True)
+            names = {"benchmark": benchmark, "task": task, "metric": metric}
+            rows.append({**names, "stages": list(stages)})
+    return rows, sum(row["metric"] == "absent" for row in rows)

@@ -1,21 +1,24 @@
 """One self-contained page of all results: no network, no account, readable from a file."""
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
+from jinja2 import Environment, PackageLoader, StrictUndefined, Template
+from markupsafe import Markup
 
 from rerail.config.secrets import without_secrets
 from rerail.errors import InputError
 from rerail.files import whole_file
 from rerail.report import charts, paper, routing_charts, tables
-from rerail.report.cells import Cell, Fields
+from rerail.report.cells import Cell, Fields, grouped
+from rerail.report.chart import Chart
 from rerail.report.comparison import comparison
-from rerail.report.frame import MANY, Results, varying
-from rerail.report.page import Continuation, Folded, Section, Words, figures, page
+from rerail.report.frame import MANY, Results, columns_of, varying
+from rerail.report.words import form, interval, megabytes, percent, plus_minus, share
 from rerail.run.results import SCALARS, STAGES
-from rerail.run.settings import tokens_label
+from rerail.run.settings import number, tokens_label
 
 
 def write_report(
@@ -53,26 +56,50 @@ def render(
     """Return the page as text; arguments and errors as `write_report`."""
     check_columns(columns)
     results = Results.of(rows)
-    settings, done = results.settings, results.done
-    routing = [*routing_charts.heat_maps(settings), *routing_charts.load_maps(settings)]
-    training = routing_charts.training_curves(settings)
-    seeds = [*tables.means(results), *figures(charts.forest(results, settings))]
-    sections = [
-        tables.problems(problems),
-        tables.overview(results.cells, columns),
-        tables.unfinished(results.cells),
-        quality(results),
-        Section("seeds", "Seeds and differences", [*seeds, *tables.differences(results)]),
-        tables.sizes(done),
-        tables.by_text(done),
-        tables.benchmarks(done),
-        paper.beside(done),
-        Section("routers", "Routers, layer by layer", figures(routing)),
-        Section("training", "Training", figures(training)),
-        continuations(done),
-        tables.reproduce(results.cells),
-    ]
-    return str(without_secrets(page(title, _lead(results), sections)))
+    cells, done, settings = results.cells, results.done, results.settings
+    content = _template().render(
+        title=title,
+        lead=_lead(results),
+        problems=problems,
+        columns=list(columns),
+        cells=cells,
+        done=done,
+        fields=columns_of(cells),
+        quality=list(_quality(results)),
+        varied=any(varying(part) for _, part in settings.groupby("tokens")),
+        means=tables.means(results),
+        forest=list(charts.forest(results, settings)),
+        differences=tables.differences(results),
+        sizes=tables.sizes(done),
+        texts=[(cell, *scores) for cell in done for scores in cell.texts.items()],
+        tasks=[(cell, *scores) for cell in done for scores in cell.tasks.items()],
+        paper=paper.data(),
+        printed=paper.beside(done),
+        routing=[*routing_charts.heat_maps(settings), *routing_charts.load_maps(settings)],
+        training=list(routing_charts.training_curves(settings)),
+        continuations=_continuations(done),
+    )
+    return str(without_secrets(content))
+
+
+def _template() -> Template:
+    """Return the template of the page; nothing that it shows is loaded from anywhere."""
+    environment = Environment(
+        loader=PackageLoader("rerail.report", ""),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=StrictUndefined,
+    )
+    numbers = itertools.count()
+    # each drawing has a name of its own, that ids of the page may differ; matplotlib escapes texts
+    drawn = {"svg": lambda chart: Markup(chart.svg(f"f{next(numbers)}"))}
+    written = {f.__name__: f for f in (form, interval, megabytes, number, percent, plus_minus)}
+    folded = {"grouped": lambda made: grouped(made, [chart.group for chart in made]).items()}
+    environment.filters |= drawn | written | folded
+    environment.filters |= {"share": share, "by_stage": tables.by_stage}
+    environment.globals["STAGES"] = STAGES
+    return environment.get_template("page.html.jinja")
 
 
 def check_columns(columns: Sequence[str]) -> None:
@@ -92,23 +119,10 @@ def _lead(results: Results) -> list[str]:
     return [*lead, compared[0].upper() + compared[1:]] if compared else lead
 
 
-def quality(results: Results) -> Section:
-    """Return the figures of quality, apart for every set of held-out tokens."""
-    groups = [part for _, part in results.settings.groupby("tokens", sort=False)]
-    parts: list[Any] = []
-    if len(groups) > 1:
-        warning = f"The cells were measured on {len(groups)} different sets of held-out tokens. "
-        warning += (
-            "Numbers of different tokens cannot be compared: each set has figures of its own."
-        )
-        parts.append(Words("p", warning, "warning"))
-    if any(map(varying, groups)):
-        legend = "In the labels of the figures r is the ratio and n the number of samples."
-        parts.append(Words("p", legend, "soft"))
-    for i, group in enumerate(groups, 1):
-        name = f"Set {i}: " if len(groups) > 1 else "On "
-        parts.append(Words("h3", name + tokens_label(group["head"].iloc[0])))
-        for title, made in (
+def _quality(results: Results) -> Iterator[tuple[str, list[tuple[str, list[Chart]]]]]:
+    """Yield each set of held-out tokens in words, and its figures under their headings."""
+    for _, group in results.settings.groupby("tokens", sort=False):
+        made = (
             ("", charts.pareto(results, group)),
             ("Recovery, fine against coarse", charts.fine_against_coarse(results, group)),
             ("Before and after the repair", charts.before_after(results, group)),
@@ -118,22 +132,13 @@ def quality(results: Results) -> Section:
             ("Against skipped experts", charts.loss_over("active_experts", results, group)),
             ("Against the calibration size", charts.recovery_over("samples", results, group)),
             ("By calibration text", charts.by_calibration(results, group)),
-        ):
-            if pictures := figures(made):
-                parts += [*([Words("h4", title)] if title else []), *pictures]
-    return Section("quality", "Quality", parts)
+        )
+        figures = [(title, list(some)) for title, some in made]
+        yield tokens_label(group["head"].iloc[0]), figures
 
 
-def continuations(cells: Sequence[Cell]) -> Section:
-    """Return what the models wrote after the prompt, side by side; each prompt and cell apart."""
-    groups: dict[str, list[Continuation]] = {}
-    for cell in cells:
-        texts = [(stage, cell.get(stage, "samples_text")) for stage in STAGES]
-        if texts := [(stage, text) for stage, text in texts if text]:
-            group = (cell.head["paradigm"] or "other") if len(cells) > MANY else ""
-            article = Continuation(cell.full_name, cell.head["prompt"] or "", texts)
-            groups.setdefault(group, []).append(article)
-    parts: list[Any] = []
-    for group, articles in groups.items():
-        parts += [Folded(f"{group} ({len(articles)} cells)", articles)] if group else articles
-    return Section("continuations", "The same prompt continued", parts)
+def _continuations(cells: Sequence[Cell]) -> dict[str, list[Cell]]:
+    """Return the cells that wrote after the prompt, by paradigm where cells are many."""
+    written = [cell for cell in cells if any(cell.get(s, "samples_text") for s in STAGES)]
+    paradigms = [cell.head["paradigm"] or "other" for cell in written]
+    return grouped(written, paradigms if len(cells) > MANY else [""] * len(written))

@@ -152,7 +152,7 @@ def training_curves(settings: pd.DataFrame) -> Iterator[Chart]:
                     continue
                 label = f"{name}, seed {cell.head['seed']}" if len(cells) > 1 else name
                 shown = label if cell is cells[0] else ""
-                marks.append(Marks(curve, shown, size=3.5, **line_look(i)))
+                marks.append(Marks(curve, shown, line_look(i) | {"markersize": 3.5}))
                 first, best, last = curve.iloc[0], curve.loc[curve["y"].idxmin()], curve.iloc[-1]
                 kls = [f"{point['y']:.4f}" for point in (first, best, last)]
                 rows.append([label, *kls, f"{best['x']:g}", f"{last['x']:g}"])

@@ -128,7 +128,6 @@ def to_svg(figure: Figure, name: str) -> str:
         writer: Any = FigureCanvasSVG(figure)
         writer.print_svg(out, metadata={"Date": None, "Creator": None})
         text = out.getvalue()
-    name = re.sub(r"[^\w-]", "_", name)
     text = text[text.index(">", text.index("<svg")) + 1 :]
     text = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", text, flags=re.DOTALL)
     # ids that nothing refers to go; the others get the name before them

@@ -12,9 +12,9 @@ from rich.text import Text
 from rerail.report.cells import Cell, Fields
 from rerail.report.comparison import comparison
 from rerail.report.frame import Results, columns_of
-from rerail.report.words import megabytes, plus_minus, share
+from rerail.report.words import form, megabytes, plus_minus, share
 from rerail.run.results import STAGES
-from rerail.run.settings import budget_of, number, shown, tokens_label
+from rerail.run.settings import number, tokens_label
 
 PIPED = 160  # columns where there is no terminal
 
@@ -42,40 +42,39 @@ def print_summary(rows: Sequence[Fields], console: Console | None = None) -> Non
 
 def _table(cells: Sequence[Cell]) -> Table:
     fields = columns_of(cells)
+    rows = [_fields(cell, fields) for cell in cells]
     table = Table(box=SIMPLE_HEAD, pad_edge=False, show_edge=False)
-    for name in ("model", "method", *fields):
-        table.add_column(name, overflow="fold")
-    numbers = ["MB", *(f"NLL {stage}\nperplexity" for stage in STAGES)]
-    for name in (*numbers, "KL to teacher", "recovery", "seconds"):
-        table.add_column(name, justify="right")
-    for cell in cells:
-        table.add_row(*(Text(value) for value in _fields(cell, fields)))
+    for name in rows[0]:
+        if name in ("model", "method", *fields):
+            table.add_column(name, overflow="fold")
+        else:
+            table.add_column(name, justify="right")
+    for row in rows:
+        table.add_row(*map(Text, row.values()))
     return table
 
 
-def _fields(cell: Cell, fields: Sequence[str]) -> list[str]:
-    head = cell.head
-    plain = [str(head[n] if head[n] is not None else "") for n in ("model", "compressor")]
-    plain += [_choice(head, name) for name in fields]
+def _fields(cell: Cell, fields: Sequence[str]) -> dict[str, str]:
+    """Return the fields of a row by their headings."""
     sizes = [megabytes(cell.get(stage, "bytes")) for stage in STAGES[:2]]
-    values = [" → ".join(size for size in sizes if size)]
+    kls = [form(cell.get(stage, "kl"), "{:.3f}") for stage in STAGES[1:]]
+    recovery = share(cell.get("repaired", "recovery"), cell.get("repaired", "recovery_se"))
+    losses = {}
     for stage in STAGES:
         nll = plus_minus(cell.get(stage, "nll"), cell.get(stage, "nll_se"))
-        perplexity = cell.get(stage, "perplexity")
-        values.append(nll + ("" if perplexity is None else f"\n{perplexity:.2f}"))
-    kls = [cell.get(stage, "kl") for stage in STAGES[1:]]
-    values.append(" → ".join(f"{kl:.3f}" for kl in kls if kl is not None))
-    recovery = share(cell.get("repaired", "recovery"), cell.get("repaired", "recovery_se"))
-    values.append(recovery or cell.no_recovery)
-    values.append("" if cell.seconds is None else f"{cell.seconds:.0f}")
-    return plain + values
-
-
-def _choice(head: Fields, name: str) -> str:
-    if name != "budget":
-        return number(shown(head, name))
-    value, unit = budget_of(head)
-    return f"{number(value)} {unit}".strip()
+        perplexity = form(cell.get(stage, "perplexity"), "\n{:.2f}")
+        losses[f"NLL {stage}\nperplexity"] = nll + perplexity
+    choices = {name: cell.choice(name) for name in fields}
+    return {
+        "model": cell.head["model"] or "",
+        "method": cell.head["compressor"] or "",
+        **{name: f"{number(value)} {unit}".strip() for name, (value, unit) in choices.items()},
+        "MB": " → ".join(filter(None, sizes)),
+        **losses,
+        "KL to teacher": " → ".join(filter(None, kls)),
+        "recovery": recovery or cell.no_recovery,
+        "seconds": form(cell.seconds, "{:.0f}"),
+    }
 
 
 def _unfinished(cell: Cell) -> Text:

@@ -1,5 +1,7 @@
 """How numbers are written: with their errors, in percent, in MB; nothing where there is none."""
 
+from typing import Any
+
 import pandas as pd
 
 Value = float | None  # None or NaN where there is none
@@ -36,3 +38,8 @@ def megabytes(size: Value) -> str:
     if size is None or pd.isna(size):
         return ""
     return f"{size / 1e6:,.2f}" if size < 1e8 else f"{size / 1e6:,.0f}"
+
+
+def form(value: Any, pattern: str) -> str:
+    """Return the value in a format, empty without a value."""
+    return "" if value in (None, "") else pattern.format(value)

@@ -12,6 +12,7 @@ Fields = Mapping[str, Any]  # a result row
 
 BUDGETS = ("ratio", "bits", "skip")
 VARYING = (*BUDGETS, "samples", "calibration", "allocation", "distill")
+_UNITS = {"ratio": "removed", "bits": "bits", "skip": "skipped"}
 _CHOSEN = ("ratio", "samples", "calibration", "allocation", "distill")
 _LONG = {"ratio": "ratio {}", "bits": "{} bits", "skip": "skips {}", "samples": "{} samples"}
 _SHORT = {"ratio": "r{}", "bits": "{} bits", "skip": "skips {}", "samples": "n{}"}
@@ -53,29 +54,31 @@ def _seedless(value: Any, gone: set[str]) -> Any:
     return {k: _seedless(inner, gone) for k, inner in value.items() if k not in hidden}
 
 
-def shown(row: Fields, column: str) -> Any:
-    """Return a column as it is shown: the budget of a row is one of ratio, bits and skip.
+def _budget(row: Fields) -> tuple[str, Any]:
+    """Return the kind of a row's budget, one of `BUDGETS`, and its value.
 
     A quantiser is swept by bits and a skipper by the share it skips, and then the ratio is none of
     their choices.
     """
-    if column not in BUDGETS:
-        return row[column]
-    swept = "skip" if row["paradigm"] == "skipping" else "ratio"
-    swept = "bits" if row["bits"] is not None else swept
-    if column != swept:
-        return None
-    if swept == "skip" and row["ratio"] is None:
-        return "by rule"
-    return row["bits" if swept == "bits" else "ratio"]
+    if row["bits"] is not None:
+        return "bits", row["bits"]
+    if row["paradigm"] == "skipping":
+        return "skip", "by rule" if row["ratio"] is None else row["ratio"]
+    return "ratio", row["ratio"]
+
+
+def shown(row: Fields, column: str) -> Any:
+    """Return a column as it is shown: the budget of a row is one of ratio, bits and skip."""
+    kind, value = _budget(row)
+    if column in BUDGETS:
+        return value if column == kind else None
+    return row[column]
 
 
 def budget_of(row: Fields) -> tuple[Any, str]:
     """Return the budget of a row and what it is a number of, `(None, "")` without one."""
-    for name, unit in {"ratio": "removed", "bits": "bits", "skip": "skipped"}.items():
-        if (value := shown(row, name)) is not None:
-            return value, unit
-    return None, ""
+    kind, value = _budget(row)
+    return value, "" if value is None else _UNITS[kind]
 
 
 def label_of(row: Fields, columns: Iterable[str]) -> str:

@@ -27,75 +27,59 @@ PINNED = (
 )
 
 
-def _recovery(wr: Any) -> list[Any]:
-    title = "Recovery, fine against coarse: mean over seeds, bars one standard deviation"
-    means = {"groupby_aggfunc": "mean", "groupby_rangefunc": "stddev"}
-    many = {"max_runs_to_show": SHOWN, "max_bars_to_show": SHOWN, "layout": wr.Layout(w=24, h=12)}
-    setting = wr.Config("setting")
-    metrics = ["repaired/recovery"]
-    return [wr.BarPlot(title=title, metrics=metrics, groupby=setting, **means, **many)]
+def _sections(wr: Any) -> dict[str, list[Any]]:
+    """Return new panels, section by section."""
 
+    def scatter(title: str, x: Any, y: str, **options: Any) -> Any:
+        layout = wr.Layout(w=12, h=9)
+        return wr.ScatterPlot(title=title, x=x, y=wr.SummaryMetric(y), layout=layout, **options)
 
-def _pareto(wr: Any) -> list[Any]:
-    front = {"running_ymin": True}  # the best NLL at this size or below
-    return [
-        _scatter(
-            wr,
+    def line(title: str, x: str, y: str) -> Any:
+        layout = wr.Layout(w=12, h=8)
+        return wr.LinePlot(title=title, x=x, y=[y], max_runs_to_show=SHOWN, layout=layout)
+
+    layers, recovery = "repaired/layers", "repaired/recovery"
+    ratio, samples = wr.Config("ratio"), wr.Config("samples")
+    bars = wr.BarPlot(
+        title="Recovery, fine against coarse: mean over seeds, bars one standard deviation",
+        metrics=[recovery],
+        groupby=wr.Config("setting"),
+        groupby_aggfunc="mean",
+        groupby_rangefunc="stddev",
+        max_runs_to_show=SHOWN,
+        max_bars_to_show=SHOWN,
+        layout=wr.Layout(w=24, h=12),
+    )
+    fronts = [  # the best NLL at this size or below
+        scatter(
             f"Held-out NLL against bytes, {n}",
             wr.SummaryMetric(f"{n}/bytes"),
             f"{n}/nll",
-            **front,
+            running_ymin=True,
         )
         for n in ("compressed", "repaired")
     ]
-
-
-def _over(wr: Any) -> list[Any]:
-    axes = (("ratio", "removed share"), ("samples", "calibration blocks"))
-    return [
-        _scatter(
-            wr,
-            f"Recovery against {words}",
-            wr.Config(column),
-            "repaired/recovery",
-            log_x=column == "samples",
-        )
-        for column, words in axes
-    ]
-
-
-def _scatter(wr: Any, title: str, x: Any, y: str, **options: Any) -> Any:
-    layout = wr.Layout(w=12, h=9)
-    return wr.ScatterPlot(title=title, x=x, y=wr.SummaryMetric(y), layout=layout, **options)
-
-
-def _lines(wr: Any) -> list[Any]:
-    layers = "repaired/layers"
-    plots = (
-        ("Validation KL of the repair", "repair/step", "repair/val_kl"),
-        ("Training KL of the repair", "repair/step", "repair/batch_kl"),
-        ("Changed routing by layer", f"{layers}/layer", f"{layers}/routing_changed"),
-        ("Load entropy by layer", f"{layers}/layer", f"{layers}/load_entropy"),
-    )
-    return [
-        wr.LinePlot(title=title, x=x, y=[y], max_runs_to_show=SHOWN, layout=wr.Layout(w=12, h=8))
-        for title, x, y in plots
-    ]
-
-
-SECTIONS = {
-    "Recovery, fine against coarse": _recovery,
-    "Quality against size": _pareto,
-    "Recovery against ratio and calibration": _over,
-    "Training and routing": _lines,
-}
+    return {
+        "Recovery, fine against coarse": [bars],
+        "Quality against size": fronts,
+        "Recovery against ratio and calibration": [
+            scatter("Recovery against removed share", ratio, recovery, log_x=False),
+            scatter("Recovery against calibration blocks", samples, recovery, log_x=True),
+        ],
+        "Training and routing": [
+            line("Validation KL of the repair", "repair/step", "repair/val_kl"),
+            line("Training KL of the repair", "repair/step", "repair/batch_kl"),
+            line("Changed routing by layer", f"{layers}/layer", f"{layers}/routing_changed"),
+            line("Load entropy by layer", f"{layers}/layer", f"{layers}/load_entropy"),
+        ],
+    }
 
 
 def workspace(entity: str, project: str, claim: str | None = None) -> Any:
     """Return the workspace (`wandb_workspaces.workspaces.Workspace`), not saved."""
     wr, ws = _library("reports.v2"), _library("workspaces")
     sections = [
-        ws.Section(name=name, panels=panels(wr), is_open=True) for name, panels in SECTIONS.items()
+        ws.Section(name=name, panels=panels, is_open=True) for name, panels in _sections(wr).items()
     ]
     return ws.Workspace(
         entity=entity,
@@ -124,8 +108,8 @@ def report(entity: str, project: str, claim: str | None = None, online: bool = F
 
     lead = "Each bar is a setting: only seeds are averaged, never other models or held-out tokens."
     blocks: list[Any] = [wr.TableOfContents(), wr.P(lead)]
-    for name, panels in SECTIONS.items():
-        grid = wr.PanelGrid(runsets=[runs()], panels=panels(wr), hide_run_sets=True)
+    for name, panels in _sections(wr).items():
+        grid = wr.PanelGrid(runsets=[runs()], panels=panels, hide_run_sets=True)
         blocks += [wr.H1(name), grid]
     blocks += [wr.H1("Runs"), wr.PanelGrid(runsets=[runs()])]
     title = f"rerail: {claim or 'all claims'}"
