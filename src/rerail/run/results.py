@@ -8,19 +8,23 @@ import csv
 import json
 import logging
 import math
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
-from pydantic import BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
+from typing_extensions import TypedDict
 
 from rerail.errors import InputError
-from rerail.files import digest, whole_file, write_json
+from rerail.files import digest, is_folder, read_json, whole_file, write_json
+from rerail.printable import printable, spreadsheet_field
 
 log = logging.getLogger(__name__)
 
 RESULT = "result.json"
+_SHOWN = 200  # characters of a value in a sentence about it
 STAGES = ("teacher", "compressed", "repaired")
 
 
@@ -31,8 +35,68 @@ def _whole(value: Any) -> Any:
 
 Number = float | None
 Text = str | None
-Count = Annotated[int | None, BeforeValidator(_whole)]
+_Bounded = Annotated[int, Field(ge=-(2**63), lt=2**63)]
+Count = Annotated[_Bounded | None, BeforeValidator(_whole)]
 Record = dict[str, Any]
+
+_STRICT = ConfigDict(strict=True, allow_inf_nan=False, extra="allow")
+
+
+class _Choices(TypedDict, total=False):
+    """The choices that readers look into; all others are shown only."""
+
+    __pydantic_config__ = _STRICT  # type: ignore[misc]
+    command: Text
+    names: Record | None
+    model: Record | None
+    evaluation: Record | None
+
+
+class _OfText(TypedDict, total=False):
+    __pydantic_config__ = _STRICT  # type: ignore[misc]
+    nll: Number
+    se: Number
+    tokens: Count
+    recovery: Number
+    recovery_se: Number
+
+
+class _Routing(TypedDict, total=False):
+    __pydantic_config__ = _STRICT  # type: ignore[misc]
+    routing_changed: Number
+    load_entropy: Number
+    load: list[Number]
+
+
+class _OfLayer(_Routing):
+    layer: Annotated[int, Field(ge=0, lt=2**31)]
+
+
+class _Point(TypedDict):
+    __pydantic_config__ = _STRICT  # type: ignore[misc]
+    step: float
+    train_kl: Number
+    val_kl: Number
+
+
+class _Score(TypedDict):
+    __pydantic_config__ = _STRICT  # type: ignore[misc]
+    task: str
+    metric: str
+    value: Number
+    se: Number
+    n: Count
+
+
+# What the nested columns hold. They are checked and left as they are, so that a row reads back as
+# it was written.
+_SHAPES: Mapping[str, TypeAdapter[Any]] = {
+    "choices": TypeAdapter(_Choices | None),
+    "nll_by": TypeAdapter(dict[str, _OfText] | None),
+    "curve": TypeAdapter(list[_Point] | None),
+    "layers": TypeAdapter(list[_OfLayer] | None),
+    "tasks": TypeAdapter(list[_Score] | None),
+}
 
 
 def _column(meaning: str) -> Any:
@@ -169,13 +233,19 @@ def validate_row(row: Mapping[str, Any]) -> Row:
         raise ValueError(f"unknown columns {unknown}; columns are {', '.join(COLUMNS)}")
     if missing := [name for name in COLUMNS if name not in row]:
         raise ValueError(f"missing columns {missing}; give None where a column does not apply")
+    column = ""
     try:
-        return Row(**{name: _plain(row[name]) for name in COLUMNS})
+        checked = Row(**{name: _plain(row[name]) for name in COLUMNS})
+        for column, shape in _SHAPES.items():
+            shape.validate_python(checked[column])
     except ValidationError as error:
         first = error.errors()[0]
-        field = ".".join(map(str, first["loc"]))
+        field = ".".join(map(str, (column, *first["loc"]))).strip(".")
         allowed = first["msg"][0].lower() + first["msg"][1:]
-        raise ValueError(f"{field}={first['input']!r}: {allowed}") from error
+        value = repr(first["input"])
+        shown = value if len(value) <= _SHOWN else f"{value[:_SHOWN]}..."
+        raise ValueError(f"{field}={shown}: {allowed}") from error
+    return checked
 
 
 def _plain(value: Any, nested: bool = False) -> Any:
@@ -196,7 +266,7 @@ def write_rows(folder: Path | str, rows: Sequence[Mapping[str, Any]]) -> Path:
 
     Raises:
         ValueError: a row does not fit `COLUMNS`.
-        InputError: no space is left on the device.
+        InputError: the file cannot be written.
     """
     path = Path(folder) / RESULT
     write_json(path, [dict(validate_row(row)) for row in rows])
@@ -228,56 +298,85 @@ def gather(folder_or_file: Path | str, recursive: bool = True) -> tuple[list[Row
         InputError: as `read_rows`.
     """
     path = Path(folder_or_file)
-    if not path.exists():
+    if not os.path.lexists(path):
         raise InputError(f"{path} does not exist; give a result.json or a folder that holds one")
-    if path.is_file():
-        return _rows_of(path), []
+    if not is_folder(path):
+        return rows_of(path), []
     rows: list[Row] = []
-    problems: list[str] = []
-    for file in sorted(path.rglob(RESULT) if recursive else path.glob(RESULT)):
-        if hidden(file, path):
-            continue
+    files, problems = files_named(RESULT, path, recursive)
+    for file in files:
         try:
-            rows += _rows_of(file)
+            rows += rows_of(file)
         except InputError as error:
-            problems.append(str(error))
+            problems.append(str(printable(str(error))))
     return rows, problems
 
 
-def _rows_of(file: Path) -> list[Row]:
+def rows_of(file: Path) -> list[Row]:
+    """Return the rows of one file.
+
+    Raises:
+        InputError: it cannot be read, or is no list of rows of this version.
+    """
     rows: list[Row] = []
     place = ""
     try:
-        for i, row in enumerate(json.loads(file.read_text(encoding="utf-8"))):
+        for i, row in enumerate(read_json(file)):
             place = f"row {i}: "
             rows.append(validate_row(row))
-    except (OSError, ValueError, AttributeError, TypeError) as error:
+    except InputError as error:
+        raise InputError(f"{error}; remove it and run its cell again") from error
+    except (ValueError, AttributeError, TypeError) as error:
         message = f"{file} is not a list of result rows ({place}{error}); "
         raise InputError(f"{message}remove it and run its cell again") from error
     return rows
 
 
-def hidden(file: Path, folder: Path) -> bool:
-    """Return whether a file lies in a hidden folder, or is one: it may not be whole yet."""
-    return any(part.startswith(".") for part in file.relative_to(folder).parts)
+def files_named(
+    name: str, folder: Path, recursive: bool = True
+) -> tuple[Sequence[Path], list[str]]:
+    """Return the files of a name in (and below) a folder, in path order, hidden folders left out.
+
+    Links to folders are not followed. What stands under the name may still be no file.
+
+    Returns:
+        The paths, and a sentence on each folder that cannot be read.
+    """
+    files, problems, folders = [], [], [folder]
+    while folders:
+        here = folders.pop()
+        try:
+            with os.scandir(here) as entries:
+                for entry in entries:
+                    if entry.name == name:
+                        files.append(Path(entry.path))
+                    elif recursive and not entry.name.startswith("."):
+                        folders += [Path(entry.path)] if entry.is_dir(follow_symlinks=False) else []
+        except OSError as error:
+            problems.append(str(printable(f"{here} cannot be read ({error.strerror})")))
+    return sorted(files), problems
 
 
 def write_csv(path: Path | str, rows: Sequence[Mapping[str, Any]]) -> Path:
     """Write the scalar columns of all rows, then every choice as `choices.<name>`.
 
-    Floats are written so that they read back equal; None is an empty field.
+    Floats are written so that they read back equal; None is an empty field. A text that a
+    spreadsheet would run as a formula begins with `'`, and no character acts on a terminal.
 
     Raises:
         ValueError: a row does not fit `COLUMNS`.
+        InputError: the file cannot be written.
     """
     checked = [validate_row(row) for row in rows]
-    choices = [dict(_flat(row.choices or {}, "choices")) for row in checked]
+    choices = [dict(_flat(printable(row.choices or {}), "choices")) for row in checked]
     columns = [*SCALARS, *sorted({name for chosen in choices for name in chosen})]
     path = Path(path)
     with whole_file(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as out:
         writer = csv.DictWriter(out, columns, extrasaction="ignore", lineterminator="\n")
         writer.writeheader()
-        writer.writerows({**row, **chosen} for row, chosen in zip(checked, choices, strict=True))
+        for row, chosen in zip(checked, choices, strict=True):
+            fields = {**row, **chosen}
+            writer.writerow({name: spreadsheet_field(fields.get(name)) for name in columns})
     return path
 
 
