@@ -111,12 +111,10 @@ def make_folder(path: Path) -> Path:
     """Make a folder where there is none, and return it.
 
     Raises:
-        InputError: it cannot be made, or nothing can be written in it.
+        InputError: it cannot be made.
     """
     with refusals(path):
         path.mkdir(parents=True, exist_ok=True)
-        if not os.access(path, os.W_OK | os.X_OK):
-            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
     return path
 
 
@@ -203,13 +201,13 @@ def read_json(path: Path) -> Any:
         if "\\ud" in text.lower():  # half a character can be read, and never written again
             json.dumps(content, ensure_ascii=False).encode()
     except RecursionError as error:
-        raise InputError(f"{path} is nested too deeply") from error
+        raise InputError(f"{path} cannot be read (it is nested too deeply)") from error
     except InputError:
         raise
     except (OSError, ValueError) as error:
         raise InputError(f"{path} cannot be read ({error})") from error
     if _is_deep(content):
-        raise InputError(f"{path} is nested too deeply")
+        raise InputError(f"{path} cannot be read (it is nested too deeply)")
     return content
 
 

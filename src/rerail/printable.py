@@ -34,4 +34,4 @@ def spreadsheet_field(value: Any) -> Any:
     if not isinstance(value, str):
         return value
     text = str(printable(value))
-    return f"'{text}" if _FORMULA.match(text) else text
+    return f"'{text}" if _FORMULA.match(value) else text

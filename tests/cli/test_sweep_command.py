@@ -260,8 +260,13 @@ def test_one_bad_file_is_named_and_takes_no_command_down(command, tmp_path, file
         code, out, err = command(action, str(tmp_path))
         assert code in ((1,) if action == "collect" and file.startswith("a/") else (0,))
         assert "done" in out or action == "cancel"
-        if action != "collect" or file == "a/result.json":
+        if action != "collect":
             assert bad.name in out + err
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert (
+        file.startswith("sweeps")
+        or ("a/result.json" if "result" in file else "a has no rows yet") in page
+    )
     with (tmp_path / "results.csv").open(newline="") as handle:
         assert [row["key"] for row in csv.DictReader(handle)] == ["key-good"]
 

@@ -108,7 +108,11 @@ def is_rerail(command: Sequence[str]) -> bool:
     words = list(command)
     if words and re.fullmatch(r"(python|pypy)[0-9.]*", Path(words[0]).name.lower()):
         words.pop(0)
-        while words and re.fullmatch(r"-[a-zA-Z]+|--[a-z-]+", words[0]) and words[0] != "-m":
+        while (
+            words
+            and re.fullmatch(r"-[a-zA-Z]+|--[a-z-]+", words[0])
+            and words[0] not in ("-m", "-c")
+        ):
             # what follows these is their value
             del words[: 2 if words[0] in ("-X", "-W", "--check-hash-based-pycs") else 1]
     if words[:1] == ["-m"]:

@@ -2,17 +2,18 @@
 
 import contextlib
 import logging
+import os
 import shutil
 import traceback
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from rerail import api
 from rerail.errors import InputError, OutOfReach
 from rerail.evaluate.continuation import continuation
-from rerail.files import digest, whole_file, write_json
+from rerail.files import cache_dir, digest, is_folder, make_folder, refusals, whole_file, write_json
 from rerail.parallel import (
     broadcast_from_first,
     check_processes,
@@ -22,11 +23,12 @@ from rerail.parallel import (
     run_on_first,
 )
 from rerail.run.cell import Cell
+from rerail.run.lock import only_process
 from rerail.run.mirror import Live, Mirror
 from rerail.run.progress import reporting_to
 from rerail.run.provenance import provenance
 from rerail.run.recorder import CellRecorder
-from rerail.run.results import Row, read_rows, write_rows
+from rerail.run.results import RESULT, Row, rows_of, write_rows
 from rerail.run.rows import failed_row, plan_columns, recovery_columns, repair_columns, stage_row
 from rerail.run.status import Status
 from rerail.store import Artefact, read, write
@@ -45,8 +47,15 @@ def run_cell(cell: Cell, out: Path, mirror: Mirror | None = None) -> list[Row]:
     """
     folder = out / cell.folder
     cell.check()
+    make_folder(cache_dir())
     check_processes(cell.trainer)
     join()
+    with only_process(folder):
+        return _run_or_return(cell, folder, mirror)
+
+
+def _run_or_return(cell: Cell, folder: Path, mirror: Mirror | None) -> list[Row]:
+    """Run a cell that no other process works on, or return its rows where it is done."""
     if rows := broadcast_from_first(
         lambda: _finished(folder) if _same_inputs(cell, folder) else []
     ):
@@ -61,7 +70,7 @@ def run_cell(cell: Cell, out: Path, mirror: Mirror | None = None) -> list[Row]:
         raise  # preempted: the next start of the job goes on from here
     except BaseException as error:
         reason = f"{type(error).__name__}: {error}"
-        status.write("failed", status.stage, reason)
+        status.fail(reason)
         live.close("failed", reason=reason)
         raise
     if is_first():
@@ -84,7 +93,7 @@ def standing(cell: Cell, out: Path) -> tuple[str, str]:
     except InputError as error:
         row = _refused(cell, out, error)
         return row["status"], row["reason"]
-    same = folder.exists() and _made_from(folder) == inputs
+    same = is_folder(folder) and _made_from(folder) == inputs
     return ("done", "") if same and _finished(folder) else ("open", "")
 
 
@@ -126,16 +135,16 @@ def _made_from(folder: Path) -> Any:
 def _forget(folder: Path) -> None:
     """Remove a folder, out of sight first: another process may begin the same cell meanwhile."""
     old = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.old")
-    with contextlib.suppress(FileNotFoundError):
+    with refusals(folder), contextlib.suppress(FileNotFoundError):
         folder.rename(old)
     shutil.rmtree(old, ignore_errors=True)
 
 
 def _finished(folder: Path) -> list[Row]:
-    if not (folder / "result.json").exists():
+    if not os.path.lexists(folder / RESULT):
         return []
     try:
-        rows = read_rows(folder / "result.json")
+        rows = rows_of(folder / RESULT)
     except InputError as error:
         log.warning("%s", error)
         return []
@@ -263,7 +272,7 @@ def run_or_record(cell: Cell, out: Path, mirror: Mirror | None = None) -> list[R
             Status(out / cell.folder).write("done")  # another process ran the same cell
             return rows
         if is_first():
-            with whole_file(out / cell.folder / TRACEBACK) as temporary:
+            with _if_it_can_be_written(), whole_file(out / cell.folder / TRACEBACK) as temporary:
                 temporary.write_text(traceback.format_exc(), encoding="utf-8")
         log.exception("%s failed", cell.folder)
         row = _recorded(cell, out, "failed", f"{type(error).__name__}: {error}")
@@ -275,12 +284,23 @@ def run_or_record(cell: Cell, out: Path, mirror: Mirror | None = None) -> list[R
 def _refused(cell: Cell, out: Path, error: InputError) -> Row:
     """Record that a value cannot be used; a ratio out of reach is no failure."""
     status = "not_applicable" if isinstance(error, OutOfReach) else "failed"
-    Status(out / cell.folder).write(status, "check", str(error))
+    with _if_it_can_be_written():
+        Status(out / cell.folder).write(status, "check", str(error))
     return _recorded(cell, out, status, str(error))
 
 
 def _recorded(cell: Cell, out: Path, status: str, reason: str) -> Row:
     row = failed_row(cell, status, reason)
     if is_first():
-        write_rows(out / cell.folder, [row])
+        with _if_it_can_be_written():
+            write_rows(out / cell.folder, [row])
     return row
+
+
+@contextlib.contextmanager
+def _if_it_can_be_written() -> Iterator[None]:
+    """Log that a record of a failure cannot be written; the failure itself is what counts."""
+    try:
+        yield
+    except InputError as error:
+        log.warning("%s", error)

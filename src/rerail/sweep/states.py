@@ -150,9 +150,13 @@ def _job_states(known: Sequence[_Known]) -> Mapping[str, Mapping[str, str] | Non
 
 
 def _cell_folders(out: Path) -> list[str]:
-    names = (STATUS, RESULT)
-    found_here = {path.parent.name for name in names for path in out.glob(f"*/{name}")}
-    return sorted(n for n in found_here if not n.startswith(".") and n != SWEEPS)
+    return sorted(
+        path.name
+        for path in out.iterdir()
+        if not path.name.startswith(".")
+        and path.name != SWEEPS
+        and any(os.path.lexists(path / name) for name in (STATUS, RESULT))
+    )
 
 
 def status_of(folder: Path, notes: list[str] | None = None) -> Mapping[str, Any]:
