@@ -56,11 +56,16 @@ def test_no_space_left_is_a_sentence_and_leaves_what_was_there(tmp_path, fail, e
     assert path.read_bytes() == b"whole"
 
 
+def bind(path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as made:
+        made.bind(str(path))
+
+
 SPECIAL = {
     "a pipe": os.mkfifo,
     "a link": lambda path: path.symlink_to("elsewhere"),
     "a device": lambda path: path.symlink_to("/dev/null"),
-    "a socket": lambda path: socket.socket(socket.AF_UNIX).bind(str(path)),
+    "a socket": lambda path: bind(path),
 }
 
 

@@ -1,6 +1,5 @@
 """Two processes of one cell: the second one waits for the first, however that ends."""
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -67,7 +66,7 @@ def test_only_the_first_of_several_processes_has_a_lock(tmp_path, monkeypatch):
 
 def test_a_folder_that_cannot_be_written_is_a_sentence(tmp_path):
     (tmp_path / "file").write_text("mine")
-    os.symlink("elsewhere", tmp_path / ".b.lock")
+    (tmp_path / ".b.lock").symlink_to("elsewhere")
     for folder in (tmp_path / "file" / "a", tmp_path / "b"):
         with pytest.raises(InputError, match="cannot be written"), lock.only_process(folder):
             pass

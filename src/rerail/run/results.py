@@ -368,7 +368,7 @@ def write_csv(path: Path | str, rows: Sequence[Mapping[str, Any]]) -> Path:
         InputError: the file cannot be written.
     """
     checked = [validate_row(row) for row in rows]
-    choices = [dict(_flat(printable(row.choices or {}), "choices")) for row in checked]
+    choices = [dict(_flat(row.choices or {}, "choices")) for row in checked]
     columns = [*SCALARS, *sorted({name for chosen in choices for name in chosen})]
     path = Path(path)
     with whole_file(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as out:
@@ -386,4 +386,5 @@ def _flat(value: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
         if isinstance(inner, Mapping):
             yield from _flat(inner, f"{prefix}.{name}")
         else:
-            yield f"{prefix}.{name}", json.dumps(inner) if isinstance(inner, list) else inner
+            field = str(printable(f"{prefix}.{name}"))
+            yield field, json.dumps(inner) if isinstance(inner, list) else inner
