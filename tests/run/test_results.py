@@ -55,6 +55,7 @@ def test_rows_read_back_equal_and_in_path_order(tmp_path: Path) -> None:
         ({"nll": "3.5"}, "nll='3.5': input should be a valid number"),
         ({"nll": True}, "nll=True: input should be a valid number"),
         ({"nll": math.nan}, "nll=nan: input should be a finite number"),
+        ({"nll_se": -1.0}, "nll_se=-1.0: input should be greater than or equal to 0"),
         ({"tokens": 1.5}, "tokens=1.5: input should be a valid integer"),
         ({"tasks": {"task": "blimp"}}, "tasks={'task': 'blimp'}: input should be a valid list"),
     ],

@@ -34,6 +34,7 @@ def _whole(value: Any) -> Any:
 
 
 Number = float | None
+Error = Annotated[float, Field(ge=0)] | None
 Text = str | None
 _Bounded = Annotated[int, Field(ge=-(2**63), lt=2**63)]
 Count = Annotated[_Bounded | None, BeforeValidator(_whole)]
@@ -55,10 +56,10 @@ class _Choices(TypedDict, total=False):
 class _OfText(TypedDict, total=False):
     __pydantic_config__ = _STRICT  # type: ignore[misc]
     nll: Number
-    se: Number
+    se: Error
     tokens: Count
     recovery: Number
-    recovery_se: Number
+    recovery_se: Error
 
 
 class _Routing(TypedDict, total=False):
@@ -84,7 +85,7 @@ class _Score(TypedDict):
     task: str
     metric: str
     value: Number
-    se: Number
+    se: Error
     n: Count
 
 
@@ -126,14 +127,14 @@ class Row(Mapping[str, Any]):
     seed: Count = _column("seed of the cell")
     stage: Literal["teacher", "compressed", "repaired"] | None = _column("the model measured")
     nll: Number = _column("held-out negative log-likelihood, nats a token")
-    nll_se: Number = _column("its standard error, clustered by block")
+    nll_se: Error = _column("its standard error, clustered by block")
     tokens: Count = _column("held-out tokens that were scored")
     heldout: Text = _column("hash of the held-out token blocks; equal only for the same tokens")
     perplexity: Number = _column("exp(nll)")
     kl: Number = _column("KL(teacher, this model), nats a token")
-    kl_se: Number = _column("its standard error, clustered by block")
+    kl_se: Error = _column("its standard error, clustered by block")
     agreement: Number = _column("share of tokens with the teacher's most likely next token")
-    agreement_se: Number = _column("its standard error, clustered by block")
+    agreement_se: Error = _column("its standard error, clustered by block")
     routing_changed: Number = _column("share of tokens whose selected set of experts changed")
     load_entropy: Number = _column("entropy of the experts' load over its maximum")
     bytes: Count = _column("size of the whole model in the checkpoint's dtype")
@@ -145,7 +146,7 @@ class Row(Mapping[str, Any]):
     memory_bytes: Count = _column("bytes of the student in memory as it was scored")
     disk_bytes: Count = _column("bytes of the exported checkpoint's weights")
     recovery: Number = _column("(compressed - repaired) / (compressed - teacher), on NLL")
-    recovery_se: Number = _column("its standard error, jackknife over blocks")
+    recovery_se: Error = _column("its standard error, jackknife over blocks")
     kl_first: Number = _column("validation KL before the repair")
     kl_best: Number = _column("lowest validation KL of the repair; its step is kept")
     kl_last: Number = _column("validation KL after the last step")
