@@ -1,6 +1,8 @@
 import errno
 import hashlib
 import json
+import os
+import socket
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -52,6 +54,72 @@ def test_no_space_left_is_a_sentence_and_leaves_what_was_there(tmp_path, fail, e
         assert [p.name for p in path.parent.iterdir()] == before
         path.write_bytes(b"whole")
     assert path.read_bytes() == b"whole"
+
+
+def bind(path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as made:
+        made.bind(str(path))
+
+
+SPECIAL = {
+    "a pipe": os.mkfifo,
+    "a link": lambda path: path.symlink_to("elsewhere"),
+    "a device": lambda path: path.symlink_to("/dev/null"),
+    "a socket": lambda path: bind(path),
+}
+
+
+@pytest.mark.parametrize("name", SPECIAL)
+def test_only_a_regular_file_is_replaced(tmp_path, name, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # the name of a socket is short
+    path = Path("a.json")
+    (tmp_path / "elsewhere").write_text("mine")
+    SPECIAL[name](path)
+    before = path.lstat()
+    with pytest.raises(InputError, match=r"a\.json is a .*not a regular file"):
+        write_json(path, 1)
+    assert path.lstat() == before
+    assert (tmp_path / "elsewhere").read_text() == "mine"
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+REFUSED = {
+    "a/file/b.json": "a file or a link that leads nowhere is in the way",
+    "a/link/b.json": "a file or a link that leads nowhere is in the way",
+    "a/loop/b.json": "a file or a link that leads nowhere is in the way|symbolic links",
+    "a/folder": "is a directory",
+    "x" * 300 + "/b.json": "file name too long",
+    "x" * 300: "file name too long",
+    "nul\0/b.json": "is no name of a file",
+    "half\ud800/b.json": "is no name of a file",
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_the_file_system_refuses_is_a_sentence_that_nothing_covers_up(tmp_path, name):
+    (tmp_path / "a" / "folder").mkdir(parents=True)
+    (tmp_path / "a" / "file").write_text("mine")
+    (tmp_path / "a" / "link").symlink_to("nowhere")
+    (tmp_path / "a" / "loop").symlink_to("loop")
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(InputError, match=REFUSED[name]):
+        write_json(tmp_path / name, 1)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("number", [errno.EROFS, errno.EACCES, errno.EIO])
+def test_a_file_system_that_fails_while_it_is_written_is_a_sentence(tmp_path, number):
+    path = tmp_path / "a.bin"
+    named = OSError(number, os.strerror(number), str(path))
+    errors = [named, SafetensorError(f"I/O error: no (os error {number})")]
+    for error in errors:
+        with pytest.raises(InputError, match=os.strerror(number).lower()):
+            fail_half_way(path, error)
+
+
+def test_a_file_with_a_long_name_is_written(tmp_path):
+    write_json(tmp_path / ("x" * 255), 1)
+    assert [len(path.name) for path in tmp_path.iterdir()] == [255]
 
 
 @FAILURES

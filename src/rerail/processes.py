@@ -37,7 +37,7 @@ def running_process(record: Mapping[str, Any]) -> psutil.Process | None:
         # a zombie has ended; only its parent has not asked how
         alive = process.is_running() and process.status() != psutil.STATUS_ZOMBIE
         same = abs(process.create_time() - float(record["started"])) < _CLOCK_SHIFT
-    except (psutil.Error, KeyError, TypeError, ValueError):
+    except (psutil.Error, KeyError, TypeError, ValueError, OverflowError):
         return None
     return process if alive and same else None
 

@@ -9,13 +9,15 @@ kept inside (`rerail.code_version`): a formula that is mended does not meet its 
 import contextlib
 import json
 import logging
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rerail.code_version import code_version
-from rerail.files import digest, file_digest, whole_file, write_json
+from rerail.errors import InputError
+from rerail.files import digest, file_digest, read_json, whole_file, write_json
 from rerail.parallel import read_or_make
 
 if TYPE_CHECKING:
@@ -143,13 +145,13 @@ def _write_sealed(path: Path, content: Any) -> None:
 
 def _read_sealed(path: Path) -> Any | None:
     """Return the content of sealed JSON, or None where it is absent or (logged) damaged."""
+    if not os.path.lexists(path):
+        return None
     try:
-        file = json.loads(path.read_text(encoding="utf-8"))
+        file = read_json(path)
         if file["sha256"] == digest(file["content"]):
             return file["content"]
-    except FileNotFoundError:
-        return None
-    except (ValueError, KeyError, TypeError):
+    except (InputError, KeyError, TypeError):
         pass
     _warn_of_damage(path)
     return None

@@ -55,7 +55,7 @@ def test_what_cannot_be_read_is_said_left_alone_and_the_rest_is_shown(
     message = capsys.readouterr().err
     content = page.read_text(encoding="utf-8")
     for name, why in (
-        ("half/result.json", "not a list of result rows"),
+        ("half/result.json", "cannot be read (Unterminated string"),
         ("foreign/result.json", "not a list of result rows"),
         ("old/result.json", "missing columns ['bits']"),
         ("new/result.json", "unknown columns ['colour']"),

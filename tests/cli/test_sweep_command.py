@@ -109,24 +109,28 @@ time.sleep(60)
 
 
 def test_cancel_stops_the_process_of_a_local_sweep_and_no_other(command, tmp_path):
+    (tmp_path / "rerail").write_text(SLEEP)  # the name by which a process is known as ours
+    (tmp_path / "editor").write_text(SLEEP)
     children = []
-    for name in ("mine", "recycled"):
+    for name, program in {"mine": "rerail", "recycled": "rerail", "foreign": "editor"}.items():
         file = tmp_path / f"{name}.json"
-        children.append(subprocess.Popen([sys.executable, "-c", SLEEP, str(file)]))
+        children.append(subprocess.Popen([sys.executable, tmp_path / program, str(file)]))
         while not file.exists() or not file.read_text():
             time.sleep(0.05)
-    mine, recycled = (
-        json.loads((tmp_path / f"{n}.json").read_text()) for n in ("mine", "recycled")
+    mine, recycled, foreign = (
+        json.loads((tmp_path / f"{n}.json").read_text()) for n in ("mine", "recycled", "foreign")
     )
     out = tmp_path / "out"
     try:
         sweep(out, ["a"], process=mine)
         status(out, "a", "running", stage="plan", **mine)
         sweep(out, ["b"], process={**recycled, "started": 1.0})
-        code, message, _ = command("cancel", str(out))
+        status(out, "c", "running", stage="plan", **foreign)
+        code, message, err = command("cancel", str(out))
         assert (code, message) == (0, f"stopped process {mine['pid']}\n")
+        assert f"process {foreign['pid']} is named as one of this sweep, but its command" in err
         assert children[0].wait(timeout=20) < 0
-        assert children[1].poll() is None
+        assert [child.poll() for child in children[1:]] == [None, None]
         assert "lost" in command("status", str(out))[1]
     finally:
         for child in children:
@@ -184,3 +188,107 @@ def test_collect_writes_the_tables_of_what_is_there(command, tmp_path):
     with (tmp_path / "results.csv").open(newline="") as handle:
         assert [row["key"] for row in csv.DictReader(handle)] == ["key-a"]
     assert (tmp_path / "report.html").exists()
+
+
+@pytest.mark.parametrize(
+    ("line", "ours"),
+    [
+        ("/venv/bin/python /venv/bin/rerail -m seed=1,2", True),
+        ("python3.11 -u -X dev -m rerail -m seed=1", True),
+        ("python -m rerail.cli.main seed=1", True),
+        ("rerail seed=1", True),
+        ("python -m pytest rerail", False),
+        ("python -c rerail", False),
+        ("python -m rerailer", False),
+        ("python", False),
+        ("vim rerail", False),
+        ("/bin/sleep 60", False),
+        ("", False),
+    ],
+)
+def test_a_process_is_ours_by_the_program_that_it_runs(line, ours):
+    assert cli.is_rerail(line.split()) is ours
+
+
+def test_a_job_that_is_no_number_is_no_word_for_slurm(command, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(queue, "_ask", lambda _, *words: asked.append(words) or "")
+    sweep(tmp_path, ["a"], {0: "--user=root"})
+    status(tmp_path, "b", "running", job="--user=root")
+    code, _, err = command("cancel", str(tmp_path))
+    assert code == 0
+    assert "'--user=root' is no job of Slurm" in err
+    assert asked == []
+
+
+def test_markup_and_escapes_of_a_stranger_are_shown_and_not_obeyed(command, tmp_path):
+    status(tmp_path, "[red]a", "failed", reason="\x1b[2J[bold]no luck\u202e", job="[/]")
+    result(tmp_path, "[red]a", "failed", "\x1b]0;title\x07[link=x]no luck")
+    for action in ("status", "collect"):
+        _, out, err = command(action, str(tmp_path))
+        assert not set("\x1b\x07\u202e") & set(out + err)
+        assert "no luck" in out
+        assert ("[red]a" if action == "status" else "[link=x]") in out
+
+
+BAD = {
+    "deep": "[" * 100_000,
+    "long": '{"state": "running", "pid": %s}' % ("9" * 5000),
+    "foreign": "[1, 2]",
+    "half": '{"state": "runn',
+    "surrogate": '{"state": "\\ud800"}',
+}
+
+
+@pytest.mark.parametrize("name", [*BAD, "pipe", "link", "folder"])
+@pytest.mark.parametrize(
+    "file", ["a/status.json", "a/result.json", "sweeps/20200101-0-a/cells.json"]
+)
+def test_one_bad_file_is_named_and_takes_no_command_down(command, tmp_path, file, name):
+    result(tmp_path, "good")
+    bad = tmp_path / file
+    bad.parent.mkdir(parents=True)
+    if name == "pipe":
+        os.mkfifo(bad)
+    elif name == "link":
+        bad.symlink_to("nowhere")
+    elif name == "folder":
+        bad.mkdir()
+    else:
+        bad.write_text(BAD[name])
+    for action in ("status", "collect", "cancel"):
+        code, out, err = command(action, str(tmp_path))
+        assert code in ((1,) if action == "collect" and file.startswith("a/") else (0,))
+        assert "done" in out or action == "cancel"
+        if action != "collect":
+            assert bad.name in out + err
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert (
+        file.startswith("sweeps")
+        or ("a/result.json" if "result" in file else "a has no rows yet") in page
+    )
+    with (tmp_path / "results.csv").open(newline="") as handle:
+        assert [row["key"] for row in csv.DictReader(handle)] == ["key-good"]
+
+
+HALF_TYPED = {
+    "time": [10**400, 1e300, True, "soon", [], -1e300],
+    "pid": [10**400, -1, True, "x", None, 1e300],
+    "started": [10**400, "x", None],
+    "host": [3, None, []],
+    "stage": [3, ["a"], None],
+    "reason": [3, {}, None],
+    "progress": [3, [1], {"label": {}, "done": 10**300}],
+    "job": [3, ["7"], {"a": 1}],
+}
+
+
+@pytest.mark.parametrize("field", HALF_TYPED)
+@pytest.mark.parametrize("state", ["running", "failed", "dancing"])
+def test_a_half_typed_status_is_shown_as_far_as_it_goes(command, tmp_path, field, state):
+    for i, value in enumerate(HALF_TYPED[field]):
+        status(tmp_path, f"cell{i}", state, **{field: value})
+    for action in ("status", "cancel"):
+        code, out, _ = command(action, str(tmp_path))
+        assert code == 0
+        assert action == "cancel" or "cell0" in out

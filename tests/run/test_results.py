@@ -1,9 +1,11 @@
 """Rows of results: what is refused, and that files read back as they were written."""
 
 import csv
+import functools
 import json
 import logging
 import math
+import os
 import re
 from pathlib import Path
 
@@ -11,11 +13,14 @@ import numpy as np
 import pytest
 
 from rerail.errors import InputError
+from rerail.files import LARGEST
 from rerail.run.results import (
     COLUMNS,
     choices_key,
+    gather,
     new_row,
     read_rows,
+    rows_of,
     validate_row,
     write_csv,
     write_rows,
@@ -50,6 +55,7 @@ def test_rows_read_back_equal_and_in_path_order(tmp_path: Path) -> None:
         ({"nll": "3.5"}, "nll='3.5': input should be a valid number"),
         ({"nll": True}, "nll=True: input should be a valid number"),
         ({"nll": math.nan}, "nll=nan: input should be a finite number"),
+        ({"nll_se": -1.0}, "nll_se=-1.0: input should be greater than or equal to 0"),
         ({"tokens": 1.5}, "tokens=1.5: input should be a valid integer"),
         ({"tasks": {"task": "blimp"}}, "tasks={'task': 'blimp'}: input should be a valid list"),
     ],
@@ -105,6 +111,10 @@ def test_csv_reads_back_equal(tmp_path: Path) -> None:
     assert actual[1]["choices.calibration.samples"] == "256"
 
 
+def as_json(**known: object) -> str:
+    return json.dumps([{**new_row(), **known}])
+
+
 DAMAGED = {
     "half": '[{"key": "a"',
     "foreign": '{"accuracy": 0.5}',
@@ -112,6 +122,16 @@ DAMAGED = {
     "older": json.dumps([{n: v for n, v in new_row().items() if n != "heldout"}]),
     "newer": json.dumps([{**new_row(), "mood": "good"}]),
     "not text": b"\xff\xfe",
+    "deeper than the parser goes": "[" * 100_000,
+    "deep": as_json(choices=functools.reduce(lambda inner, _: {"a": inner}, range(100), {})),
+    "long": as_json(seed=0).replace('"seed": 0', f'"seed": {"9" * 5000}'),
+    "a number like no other": as_json(tokens=0).replace('"tokens": 0', f'"tokens": {"9" * 400}'),
+    "half a character": as_json(choices={"a": "b"}).replace('"b"', '"\\ud800"'),
+    "no mapping of texts": as_json(nll_by={"docs": 3.5}),
+    "no layer": as_json(layers=[{"load_entropy": 0.5}]),
+    "a curve of words": as_json(curve=[{"step": "one", "train_kl": None, "val_kl": None}]),
+    "a score of nothing": as_json(tasks=[{"metric": "acc"}]),
+    "no choices of a model": as_json(choices={"model": "tiny"}),
 }
 
 
@@ -124,7 +144,9 @@ def test_a_damaged_file_is_reported_left_alone_and_the_others_are_read(
     bad.parent.mkdir()
     bad.write_bytes(content if isinstance(content, bytes) else content.encode())
     write_rows(tmp_path / "good", cell())
-    with pytest.raises(InputError, match=r"result\.json is not a list of result rows"):
+    with pytest.raises(
+        InputError, match=r"result\.json (is not a list of result rows|cannot be read)"
+    ):
         read_rows(bad)
     before = bad.read_bytes()
     with caplog.at_level(logging.WARNING):
@@ -169,3 +191,49 @@ def test_nothing_is_written_when_a_row_is_wrong(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match="missing columns"):
             write()
     assert list(tmp_path.iterdir()) == []
+
+
+SPECIAL = {
+    "a pipe": os.mkfifo,
+    "a folder": Path.mkdir,
+    "a link that leads nowhere": lambda path: path.symlink_to("nowhere"),
+    "a link to itself": lambda path: path.symlink_to(path),
+    "a device": lambda path: path.symlink_to("/dev/zero"),
+    "larger than is read": lambda path: (path.touch(), os.truncate(path, LARGEST + 1)),
+}
+
+
+@pytest.mark.parametrize("name", SPECIAL)
+def test_what_is_no_file_under_the_name_of_one_is_reported_and_the_others_are_read(
+    tmp_path: Path, name: str
+) -> None:
+    (tmp_path / "bad").mkdir()
+    SPECIAL[name](tmp_path / "bad" / "result.json")
+    write_rows(tmp_path / "good", cell())
+    rows, problems = gather(tmp_path)
+    assert rows == cell()
+    assert [str(tmp_path / "bad" / "result.json") in problem for problem in problems] == [True]
+    with pytest.raises(InputError, match="bad/result"):
+        rows_of(tmp_path / "bad" / "result.json")
+
+
+def test_a_long_value_is_shortened_in_the_sentence_about_it(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"key=.*\.\.\.: input") as caught:
+        new_row(key=["x" * 10_000])
+    assert len(str(caught.value)) < 400
+
+
+FORMULAS = ("=1+1", "+1", "-1+1", "@SUM(A1)", "\t=1", "\r=1", " =1", "\uff1d1")
+
+
+def test_no_field_of_the_table_is_a_formula_or_acts_on_a_terminal(tmp_path: Path) -> None:
+    rows = [new_row(reason=text, nll=-0.5, choices={"\x1b[2Ja": text}) for text in FORMULAS]
+    rows.append(new_row(reason="red \x1b[31m and \u202eback", choices={"list": ["=1"]}))
+    with write_csv(tmp_path / "a.csv", rows).open(newline="", encoding="utf-8") as handle:
+        *fields, last = csv.DictReader(handle)
+    for field in fields:
+        assert field["reason"].startswith("'")
+        assert field["choices.\ufffd[2Ja"] == field["reason"]
+        assert field["nll"] == "-0.5"
+    assert last["reason"] == "red \ufffd[31m and \ufffdback"
+    assert last["choices.list"] == '["=1"]'

@@ -5,6 +5,7 @@ import os
 
 import pytest
 
+from rerail.errors import InputError
 from rerail.processes import running_process
 from rerail.run import status as status_file
 from rerail.run.mirror import Live
@@ -61,3 +62,13 @@ def test_only_the_first_of_several_processes_writes(status, monkeypatch):
     monkeypatch.setattr(status_file, "is_first", lambda: False)
     status.write("running", "plan")
     assert not status.path.exists()
+
+
+def test_a_status_that_cannot_be_written_ends_no_work_and_covers_up_no_failure(status, monkeypatch):
+    monkeypatch.setattr(status_file, "EVERY", 0.0)
+    status.path.mkdir()
+    with pytest.raises(InputError, match="cannot be written"):
+        status.write("running", "plan")
+    status.progress("statistics", 1, 9)
+    status.fail("no luck")
+    assert status.stage == "plan"

@@ -1,5 +1,6 @@
 """From a composed config to a file that a job reads, and back to the same cell."""
 
+import contextlib
 import json
 import os
 import subprocess
@@ -95,9 +96,25 @@ def test_a_failing_cell_leaves_its_traceback_until_it_succeeds(composed, tmp_pat
     assert not (folder / "traceback.txt").exists()
 
 
+@pytest.mark.parametrize("names", [("status.json",), ("status.json", "result.json")])
+def test_a_failure_that_cannot_be_recorded_is_a_row_all_the_same(composed, tmp_path, names):
+    described = task.describe(composed())
+    folder = tmp_path / "out" / described.folder
+    folder.mkdir(parents=True)
+    for name in names:
+        os.mkfifo(folder / name)
+    state, reason = task.run(described)
+    assert state == "failed"
+    assert f"{folder / 'status.json'} is a pipe" in reason
+    assert (folder / "status.json").is_fifo()
+
+
 def test_a_cell_that_another_process_finished_meanwhile_is_done(composed, tmp_path, monkeypatch):
     from rerail import api
+    from rerail.run import pipeline
 
+    # as on a file system that knows no locks
+    monkeypatch.setattr(pipeline, "only_process", lambda _: contextlib.nullcontext())
     described = task.describe(composed())
     plan = api.plan
 

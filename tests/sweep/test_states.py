@@ -155,3 +155,64 @@ def test_a_folder_that_does_not_exist_is_refused(tmp_path):
 def test_nothing_at_all_is_nothing_left_to_do(tmp_path):
     assert look(tmp_path).cells == []
     assert look(tmp_path).exit_code == 0
+
+
+def test_choices_that_were_mended_are_forgotten_and_others_are_not(tmp_path):
+    def mistyped(number):
+        name = f"failed-{number:08x}"
+        result(tmp_path, name, "failed", "no such choice")
+        return name
+
+    grid = ["a", mistyped(1)]
+    sweep(tmp_path, grid)
+    alone = [mistyped(2)]
+    sweep(tmp_path, alone)
+    status(tmp_path, "a", "done")
+    result(tmp_path, "a")
+    failed = dict.fromkeys((grid[1], alone[0]), "failed")
+    assert states(tmp_path) == {"a": "done", **failed}  # the second one takes no one's place
+    other = ["b", mistyped(3)]
+    sweep(tmp_path, other, process=GONE)
+    result(tmp_path, "b")
+    assert states(tmp_path) == {"a": "done", grid[1]: "failed", "b": "done", other[1]: "failed"}
+    sweep(tmp_path, ["a", other[1]])
+    assert states(tmp_path) == {"a": "done", "b": "done", other[1]: "failed"}
+    sweep(tmp_path, ["b", "a"])
+    assert states(tmp_path) == {"a": "done", "b": "done"}
+    assert look(tmp_path).exit_code == 0
+    assert not list(tmp_path.glob("failed-*"))
+
+
+def test_only_what_a_refusal_leaves_is_removed(tmp_path):
+    names = [f"failed-{n:08x}" for n in range(3)]
+    result(tmp_path, names[0], "failed", "no")
+    (tmp_path / names[0] / "notes.txt").write_text("mine")
+    result(tmp_path, names[1], "done")
+    (tmp_path / names[2]).mkdir()
+    (tmp_path / names[2] / "result.json").write_text("[]")
+    result(tmp_path, "failed-x", "failed", "no")
+    result(tmp_path.parent, "failed-00000009", "failed", "no")
+    sweep(tmp_path, [*names, "failed-x", "../failed-00000009"])
+    sweep(tmp_path, ["a"])
+    left = {path.name for path in tmp_path.glob("failed-*")}
+    assert left == {*names, "failed-x"}
+    assert (tmp_path / names[0] / "notes.txt").read_text() == "mine"
+    assert (tmp_path.parent / "failed-00000009" / "result.json").exists()
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"cells": [{"n": float("inf"), "folder": "a"}]},
+        {"cells": [{"n": 0, "folder": "a\0b"}]},
+        {"cells": [3]},
+        {"cells": [{"n": 0}]},
+        {"process": 3},
+    ],
+)
+def test_a_half_typed_sweep_is_noted_and_the_others_are_shown(tmp_path, changed):
+    sweep(tmp_path, ["a"])
+    path = sweep(tmp_path, ["b"], **changed)
+    view = look(tmp_path)
+    assert [cell.folder for cell in view.cells] == ["a"]
+    assert [path.name in note for note in view.notes] == [True]

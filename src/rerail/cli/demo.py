@@ -1,7 +1,6 @@
 """The demo: both zoo models x one method of each paradigm, side by side, one process a model."""
 
 import argparse
-import json
 import os
 import subprocess
 import sys
@@ -12,6 +11,8 @@ from pathlib import Path
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from rerail.cli.screen import finish
+from rerail.errors import InputError
+from rerail.files import check_replaceable, make_folder, read_json, refusals
 
 MODELS = ("tiny_fine", "tiny_coarse")
 METHODS = ("reap", "hc_smoe", "mobe")
@@ -28,7 +29,7 @@ def demo(arguments: Sequence[str]) -> int:
     parser.add_argument("overrides", nargs="*", help="further Hydra overrides, as in debug=fast")
     options = parser.parse_args(arguments)
     out = options.out.absolute()
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     with _progress() as progress:
         children = {m: _start(m, out, options.overrides) for m in MODELS}
         bars = {m: progress.add_task(m, total=len(METHODS) * len(STEPS)) for m in MODELS}
@@ -64,7 +65,9 @@ def _start(model: str, out: Path, overrides: Sequence[str]) -> "subprocess.Popen
         "MKL_NUM_THREADS": "1",
         "RERAIL_NO_SUMMARY": "1",
     }
-    with (out / f"{model}.log").open("wb") as log:
+    path = out / f"{model}.log"
+    check_replaceable(path)
+    with refusals(path), path.open("wb") as log:
         return subprocess.Popen(
             [sys.executable, "-m", "rerail", "-m", *words], stdout=log, stderr=log, env=environment
         )
@@ -74,8 +77,8 @@ def _show(progress: Progress, bar: TaskID, model: str, out: Path) -> None:
     done, label = 0, model
     for path in sorted(out.glob(f"{model}-*/status.json")):
         try:
-            status = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError:
+            status = read_json(path)
+        except InputError:
             continue
         if status["state"] != "running":
             done += len(STEPS)

@@ -5,6 +5,7 @@ import re
 import sys
 
 from rerail.config.presets import config_root
+from rerail.errors import InputError
 from rerail.run import task
 
 # A group's class is its schema: any of its fields can be set, also those that its yaml leaves at
@@ -32,7 +33,11 @@ def main() -> None:
     if len(sys.argv) > 1 and sys.argv[1] == "demo":
         from rerail.cli.demo import demo
 
-        sys.exit(demo(sys.argv[2:]))
+        try:
+            sys.exit(demo(sys.argv[2:]))
+        except InputError as error:
+            task.complain(str(error))
+            sys.exit(2)
     import hydra
 
     from rerail.config import search_path as searching
@@ -55,7 +60,11 @@ def main() -> None:
     if task.Outcome.out is not None and "RERAIL_NO_SUMMARY" not in os.environ:
         from rerail.cli.screen import finish
 
-        finish(task.Outcome.out)
+        try:
+            finish(task.Outcome.out)
+        except InputError as error:
+            task.complain(str(error))
+            sys.exit(2)
     sys.exit(2 if task.Outcome.failed else 0)
 
 

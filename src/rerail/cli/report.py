@@ -1,11 +1,14 @@
 """`rerail-report`: one self-contained page of all results below a folder."""
 
 import argparse
+import contextlib
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from rerail.errors import InputError
+from rerail.files import is_folder
+from rerail.printable import printable
 
 
 def main(words: Sequence[str] | None = None) -> None:
@@ -41,8 +44,8 @@ def _write(arguments: argparse.Namespace) -> tuple[Path, list[str]]:
     problems += unstarted(folder)
     if not rows:
         raise InputError(_why_empty(folder, problems))
-    path = arguments.out or (folder if folder.is_dir() else folder.parent) / "report.html"
-    if path.is_dir():
+    path = arguments.out or (folder if is_folder(folder) else folder.parent) / "report.html"
+    if is_folder(path):
         raise InputError(f"--out {path} is a folder; give the name of a file")
     title = arguments.title or folder.absolute().name
     return write_page(rows, folder, path, title, problems, columns), problems
@@ -50,8 +53,9 @@ def _write(arguments: argparse.Namespace) -> tuple[Path, list[str]]:
 
 def _why_empty(folder: Path, problems: Sequence[str]) -> str:
     """Return why there is no page: what was looked for, and what is there instead."""
-    files = folder.iterdir() if folder.is_dir() else ()
-    there = sorted(p.name for p in files if not p.name.startswith("."))
+    there: list[str] = []
+    with contextlib.suppress(OSError):  # then the first problem says so
+        there = sorted(printable(p.name) for p in folder.iterdir() if not p.name.startswith("."))
     names = ", ".join(there[:8]) + (f" and {len(there) - 8} more" if len(there) > 8 else "")
     first = f"; {len(problems)} could not be read, the first: {problems[0]}" if problems else ""
     return f"{folder} has no result rows (it holds {names or 'nothing'}){first}"

@@ -1,12 +1,15 @@
 """What a person sees at the end: table, comparison, continuations, and the report's path."""
 
-import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from rerail.errors import InputError
+from rerail.files import is_folder, read_json
+from rerail.printable import printable
 from rerail.report.report import write_report
 from rerail.report.terminal import print_summary
-from rerail.run.results import RESULT, Row, gather, hidden, log, write_csv
+from rerail.run.results import RESULT, Row, files_named, gather, log, write_csv
 
 
 def finish(out: Path, title: str = "rerail") -> Path:
@@ -37,13 +40,13 @@ def write_page(
 def unstarted(folder: Path) -> list[str]:
     """Return a sentence on each cell below a folder that has a status file, but no rows yet."""
     sentences = []
-    for file in sorted(folder.rglob("status.json")) if folder.is_dir() else []:
-        if (file.parent / RESULT).exists() or hidden(file, folder):
+    for file in files_named("status.json", folder)[0] if is_folder(folder) else ():
+        if os.path.lexists(file.parent / RESULT):
             continue
         try:
-            status = json.loads(file.read_text(encoding="utf-8"))
+            status = read_json(file)
             state = " ".join(str(status[name] or "") for name in ("state", "stage")).strip()
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            state = f"unreadable ({type(error).__name__})"
+        except (InputError, KeyError, TypeError) as error:
+            state = f"unreadable ({type(error.__cause__ or error).__name__})"
         sentences.append(f"{file.parent} has no rows yet; its status is: {state}")
-    return sentences
+    return [str(printable(sentence)) for sentence in sentences]

@@ -2,11 +2,15 @@
 
 import argparse
 import logging
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import psutil
+
 from rerail.errors import InputError
+from rerail.printable import printable
 from rerail.processes import running_process
 from rerail.sweep import queue, table
 from rerail.sweep.folder import Sweep, sweeps_of
@@ -68,14 +72,52 @@ def cancel(options: argparse.Namespace) -> int:
     started = [sweep.process for sweep in sweeps if sweep.executor == "here"]
     started += [status_of(out / c.folder) for c in view.cells if c.state == "running" and not c.job]
     processes = {p.pid: p for status in started if (p := running_process(status))}
-    for process in processes.values():
-        process.terminate()
-    for note in notes:
-        sys.stderr.write(f"rerail-sweep: {note}\n")
+    stopped = [pid for pid, process in processes.items() if _stop(process, notes)]
+    for note in dict.fromkeys(notes):
+        sys.stderr.write(f"rerail-sweep: {printable(note)}\n")
     sentences = [f"cancelled {len(jobs)} jobs ({', '.join(jobs)})"] if jobs else []
-    sentences += [f"stopped process {pid}" for pid in processes]
+    sentences += [f"stopped process {pid}" for pid in stopped]
     table.console().print("; ".join(sentences) or "nothing waits or runs here", highlight=False)
     return 0
+
+
+def _stop(process: psutil.Process, notes: list[str]) -> bool:
+    """Stop a process if it is one of ours; whether it was asked to stop.
+
+    Host, number and start time come from a file that anybody may have written, and any process has
+    such: what it runs is asked of the system.
+    """
+    try:
+        if not is_rerail(process.cmdline()):
+            notes.append(
+                f"process {process.pid} is named as one of this sweep, but its command is not "
+                f"rerail's; it was left alone: see `ps {process.pid}`, and stop it by hand"
+            )
+            return False
+        process.terminate()
+    except psutil.NoSuchProcess:
+        return False
+    except psutil.AccessDenied:
+        notes.append(f"process {process.pid} is another user's; it was left alone")
+        return False
+    return True
+
+
+def is_rerail(command: Sequence[str]) -> bool:
+    """Return whether a command line is that of rerail: its script, or `python -m rerail`."""
+    words = list(command)
+    if words and re.fullmatch(r"(python|pypy)[0-9.]*", Path(words[0]).name.lower()):
+        words.pop(0)
+        while (
+            words
+            and re.fullmatch(r"-[a-zA-Z]+|--[a-z-]+", words[0])
+            and words[0] not in ("-m", "-c")
+        ):
+            # what follows these is their value
+            del words[: 2 if words[0] in ("-X", "-W", "--check-hash-based-pycs") else 1]
+    if words[:1] == ["-m"]:
+        return any(word.split(".")[0] == "rerail" for word in words[1:2])
+    return any(Path(word).name == "rerail" for word in words[:1])
 
 
 def _cancelled(sweep: Sweep) -> list[str]:

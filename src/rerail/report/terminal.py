@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from rerail.printable import printable
 from rerail.report.cells import Cell, Fields
 from rerail.report.comparison import comparison
 from rerail.report.frame import Results, columns_of
@@ -24,7 +25,7 @@ def print_summary(rows: Sequence[Fields], console: Console | None = None) -> Non
     if console is None:
         piped: dict[str, Any] = {"width": PIPED, "force_terminal": False}
         console = Console(**({} if sys.stdout.isatty() else piped))
-    results = Results.of(rows)
+    results = Results.of(printable(rows))  # rows may be a stranger's
     texts = results.settings.drop_duplicates("tokens")["head"]
     if results.done:
         console.print(_table(results.done))

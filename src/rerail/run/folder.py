@@ -2,17 +2,19 @@
 
 import contextlib
 import logging
+import os
 import shutil
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from rerail.errors import InputError, OutOfReach
-from rerail.files import write_json
+from rerail.files import refusals, write_json
 from rerail.parallel import is_first
 from rerail.run.cell import Cell
 from rerail.run.provenance import provenance
-from rerail.run.results import RESULT, Row, read_rows, write_rows
+from rerail.run.results import RESULT, Row, rows_of, write_rows
 from rerail.run.rows import failed_row
 from rerail.run.status import Status
 from rerail.store import Artefact, read, write
@@ -48,10 +50,10 @@ def made_from(folder: Path) -> Any:
 
 def finished_rows(folder: Path) -> list[Row]:
     """Return the rows of a cell that is done; none where it is not, or they cannot be read."""
-    if not (folder / RESULT).exists():
+    if not os.path.lexists(folder / RESULT):
         return []
     try:
-        rows = read_rows(folder / RESULT)
+        rows = rows_of(folder / RESULT)
     except InputError as error:
         log.warning("%s", error)
         return []
@@ -61,7 +63,8 @@ def finished_rows(folder: Path) -> list[Row]:
 def write_refusal(cell: Cell, folder: Path, error: InputError) -> Row:
     """Write that a value cannot be used; a budget out of reach is no failure."""
     status = "not_applicable" if isinstance(error, OutOfReach) else "failed"
-    Status(folder).write(status, "check", str(error))
+    with if_it_can_be_written():
+        Status(folder).write(status, "check", str(error))
     return write_failure(cell, folder, status, str(error))
 
 
@@ -69,13 +72,23 @@ def write_failure(cell: Cell, folder: Path, status: str, reason: str) -> Row:
     """Write the one row of a cell that did not finish."""
     row = failed_row(cell, status, reason)
     if is_first():
-        write_rows(folder, [row])
+        with if_it_can_be_written():
+            write_rows(folder, [row])
     return row
+
+
+@contextlib.contextmanager
+def if_it_can_be_written() -> Iterator[None]:
+    """Log that a record of a failure cannot be written; the failure itself is what counts."""
+    try:
+        yield
+    except InputError as error:
+        log.warning("%s", error)
 
 
 def _forget(folder: Path) -> None:
     """Remove a folder, out of sight first: another process may begin the same cell meanwhile."""
     old = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.old")
-    with contextlib.suppress(FileNotFoundError):
+    with refusals(folder), contextlib.suppress(FileNotFoundError):
         folder.rename(old)
     shutil.rmtree(old, ignore_errors=True)

@@ -8,7 +8,7 @@ from pathlib import Path
 from rerail import api
 from rerail.distill.trainer import check_processes
 from rerail.errors import InputError
-from rerail.files import whole_file
+from rerail.files import cache_dir, is_folder, make_folder, whole_file
 from rerail.parallel import (
     broadcast_from_first,
     is_first,
@@ -21,11 +21,13 @@ from rerail.run.cost import freeze_imports
 from rerail.run.folder import (
     TRACEBACK,
     finished_rows,
+    if_it_can_be_written,
     made_from,
     rows_if_current,
     write_failure,
     write_refusal,
 )
+from rerail.run.lock import only_process
 from rerail.run.mirror import Live, Mirror
 from rerail.run.provenance import provenance
 from rerail.run.recorder import CellRecorder
@@ -46,9 +48,16 @@ def run_cell(cell: Cell, out: Path, mirror: Mirror | None = None) -> list[Row]:
     """
     folder = out / cell.folder
     cell.check()
+    make_folder(cache_dir())
     check_processes(cell.trainer)
     join()
     freeze_imports()
+    with only_process(folder):
+        return _run_or_return(cell, folder, mirror)
+
+
+def _run_or_return(cell: Cell, folder: Path, mirror: Mirror | None) -> list[Row]:
+    """Run a cell that no other process works on, or return its rows where it is done."""
     # the first process decides for all: another may see a file of the folder sooner or later
     if rows := broadcast_from_first(lambda: rows_if_current(cell, folder)):
         log.info("%s is done already", folder.name)
@@ -62,7 +71,7 @@ def run_cell(cell: Cell, out: Path, mirror: Mirror | None = None) -> list[Row]:
         raise  # preempted: the next start of the job goes on from here
     except BaseException as error:
         reason = f"{type(error).__name__}: {error}"
-        status.write("failed", status.stage, reason)
+        status.fail(reason)
         live.close("failed", reason=reason)
         raise
     if is_first():
@@ -164,7 +173,7 @@ def standing(cell: Cell, out: Path) -> tuple[str, str]:
     except InputError as error:
         row = write_refusal(cell, folder, error)
         return row["status"], row["reason"]
-    done = folder.exists() and made_from(folder) == inputs and finished_rows(folder)
+    done = is_folder(folder) and made_from(folder) == inputs and finished_rows(folder)
     return ("done" if done else "open"), ""
 
 
@@ -180,7 +189,7 @@ def run_or_record(cell: Cell, out: Path, mirror: Mirror | None = None) -> list[R
             Status(folder).write("done")  # another process ran the same cell
             return rows
         if is_first():
-            with whole_file(folder / TRACEBACK) as temporary:
+            with if_it_can_be_written(), whole_file(folder / TRACEBACK) as temporary:
                 temporary.write_text(traceback.format_exc(), encoding="utf-8")
         log.exception("%s failed", cell.folder)
         row = write_failure(cell, folder, "failed", f"{type(error).__name__}: {error}")

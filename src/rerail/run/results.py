@@ -8,19 +8,23 @@ import csv
 import json
 import logging
 import math
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
-from pydantic import BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
+from typing_extensions import TypedDict
 
 from rerail.errors import InputError
-from rerail.files import digest, whole_file, write_json
+from rerail.files import digest, is_folder, read_json, whole_file, write_json
+from rerail.printable import printable, spreadsheet_field
 
 log = logging.getLogger(__name__)
 
 RESULT = "result.json"
+_SHOWN = 200  # characters of a value in a sentence about it
 STAGES = ("teacher", "compressed", "repaired")
 
 
@@ -30,9 +34,70 @@ def _whole(value: Any) -> Any:
 
 
 Number = float | None
+Error = Annotated[float, Field(ge=0)] | None
 Text = str | None
-Count = Annotated[int | None, BeforeValidator(_whole)]
+_Bounded = Annotated[int, Field(ge=-(2**63), lt=2**63)]
+Count = Annotated[_Bounded | None, BeforeValidator(_whole)]
 Record = dict[str, Any]
+
+_STRICT = ConfigDict(strict=True, allow_inf_nan=False, extra="allow")
+
+
+class _Choices(TypedDict, total=False):
+    """The choices that readers look into; all others are shown only."""
+
+    __pydantic_config__ = _STRICT  # type: ignore[misc]
+    command: Text
+    names: Record | None
+    model: Record | None
+    evaluation: Record | None
+
+
+class _OfText(TypedDict, total=False):
+    __pydantic_config__ = _STRICT  # type: ignore[misc]
+    nll: Number
+    se: Error
+    tokens: Count
+    recovery: Number
+    recovery_se: Error
+
+
+class _Routing(TypedDict, total=False):
+    __pydantic_config__ = _STRICT  # type: ignore[misc]
+    routing_changed: Number
+    load_entropy: Number
+    load: list[Number]
+
+
+class _OfLayer(_Routing):
+    layer: Annotated[int, Field(ge=0, lt=2**31)]
+
+
+class _Point(TypedDict):
+    __pydantic_config__ = _STRICT  # type: ignore[misc]
+    step: float
+    train_kl: Number
+    val_kl: Number
+
+
+class _Score(TypedDict):
+    __pydantic_config__ = _STRICT  # type: ignore[misc]
+    task: str
+    metric: str
+    value: Number
+    se: Error
+    n: Count
+
+
+# What the nested columns hold. They are checked and left as they are, so that a row reads back as
+# it was written.
+_SHAPES: Mapping[str, TypeAdapter[Any]] = {
+    "choices": TypeAdapter(_Choices | None),
+    "nll_by": TypeAdapter(dict[str, _OfText] | None),
+    "curve": TypeAdapter(list[_Point] | None),
+    "layers": TypeAdapter(list[_OfLayer] | None),
+    "tasks": TypeAdapter(list[_Score] | None),
+}
 
 
 def _column(meaning: str) -> Any:
@@ -62,14 +127,14 @@ class Row(Mapping[str, Any]):
     seed: Count = _column("seed of the cell")
     stage: Literal["teacher", "compressed", "repaired"] | None = _column("the model measured")
     nll: Number = _column("held-out negative log-likelihood, nats a token")
-    nll_se: Number = _column("its standard error, clustered by block")
+    nll_se: Error = _column("its standard error, clustered by block")
     tokens: Count = _column("held-out tokens that were scored")
     heldout: Text = _column("hash of the held-out token blocks; equal only for the same tokens")
     perplexity: Number = _column("exp(nll)")
     kl: Number = _column("KL(teacher, this model), nats a token")
-    kl_se: Number = _column("its standard error, clustered by block")
+    kl_se: Error = _column("its standard error, clustered by block")
     agreement: Number = _column("share of tokens with the teacher's most likely next token")
-    agreement_se: Number = _column("its standard error, clustered by block")
+    agreement_se: Error = _column("its standard error, clustered by block")
     routing_changed: Number = _column("share of tokens whose selected set of experts changed")
     load_entropy: Number = _column("entropy of the experts' load over its maximum")
     bytes: Count = _column("size of the whole model in the checkpoint's dtype")
@@ -81,7 +146,7 @@ class Row(Mapping[str, Any]):
     memory_bytes: Count = _column("bytes of the student in memory as it was scored")
     disk_bytes: Count = _column("bytes of the exported checkpoint's weights")
     recovery: Number = _column("(compressed - repaired) / (compressed - teacher), on NLL")
-    recovery_se: Number = _column("its standard error, jackknife over blocks")
+    recovery_se: Error = _column("its standard error, jackknife over blocks")
     kl_first: Number = _column("validation KL before the repair")
     kl_best: Number = _column("lowest validation KL of the repair; its step is kept")
     kl_last: Number = _column("validation KL after the last step")
@@ -169,13 +234,19 @@ def validate_row(row: Mapping[str, Any]) -> Row:
         raise ValueError(f"unknown columns {unknown}; columns are {', '.join(COLUMNS)}")
     if missing := [name for name in COLUMNS if name not in row]:
         raise ValueError(f"missing columns {missing}; give None where a column does not apply")
+    column = ""
     try:
-        return Row(**{name: _plain(row[name]) for name in COLUMNS})
+        checked = Row(**{name: _plain(row[name]) for name in COLUMNS})
+        for column, shape in _SHAPES.items():
+            shape.validate_python(checked[column])
     except ValidationError as error:
         first = error.errors()[0]
-        field = ".".join(map(str, first["loc"]))
+        field = ".".join(map(str, (column, *first["loc"]))).strip(".")
         allowed = first["msg"][0].lower() + first["msg"][1:]
-        raise ValueError(f"{field}={first['input']!r}: {allowed}") from error
+        value = repr(first["input"])
+        shown = value if len(value) <= _SHOWN else f"{value[:_SHOWN]}..."
+        raise ValueError(f"{field}={shown}: {allowed}") from error
+    return checked
 
 
 def _plain(value: Any, nested: bool = False) -> Any:
@@ -196,7 +267,7 @@ def write_rows(folder: Path | str, rows: Sequence[Mapping[str, Any]]) -> Path:
 
     Raises:
         ValueError: a row does not fit `COLUMNS`.
-        InputError: no space is left on the device.
+        InputError: the file cannot be written.
     """
     path = Path(folder) / RESULT
     write_json(path, [dict(validate_row(row)) for row in rows])
@@ -228,47 +299,74 @@ def gather(folder_or_file: Path | str, recursive: bool = True) -> tuple[list[Row
         InputError: as `read_rows`.
     """
     path = Path(folder_or_file)
-    if not path.exists():
+    if not os.path.lexists(path):
         raise InputError(f"{path} does not exist; give a result.json or a folder that holds one")
-    if path.is_file():
-        return _rows_of(path), []
+    if not is_folder(path):
+        return rows_of(path), []
     rows: list[Row] = []
-    problems: list[str] = []
-    for file in sorted(path.rglob(RESULT) if recursive else path.glob(RESULT)):
-        if hidden(file, path):
-            continue
+    files, problems = files_named(RESULT, path, recursive)
+    for file in files:
         try:
-            rows += _rows_of(file)
+            rows += rows_of(file)
         except InputError as error:
-            problems.append(str(error))
+            problems.append(str(printable(str(error))))
     return rows, problems
 
 
-def _rows_of(file: Path) -> list[Row]:
+def rows_of(file: Path) -> list[Row]:
+    """Return the rows of one file.
+
+    Raises:
+        InputError: it cannot be read, or is no list of rows of this version.
+    """
     rows: list[Row] = []
     place = ""
     try:
-        for i, row in enumerate(json.loads(file.read_text(encoding="utf-8"))):
+        for i, row in enumerate(read_json(file)):
             place = f"row {i}: "
             rows.append(validate_row(row))
-    except (OSError, ValueError, AttributeError, TypeError) as error:
+    except InputError as error:
+        raise InputError(f"{error}; remove it and run its cell again") from error
+    except (ValueError, AttributeError, TypeError) as error:
         message = f"{file} is not a list of result rows ({place}{error}); "
         raise InputError(f"{message}remove it and run its cell again") from error
     return rows
 
 
-def hidden(file: Path, folder: Path) -> bool:
-    """Return whether a file lies in a hidden folder, or is one: it may not be whole yet."""
-    return any(part.startswith(".") for part in file.relative_to(folder).parts)
+def files_named(
+    name: str, folder: Path, recursive: bool = True
+) -> tuple[Sequence[Path], list[str]]:
+    """Return the files of a name in (and below) a folder, in path order, hidden folders left out.
+
+    Links to folders are not followed. What stands under the name may still be no file.
+
+    Returns:
+        The paths, and a sentence on each folder that cannot be read.
+    """
+    files, problems, folders = [], [], [folder]
+    while folders:
+        here = folders.pop()
+        try:
+            with os.scandir(here) as entries:
+                for entry in entries:
+                    if entry.name == name:
+                        files.append(Path(entry.path))
+                    elif recursive and not entry.name.startswith("."):
+                        folders += [Path(entry.path)] if entry.is_dir(follow_symlinks=False) else []
+        except OSError as error:
+            problems.append(str(printable(f"{here} cannot be read ({error.strerror})")))
+    return sorted(files), problems
 
 
 def write_csv(path: Path | str, rows: Sequence[Mapping[str, Any]]) -> Path:
     """Write the scalar columns of all rows, then every choice as `choices.<name>`.
 
-    Floats are written so that they read back equal; None is an empty field.
+    Floats are written so that they read back equal; None is an empty field. A text that a
+    spreadsheet would run as a formula begins with `'`, and no character acts on a terminal.
 
     Raises:
         ValueError: a row does not fit `COLUMNS`.
+        InputError: the file cannot be written.
     """
     checked = [validate_row(row) for row in rows]
     choices = [dict(_flat(row.choices or {}, "choices")) for row in checked]
@@ -277,7 +375,9 @@ def write_csv(path: Path | str, rows: Sequence[Mapping[str, Any]]) -> Path:
     with whole_file(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as out:
         writer = csv.DictWriter(out, columns, extrasaction="ignore", lineterminator="\n")
         writer.writeheader()
-        writer.writerows({**row, **chosen} for row, chosen in zip(checked, choices, strict=True))
+        for row, chosen in zip(checked, choices, strict=True):
+            fields = {**row, **chosen}
+            writer.writerow({name: spreadsheet_field(fields.get(name)) for name in columns})
     return path
 
 
@@ -287,4 +387,5 @@ def _flat(value: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
         if isinstance(inner, Mapping):
             yield from _flat(inner, f"{prefix}.{name}")
         else:
-            yield f"{prefix}.{name}", json.dumps(inner) if isinstance(inner, list) else inner
+            field = str(printable(f"{prefix}.{name}"))
+            yield field, json.dumps(inner) if isinstance(inner, list) else inner

@@ -16,6 +16,7 @@ from typing import Any
 
 import yaml
 
+from rerail.files import refusals
 from rerail.parallel import is_first
 
 
@@ -54,7 +55,8 @@ class SweepCell:
     def save(self, path: Path) -> Path:
         """Write a file that a job reads, and return its path."""
         text = yaml.safe_dump(dataclasses.asdict(self), sort_keys=False)
-        path.write_text(text, encoding="utf-8")
+        with refusals(path):
+            path.write_text(text, encoding="utf-8")
         return path
 
     @classmethod

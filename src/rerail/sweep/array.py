@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rerail.errors import InputError
+from rerail.files import make_folder
 from rerail.run.provenance import revision
 from rerail.run.task import SweepCell
 from rerail.sweep import table
@@ -57,12 +58,13 @@ def launch(
         ids: list[str] = []
         if wanted:
             code = snapshot(path, conf, revision())
-            (path / "cells").mkdir()
+            make_folder(path / "cells")
             jobs = [Job(c.save(path / "cells" / f"{n}.yaml")) for n, c in wanted.items()]
             ids = submit(jobs, path / "jobs", code, slurm)
             write_jobs(path, dict(zip(wanted, ids, strict=True)))
     except InputError:
-        shutil.rmtree(path)  # a sweep without jobs would look lost for ever
+        # a sweep without jobs would look lost for ever
+        shutil.rmtree(path, ignore_errors=True)
         raise
     _log_counts(out, states, ids)
     return [cell.folder for cell in cells]

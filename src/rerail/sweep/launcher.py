@@ -20,6 +20,7 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from rerail.errors import InputError
+from rerail.files import check_replaceable, make_folder, refusals
 from rerail.parallel import is_first
 from rerail.run import task
 from rerail.run.task import SweepCell
@@ -56,8 +57,21 @@ class SweepLauncher(Launcher):
     def setup(
         self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig
     ) -> None:
-        """Take what Hydra knows; `rerail.run.task` runs the cells, in a job as in this process."""
+        """Take what Hydra knows, and see that OUT can be written.
+
+        `rerail.run.task` runs the cells, in a job as in this process.
+        """
         self.context, self.config = hydra_context, config
+        overview = Path(str(config.hydra.sweep.dir)) / "multirun.yaml"  # Hydra is about to write it
+        try:
+            check_replaceable(overview)
+            make_folder(overview.parent)
+            with refusals(overview):
+                overview.touch()
+        except InputError as error:
+            task.complain(str(error))
+            task.Outcome.started = True
+            raise SystemExit(2) from error
 
     def launch(
         self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int

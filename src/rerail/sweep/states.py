@@ -1,5 +1,6 @@
 """How the cells below OUT stand, from their status files, their rows and what Slurm says."""
 
+import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -7,13 +8,17 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from rerail.errors import InputError
+from rerail.files import is_folder
+from rerail.printable import printable
 from rerail.processes import is_on_this_host, running_process
-from rerail.run.results import read_rows
+from rerail.run.results import RESULT, rows_of
 from rerail.sweep import queue
-from rerail.sweep.folder import SWEEPS, Sweep, read_mapping, sweeps_of
+from rerail.sweep.folder import JOB, SWEEPS, Sweep, is_refused, read_mapping, sweeps_of
 
 OPEN = ("pending", "running")
 GOOD = ("done", "not_applicable")
+STATUS = "status.json"
+_LATEST = 10**11  # seconds since 1970; what is later is no time
 STATES = ("pending", "running", "done", "not_applicable", "failed", "lost", "unreadable")
 
 
@@ -96,14 +101,18 @@ def look(out: Path) -> View:
     Files that are damaged, foreign or of another version are noted and left alone.
 
     Raises:
-        InputError: OUT does not exist.
+        InputError: OUT does not exist, or cannot be read.
     """
-    if not out.is_dir():
+    if not is_folder(out):
         raise InputError(f"{out} does not exist; give the folder that a sweep was started with")
+    if not os.access(out, os.R_OK | os.X_OK):
+        raise InputError(f"{out} cannot be read (permission denied); ask its owner")
     notes: list[str] = []
     asked: dict[str, _Asked] = {}
     for sweep in sweeps_of(out, notes):
         for entry in sweep.cells:
+            if is_refused(entry["folder"]) and not os.path.lexists(out / entry["folder"]):
+                continue  # a later sweep has the choices as they were meant
             job = sweep.jobs.get(str(entry["n"]), "")
             if job or entry["folder"] not in asked or entry.get("state") == "open":
                 asked[entry["folder"]] = _Asked(sweep, job)
@@ -115,12 +124,14 @@ def look(out: Path) -> View:
         answers = states.get(cell.cluster, {})
         queued = None if answers is None else answers.get(cell.job, "")
         cells.append(_cell(name, cell._replace(queued=queued)))
-    return View(cells, notes)
+    return View(cells, [str(printable(note)) for note in notes])
 
 
 def _known(folder: Path, asked: _Asked | None, notes: list[str]) -> _Known:
     status = status_of(folder, notes)
-    job = asked.job if asked and asked.job else str(status.get("job") or "")
+    itself = status.get("job")
+    known = isinstance(itself, str) and JOB.match(itself)  # else it is no word for Slurm
+    job = asked.job if asked and asked.job else str(itself if known else "")
     return _Known(status, _settled(folder, status, notes), asked, job)
 
 
@@ -139,16 +150,20 @@ def _job_states(known: Sequence[_Known]) -> Mapping[str, Mapping[str, str] | Non
 
 
 def _cell_folders(out: Path) -> list[str]:
-    names = ("status.json", "result.json")
-    found_here = {path.parent.name for name in names for path in out.glob(f"*/{name}")}
-    return sorted(n for n in found_here if not n.startswith(".") and n != SWEEPS)
+    return sorted(
+        path.name
+        for path in out.iterdir()
+        if not path.name.startswith(".")
+        and path.name != SWEEPS
+        and any(os.path.lexists(path / name) for name in (STATUS, RESULT))
+    )
 
 
 def status_of(folder: Path, notes: list[str] | None = None) -> Mapping[str, Any]:
     """Return a cell's status file; empty where there is none or it is foreign, which is noted."""
-    path = folder / "status.json"
+    path = folder / STATUS
     notes = [] if notes is None else notes
-    if not path.exists():
+    if not os.path.lexists(path):
         return {}
     try:
         content = read_mapping(path)
@@ -163,11 +178,11 @@ def status_of(folder: Path, notes: list[str] | None = None) -> Mapping[str, Any]
 
 def _settled(folder: Path, status: Mapping[str, Any], notes: list[str]) -> str:
     """Return how the cell ended as its rows and status say, or nothing while it has not."""
-    path = folder / "result.json"
+    path = folder / RESULT
     state = str(status.get("state", ""))
-    if path.exists():
+    if os.path.lexists(path):
         try:
-            ends = {str(row["status"]) for row in read_rows(path)}
+            ends = {row.status for row in rows_of(path)}
         except InputError as error:
             notes.append(str(error))
             return "" if state == "running" else "unreadable"
@@ -179,8 +194,6 @@ def _settled(folder: Path, status: Mapping[str, Any], notes: list[str]) -> str:
 
 
 def _cell(name: str, known: _Known) -> CellState:
-    heard = known.status.get("time")
-    seconds = time.time() - heard if isinstance(heard, int | float) else None
     detail = _stage(known.status)
     if known.settled == "done":
         state, detail = "done", ""
@@ -194,7 +207,14 @@ def _cell(name: str, known: _Known) -> CellState:
         state, detail = _running(known, detail)
     else:
         state, detail = _unheard(known)
-    return CellState(name, state, detail, known.job, seconds)
+    seconds = _since(known.status.get("time"))
+    return CellState(name, state, str(printable(detail)), known.job, seconds)
+
+
+def _since(heard: Any) -> float | None:
+    """Return the seconds since a time; None where it is no time at all."""
+    known = type(heard) in (int, float) and abs(heard) < _LATEST  # NaN is not
+    return time.time() - heard if known else None
 
 
 def _running(known: _Known, detail: str) -> tuple[str, str]:

@@ -12,6 +12,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from rerail.printable import printable
 from rerail.sweep.states import STATES, CellState, View
 
 PIPED = 200  # columns where there is no terminal
@@ -50,7 +51,8 @@ def rendered(view: View) -> Group:
     table.add_column("last heard", justify="right", no_wrap=True)
     for cell in view.cells:
         state = Text(cell.state.replace("_", " "), _COLOUR[cell.state])
-        table.add_row(Text(cell.folder), state, Text(cell.detail), cell.job, _ago(cell.seconds))
+        words = Text(str(printable(cell.folder))), state, Text(cell.detail), Text(cell.job)
+        table.add_row(*words, _ago(cell.seconds))
     notes = [Text(f"note: {note}", "yellow") for note in view.notes]
     return Group(*([table] if view.cells else []), *notes, Text(counts(view)))
 
@@ -88,7 +90,8 @@ def _lines(look: Callable[[], View], screen: Console, every: float) -> View:
 def _line(cell: CellState) -> str:
     job = f" (job {cell.job})" if cell.job else ""
     detail = f": {cell.detail}" if cell.detail else ""
-    return f"{time.strftime('%H:%M:%S')} {cell.folder}{job} {cell.state}{detail}"
+    name = printable(cell.folder)
+    return f"{time.strftime('%H:%M:%S')} {name}{job} {cell.state}{detail}"
 
 
 def _until_over(look: Callable[[], View], show: Callable[[View], None], every: float) -> View:
