@@ -3,8 +3,10 @@
 import os
 import re
 import sys
+from collections.abc import Sequence
 
 from rerail.config.presets import config_root
+from rerail.errors import InputError
 from rerail.run import task
 
 # A group's class is its schema: any of its fields can be set, also those that its yaml leaves at
@@ -14,8 +16,21 @@ _FIELD = re.compile(
 )
 
 
+TRUST = "trust="
+
+
 def _forced(word: str) -> str:
     return f"++{word}" if _FIELD.match(word) else word
+
+
+def _words(typed: Sequence[str]) -> list[str]:
+    """Return what Hydra reads: packages to trust are for this process, and no choice of a cell."""
+    from rerail.config.trust import trust
+
+    trust(
+        name for word in typed if word.startswith(TRUST) for name in word[len(TRUST) :].split(",")
+    )
+    return [_forced(word) for word in typed if not word.startswith(TRUST)]
 
 
 def _refused() -> None:
@@ -41,7 +56,11 @@ def main() -> None:
     task.set_up_logging()
     searching.register()
     launcher.register()
-    sys.argv[1:] = map(_forced, sys.argv[1:])
+    try:
+        sys.argv[1:] = _words(sys.argv[1:])
+    except InputError as error:
+        task.complain(str(error))
+        sys.exit(2)
     folder = str(config_root() / "conf")
     try:
         hydra.main(version_base="1.3", config_path=folder, config_name="config")(task.task)()
