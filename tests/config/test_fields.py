@@ -16,16 +16,14 @@ from rerail.config.presets import config_root
 from rerail.config.trust import BASES
 from rerail.errors import InputError
 
-PRESETS = [
-    (group, path.stem)
-    for group in BASES
-    for path in sorted((config_root() / "conf" / group).glob("*.yaml"))
-]
-
-
-def node_of(group: str, name: str) -> Any:
-    node = OmegaConf.to_container(OmegaConf.load(config_root() / f"conf/{group}/{name}.yaml"))
-    return {k: v for k, v in node.items() if k == "_target_"}
+CLASSES = sorted(
+    {
+        (group, target)
+        for group in BASES
+        for path in (config_root() / "conf" / group).glob("*.yaml")
+        if (target := OmegaConf.load(path).get("_target_"))
+    }
+)
 
 
 def wrong_for(hint: Any) -> list[Any]:
@@ -47,10 +45,10 @@ def wrong_for(hint: Any) -> list[Any]:
     return wrong if text else [*wrong, "no such word"]
 
 
-@pytest.mark.parametrize(("group", "name"), PRESETS)
-def test_every_field_refuses_what_its_annotation_does_not_take(group, name):
-    node = node_of(group, name)
-    made = get_class(node["_target_"])
+@pytest.mark.parametrize(("group", "target"), CLASSES)
+def test_every_field_refuses_what_its_annotation_does_not_take(group, target):
+    node = {"_target_": target}
+    made = get_class(target)
     hints = get_type_hints(made)
     required = {
         field.name: "x"

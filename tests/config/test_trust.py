@@ -1,7 +1,6 @@
 """Which classes a configuration may name: nothing of another package runs unless it is trusted."""
 
 import os
-import subprocess
 import sys
 from typing import get_args, get_type_hints
 
@@ -121,22 +120,6 @@ def test_a_stored_cell_of_a_sweep_runs_nothing_of_its_own(plugin, tmp_path):
     with pytest.raises(InputError, match=r"evil\.touch"):
         build(stored["logger"], "logger")
     assert not plugin.exists()
-
-
-def test_on_the_command_line_neither_a_word_nor_a_claim_runs_code_without_trust(plugin, tmp_path):
-    (tmp_path / "experiments").mkdir()
-    claim = "# @package _global_\ntrust: evil\nlogger: {_target_: evil.touch}\n"
-    (tmp_path / "experiments/theirs.yaml").write_text(claim)
-    env = os.environ | {"PYTHONPATH": f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"}
-    for words in (["++compressor._target_=evil.Mine"], ["+experiments=theirs"]):
-        command = [sys.executable, "-m", "rerail", "out=here", *words]
-        done = subprocess.run(
-            command, capture_output=True, text=True, cwd=tmp_path, env=env, check=False
-        )
-        assert done.returncode == 2, done.stderr
-        assert "trust=PACKAGE" in done.stderr
-        assert "Traceback" not in done.stderr
-        assert not plugin.exists()
 
 
 def test_the_bases_are_the_annotations_of_a_cell():

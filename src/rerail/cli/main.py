@@ -5,6 +5,7 @@ import re
 import sys
 from collections.abc import Sequence
 
+from rerail.config import numbers
 from rerail.config.presets import config_root
 from rerail.errors import InputError
 from rerail.run import task
@@ -20,7 +21,7 @@ TRUST = "trust="
 
 
 def _forced(word: str) -> str:
-    return f"++{word}" if _FIELD.match(word) else word
+    return f"++{word}" if _FIELD.match(word) else numbers.quoted(word)
 
 
 def _words(typed: Sequence[str]) -> list[str]:

@@ -8,6 +8,8 @@ from omegaconf import DictConfig
 
 from rerail.config.fields import check_names, check_value
 from rerail.config.instantiate import build, resolved
+from rerail.config.numbers import preset_name
+from rerail.config.presets import model_name
 from rerail.config.secrets import without_secrets
 from rerail.distill.trainer import trainer_argument_names
 from rerail.errors import InputError
@@ -44,6 +46,8 @@ def to_cell(config: DictConfig, command: str = "", names: Mapping[str, str] | No
     if names is None:
         named = dict(HydraConfig.get().runtime.choices) if HydraConfig.initialized() else {}
         names = {str(g): str(c) for g, c in named.items() if c is not None and "/" not in g}
+        names = {group: preset_name(group, name) for group, name in names.items()}
+    names = {**names, "model": model_name(names.get("model"), choices["model"])}
     decided = {str(k): v for k, v in choices.items() if k not in _VOLATILE}
     shown = {"names": {n: names.get(n) for n in GROUPS}, "command": command}
     return Cell(

@@ -108,13 +108,14 @@ def task(config: Any) -> None:
 
 def _chosen(hydra: Any) -> tuple[dict[str, str], str]:
     """Return the group names that were chosen, and the command that chooses this cell alone."""
+    from rerail.config.numbers import preset_name
     from rerail.config.trust import trusted
 
     chosen = {str(g): str(c) for g, c in hydra.runtime.choices.items() if c is not None}
     words = [word.removeprefix("++") for word in hydra.overrides.task]
     words += [f"trust={name}" for name in trusted()]
     command = shlex.join(["rerail", *(word for word in words if not word.startswith("out="))])
-    return {g: c for g, c in chosen.items() if "/" not in g}, command
+    return {g: preset_name(g, c) for g, c in chosen.items() if "/" not in g}, command
 
 
 def describe(config: Any) -> SweepCell:
