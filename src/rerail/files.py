@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from rerail.config.secrets import redacted
 from rerail.errors import InputError
 
 
@@ -84,6 +85,8 @@ def _is_full(error: Exception) -> bool:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write JSON whole or not at all."""
+    """Write JSON whole or not at all, without secrets."""
     with whole_file(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+        temporary.write_text(
+            json.dumps(redacted(value), indent=1, sort_keys=True) + "\n", encoding="utf-8"
+        )

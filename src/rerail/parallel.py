@@ -9,6 +9,7 @@ import atexit
 import datetime
 import logging
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -32,23 +33,34 @@ def in_slurm() -> bool:
 def launched_rank_and_size() -> tuple[int, int]:
     """Return (rank, size) from the environment: torchrun's variables first, then Slurm's."""
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
-        return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        return _count("RANK"), _count("WORLD_SIZE")
     if in_slurm():
-        return int(os.environ["SLURM_PROCID"]), int(os.environ["SLURM_NTASKS"])
+        return _count("SLURM_PROCID"), _count("SLURM_NTASKS")
     return 0, 1
 
 
 def node_rank_and_size() -> tuple[int, int]:
     """Return (rank, size) among the processes of this node."""
     rank, size = launched_rank_and_size()
+    names = ("SLURM_LOCALID", "SLURM_NTASKS_PER_NODE")
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
-        local = os.environ.get("LOCAL_RANK", rank), os.environ.get("LOCAL_WORLD_SIZE", size)
-    else:
-        local = (
-            os.environ.get("SLURM_LOCALID", rank),
-            os.environ.get("SLURM_NTASKS_PER_NODE", size),
+        names = ("LOCAL_RANK", "LOCAL_WORLD_SIZE")
+    return _count(names[0], rank), _count(names[1], size)
+
+
+def _count(name: str, default: int = 0) -> int:
+    """Return the number that a launcher put into a variable.
+
+    Raises:
+        InputError: it is no whole number.
+    """
+    text = os.environ.get(name, str(default))
+    if not re.fullmatch(r"[0-9]{1,9}", text):
+        raise InputError(
+            f"the environment variable {name}={text!r} is not a number of processes; "
+            "a launcher (srun, torchrun) sets it, so unset what a shell has left there"
         )
-    return int(local[0]), int(local[1])
+    return int(text)
 
 
 def _group() -> Any | None:

@@ -5,11 +5,13 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from rerail.config.secrets import guard_streams
 from rerail.errors import InputError
 
 
 def main(words: Sequence[str] | None = None) -> None:
     """Entry point: exit status 0, or 2 where an argument cannot be used or nothing is there."""
+    guard_streams()
     parser = argparse.ArgumentParser(prog="rerail-report", description=__doc__)
     parser.add_argument("folder", type=Path, metavar="DIR", help="holds result.json files, or one")
     parser.add_argument("--out", type=Path, metavar="FILE", help="default: DIR/report.html")

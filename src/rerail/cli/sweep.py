@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from rerail.config.secrets import guard_streams
 from rerail.errors import InputError
 from rerail.processes import running_process
 from rerail.sweep import queue, table
@@ -17,6 +18,7 @@ CODES = "exit status: 0 all done, 1 something failed or was lost, 3 something wa
 
 def main(words: Sequence[str] | None = None) -> None:
     """Entry point; exit status 2 where an argument cannot be used."""
+    guard_streams()
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     options = _parser().parse_args(words)
     try:

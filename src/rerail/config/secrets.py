@@ -6,13 +6,12 @@ addresses spell them, since a sentence that quotes a value has escaped it alread
 """
 
 import html
-import io
 import json
 import os
 import re
 import shlex
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 from urllib.parse import quote
 
@@ -26,14 +25,17 @@ _SHORTEST = 8  # a shorter value would be found in ordinary words
 
 def redacted(value: Any) -> Any:
     """Return plain data, or a text, without the values of secret variables, however spelled."""
+    spellings = [spelled for _, secret in _known() for spelled in _spellings(secret)]
+    return _replaced(value, spellings) if spellings else value
+
+
+def _replaced(value: Any, spellings: Sequence[str]) -> Any:
     if isinstance(value, Mapping):
-        return {redacted(key): redacted(item) for key, item in value.items()}
+        return {_replaced(k, spellings): _replaced(item, spellings) for k, item in value.items()}
     if isinstance(value, list | tuple):
-        return [redacted(item) for item in value]
-    if not isinstance(value, str):
-        return value
-    for _, secret in _known():
-        for spelled in _spellings(secret):
+        return [_replaced(item, spellings) for item in value]
+    if isinstance(value, str):
+        for spelled in spellings:
             value = value.replace(spelled, HIDDEN)
     return value
 
@@ -92,7 +94,9 @@ def _spellings(secret: str) -> list[str]:
     """Return a secret as it is and as it may have been escaped, the longest first."""
     quoted = (repr(secret)[1:-1], json.dumps(secret)[1:-1], json.dumps(secret, ensure_ascii=False))
     typed = (secret.replace("'", "\\'"), secret.replace('"', '\\"'), shlex.quote(secret)[1:-1])
-    sent = (html.escape(secret), html.escape(secret, quote=False), quote(secret), quote(secret, ""))
+    page = html.escape(secret)
+    pages = (page, page.replace("&#x27;", "&#39;").replace("&quot;", "&#34;"))
+    sent = (*pages, html.escape(secret, quote=False), quote(secret), quote(secret, ""))
     made = {secret, escaped(secret), *quoted[:2], quoted[2][1:-1], *typed, *sent}
     return sorted((one for one in made if len(one) >= _SHORTEST), key=len, reverse=True)
 
@@ -106,8 +110,8 @@ def escaped(value: Any) -> Any:
     return value.replace("${", r"\${") if isinstance(value, str) else value
 
 
-class _Guarded(io.TextIOBase):
-    """A text stream that redacts what is written, and replaces what its encoding does not have."""
+class _Guarded:
+    """A text stream that redacts what is written; in all else the stream that it stands before."""
 
     def __init__(self, stream: Any):
         self._stream = stream
@@ -115,29 +119,13 @@ class _Guarded(io.TextIOBase):
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
 
-    @property
-    def encoding(self) -> Any:  # type: ignore[override]
-        return self._stream.encoding
-
-    @property
-    def errors(self) -> Any:  # type: ignore[override]
-        return self._stream.errors
-
     def write(self, text: str) -> int:
         self._stream.write(redacted(text))
         return len(text)
 
-    def flush(self) -> None:
-        self._stream.flush()
-
-    def fileno(self) -> int:
-        return int(self._stream.fileno())
-
-    def isatty(self) -> bool:
-        return bool(self._stream.isatty())
-
-    def writable(self) -> bool:
-        return True
+    def writelines(self, lines: Iterable[str]) -> None:
+        for line in lines:
+            self.write(line)
 
 
 def guard_streams() -> None:

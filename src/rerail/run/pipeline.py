@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from rerail import api
+from rerail.config.secrets import redacted
+from rerail.distill.trainer import check_accelerator
 from rerail.errors import InputError, OutOfReach
 from rerail.evaluate.continuation import continuation
 from rerail.files import digest, whole_file, write_json
@@ -46,6 +48,8 @@ def run_cell(cell: Cell, out: Path, mirror: Mirror | None = None) -> list[Row]:
     folder = out / cell.folder
     cell.check()
     check_processes(cell.trainer)
+    if cell.distill.enabled:
+        check_accelerator(cell.trainer)
     join()
     if rows := broadcast_from_first(
         lambda: _finished(folder) if _same_inputs(cell, folder) else []
@@ -264,7 +268,7 @@ def run_or_record(cell: Cell, out: Path, mirror: Mirror | None = None) -> list[R
             return rows
         if is_first():
             with whole_file(out / cell.folder / TRACEBACK) as temporary:
-                temporary.write_text(traceback.format_exc(), encoding="utf-8")
+                temporary.write_text(redacted(traceback.format_exc()), encoding="utf-8")
         log.exception("%s failed", cell.folder)
         row = _recorded(cell, out, "failed", f"{type(error).__name__}: {error}")
         if rank_and_size()[1] > 1:

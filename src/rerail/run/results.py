@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin, ge
 from pydantic import BeforeValidator, ConfigDict, Field, ValidationError
 from pydantic.dataclasses import dataclass
 
+from rerail.config.secrets import redacted
 from rerail.errors import InputError
 from rerail.files import digest, whole_file, write_json
 
@@ -277,7 +278,8 @@ def write_csv(path: Path | str, rows: Sequence[Mapping[str, Any]]) -> Path:
     with whole_file(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as out:
         writer = csv.DictWriter(out, columns, extrasaction="ignore", lineterminator="\n")
         writer.writeheader()
-        writer.writerows({**row, **chosen} for row, chosen in zip(checked, choices, strict=True))
+        for row, chosen in zip(checked, choices, strict=True):
+            writer.writerow(redacted({**row, **chosen}))
     return path
 
 
