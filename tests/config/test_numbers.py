@@ -24,6 +24,7 @@ from rerail.run.task import _chosen
 )
 def test_numbers_are_quoted_for_hydra(word, read):
     assert numbers.quoted(word) == read
+    assert numbers.unquoted(read) == word
 
 
 @pytest.mark.parametrize(

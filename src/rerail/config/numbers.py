@@ -24,6 +24,11 @@ def quoted(word: str) -> str:
     return f"{group}={','.join(each)}"
 
 
+def unquoted(word: str) -> str:
+    """Return an override as a person types it: `quoted` backwards."""
+    return re.sub(rf"'({_NUMBER})'", r"\1", word, flags=re.I) if _WORD.fullmatch(word) else word
+
+
 def node(path: str) -> Mapping[str, Any] | None:
     """Return what a number means, as a preset of that name would hold it; None for other names.
 

@@ -129,12 +129,16 @@ def _check_single(hydra: Any) -> None:
 
 def _chosen(hydra: Any) -> tuple[dict[str, str], str]:
     """Return the group names that were chosen, and the command that chooses this cell alone."""
-    from rerail.config.numbers import preset_name
+    from omegaconf import OmegaConf
+
+    from rerail.config.numbers import preset_name, unquoted
     from rerail.config.secrets import without_secrets
     from rerail.config.trust import trusted
 
     chosen = {str(g): str(c) for g, c in hydra.runtime.choices.items() if c is not None}
-    words = [word.removeprefix("++") for word in hydra.overrides.task]
+    # as typed: what `${...}` stands for is looked up again by who runs the command
+    typed: Any = OmegaConf.to_container(hydra.overrides.task, resolve=False)
+    words = [unquoted(word.removeprefix("++")) for word in typed]
     words += [f"trust={name}" for name in trusted()]
     words = ["rerail", *(word for word in words if not word.startswith("out="))]
     # before the shell's quotes, which a secret may need
