@@ -71,7 +71,7 @@ def rerail(tmp_path, monkeypatch, capfd):
         ("prompt=[a]", "prompt=['a'] is not str"),
         ("distill.learning_rate=inf", "is not a finite number"),
         ("distill.enabled=1", "distill.enabled=1 is not bool"),
-        ("ratio=1.5", "Bits"),
+        ("ratio=1.5", "swept by ratio, not by bits"),
         ("skip=2", "skip.share=2.0 is outside"),
         ("samples=1.5", "calibration.samples=1.5 is not int"),
         ("prompt=${oc.env:NO_SUCH}", "prompt: the environment variable NO_SUCH is not set"),
@@ -116,6 +116,17 @@ def test_the_claim_of_somebody_else_runs_no_code(rerail, tmp_path, monkeypatch, 
     assert not (tmp_path / "ran").exists()
 
 
+@pytest.mark.parametrize("several", [[], ["-m"]])
+@pytest.mark.parametrize("names", [("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_NTASKS")])
+def test_a_rank_that_is_no_number_is_a_sentence(rerail, monkeypatch, names, several):
+    for name, text in zip(names, ("first", "2"), strict=True):
+        monkeypatch.setenv(name, text)
+    done = rerail(*several, "out=here")
+    assert done.code == 2
+    assert f"{names[0]}='first' is not a number of processes" in done.err
+    assert "Traceback" not in done.err
+
+
 def test_one_hint_for_a_claim_without_a_plus(rerail):
     err = rerail("experiments=seeds", "out=here").err
     assert "does not exist" not in err
@@ -142,7 +153,7 @@ def test_a_secret_stays_in_its_variable(rerail, tmp_path, monkeypatch):
     assert not [p for p in files if leaks(p.read_bytes().decode(errors="replace"))]
     [row, *_] = json.loads(next((tmp_path / "here").glob("tiny*/result.json")).read_text())
     assert row["prompt"] == "(hidden)"
-    assert "prompt='${oc.env:HF_TOKEN}'" in row["choices"]["command"]
+    assert "'prompt=${oc.env:HF_TOKEN}'" in row["choices"]["command"]
 
 
 def leaks(text: str) -> bool:

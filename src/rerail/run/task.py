@@ -17,6 +17,7 @@ from typing import Any
 import yaml
 
 from rerail.config.secrets import guard_streams, redacted
+from rerail.errors import InputError
 from rerail.parallel import is_first
 
 
@@ -64,16 +65,24 @@ class SweepCell:
         return cls(**yaml.safe_load(path.read_text(encoding="utf-8")))
 
 
+def _speaks() -> bool:
+    """Return whether this process is the one that writes to the user."""
+    try:
+        return is_first()
+    except InputError:  # its rank cannot be read, which is what it has to say
+        return True
+
+
 def record(out: Path | None, failed: bool) -> None:
     """Note what the summary at the end is of, and whether something failed."""
-    if is_first():
+    if _speaks():
         Outcome.out = out or Outcome.out
     Outcome.failed = Outcome.failed or failed
 
 
 def complain(sentence: str) -> None:
     """Write to the user what is wrong."""
-    if is_first():
+    if _speaks():
         sys.stderr.write(f"rerail: {sentence}\n")
 
 
@@ -92,7 +101,6 @@ def task(config: Any) -> None:
     from hydra.core.hydra_config import HydraConfig
 
     from rerail.config.instantiate import build, resolved
-    from rerail.errors import InputError
     from rerail.run.compose import to_cell
     from rerail.run.pipeline import run_cell
 
@@ -111,7 +119,6 @@ def task(config: Any) -> None:
 
 def _check_single(hydra: Any) -> None:
     """Refuse what only `-m` does: nothing that was asked for is left out without a word."""
-    from rerail.errors import InputError
 
     chosen = hydra.runtime.choices
     words = [f"+{group}={chosen[group]}" for group in ("experiments", "slurm") if group in chosen]
@@ -153,7 +160,6 @@ def describe(config: Any) -> SweepCell:
 
     from rerail.config.instantiate import build
     from rerail.config.secrets import escaped, without_secrets
-    from rerail.errors import InputError
     from rerail.run import pipeline as runner
     from rerail.run.compose import to_cell
     from rerail.run.rows import failed_choice
@@ -184,7 +190,6 @@ def run(cell: SweepCell) -> tuple[str, str]:
     from omegaconf import OmegaConf
 
     from rerail.config.instantiate import build
-    from rerail.errors import InputError
     from rerail.run.compose import to_cell
     from rerail.run.pipeline import run_or_record
 
