@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from rerail.config.secrets import redacted
 from rerail.errors import InputError
 
 LARGEST = 2**28  # bytes of a JSON file that is read: a row of a large model has about 10**5
@@ -181,9 +182,11 @@ def _take_name(temporary: Path, path: Path) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write JSON whole or not at all."""
+    """Write JSON whole or not at all, without secrets."""
     with whole_file(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+        temporary.write_text(
+            json.dumps(redacted(value), indent=1, sort_keys=True) + "\n", encoding="utf-8"
+        )
 
 
 def read_json(path: Path) -> Any:

@@ -9,6 +9,7 @@ import atexit
 import datetime
 import logging
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -32,9 +33,9 @@ def in_slurm() -> bool:
 def launched_rank_and_size() -> tuple[int, int]:
     """Return (rank, size) from the environment: torchrun's variables first, then Slurm's."""
     if _in_torchrun():
-        return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        return _count("RANK"), _count("WORLD_SIZE")
     if in_slurm():
-        return int(os.environ["SLURM_PROCID"]), int(os.environ["SLURM_NTASKS"])
+        return _count("SLURM_PROCID"), _count("SLURM_NTASKS")
     return 0, 1
 
 
@@ -45,10 +46,25 @@ def _in_torchrun() -> bool:
 def node_rank_and_size() -> tuple[int, int]:
     """Return (rank, size) among the processes of this node."""
     rank, size = launched_rank_and_size()
-    local_rank, local_size = "SLURM_LOCALID", "SLURM_NTASKS_PER_NODE"
+    names = ("SLURM_LOCALID", "SLURM_NTASKS_PER_NODE")
     if _in_torchrun():
-        local_rank, local_size = "LOCAL_RANK", "LOCAL_WORLD_SIZE"
-    return int(os.environ.get(local_rank, rank)), int(os.environ.get(local_size, size))
+        names = ("LOCAL_RANK", "LOCAL_WORLD_SIZE")
+    return _count(names[0], rank), _count(names[1], size)
+
+
+def _count(name: str, default: int = 0) -> int:
+    """Return the number that a launcher put into a variable.
+
+    Raises:
+        InputError: it is no whole number.
+    """
+    text = os.environ.get(name, str(default))
+    if not re.fullmatch(r"[0-9]{1,9}", text):
+        raise InputError(
+            f"the environment variable {name}={text!r} is not a number of processes; "
+            "a launcher (srun, torchrun) sets it, so unset what a shell has left there"
+        )
+    return int(text)
 
 
 def _group() -> Any | None:

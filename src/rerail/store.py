@@ -16,6 +16,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rerail.code_version import code_version
+from rerail.config.secrets import redacted
 from rerail.errors import InputError
 from rerail.files import digest, file_digest, read_json, whole_file, write_json
 from rerail.parallel import read_or_make
@@ -140,6 +141,7 @@ def _seals(path: Path) -> list[str]:
 
 
 def _write_sealed(path: Path, content: Any) -> None:
+    content = redacted(content)
     write_json(path, {"sha256": digest(content), "content": content})
 
 

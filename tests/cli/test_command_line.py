@@ -59,6 +59,32 @@ def rerail(tmp_path, monkeypatch, capfd):
         ("evaluation=wikitext2", "RERAIL_DATA is not set"),
         ("allocation=per_layer", "must be given"),
         ("compressor.bases=3", "bases does not exist"),
+        ("compressor.router=[slice]", "one of slice, mask; to sweep over several values, use -m"),
+        ("ratio.removed=[0.25,0.5]", "use -m and commas"),
+        ("seed=[1,2]", "seed=[1, 2] is not int; to sweep over several values, use -m"),
+        ("evaluation.batch_size=[1]", "use -m and commas"),
+        ("distill.epochs=[1,2]", "use -m and commas"),
+        ("calibration.block=[64]", "use -m and commas"),
+        ("model.path_or_id=[a,b]", "use -m and commas"),
+        ("model.path_or_id={a: 1}", "model.path_or_id={'a': 1} is not str"),
+        ("model.revision=[main]", "use -m and commas"),
+        ("prompt=[a]", "prompt=['a'] is not str"),
+        ("distill.learning_rate=inf", "is not a finite number"),
+        ("distill.enabled=1", "distill.enabled=1 is not bool"),
+        ("ratio=1.5", "swept by ratio, not by bits"),
+        ("skip=2", "skip.share=2.0 is outside"),
+        ("samples=1.5", "calibration.samples=1.5 is not int"),
+        ("prompt=${oc.env:NO_SUCH}", "prompt: the environment variable NO_SUCH is not set"),
+        ("prompt=${nowhere}", "nowhere"),
+        ("experiments=seeds", "rerail -m +experiments=seeds"),
+        ("+experiments=seeds", "runs with -m only: rerail -m +experiments=seeds"),
+        ("+slurm=a100", "submits jobs and does so with -m only"),
+        ("hydra/launcher=slurm", "submits jobs and does so with -m only"),
+        ("++compressor._target_=os.system", "trust=PACKAGE"),
+        ("logger._target_=os.system", "trust=PACKAGE"),
+        ("trust=no/package", "trust='no/package' is not the name of a package"),
+        ("+trainer.callbacks=[{_target_: os.system}]", "trainer.callbacks names a class"),
+        ("trainer=gpu", "trainer.accelerator='gpu' needs a GPU"),
     ],
 )
 def test_bad_words_get_a_sentence_and_exit_status_2(rerail, tmp_path, word, message):
@@ -67,6 +93,71 @@ def test_bad_words_get_a_sentence_and_exit_status_2(rerail, tmp_path, word, mess
     assert message in done.err
     assert "Traceback" not in done.err
     assert not list(tmp_path.glob("here/*"))
+
+
+@pytest.mark.parametrize(
+    ("claim", "message"),
+    [
+        ("trust: evil\nlogger: {_target_: evil.touch}", "trust=PACKAGE"),
+        ("hydra: {callbacks: {a: {_target_: evil.touch}}}", "sets callbacks of Hydra"),
+        ("hydra: {job_logging: {handlers: {a: {(): evil.touch}}}}", "sets job_logging of Hydra"),
+        ("hydra: {job: {env_set: {RERAIL_TRUST: evil}}}", "sets job.env_set of Hydra"),
+        ("defaults: [{override /hydra/job_logging: theirs}]", "override /hydra/job_logging"),
+    ],
+)
+def test_the_claim_of_somebody_else_runs_no_code(rerail, tmp_path, monkeypatch, claim, message):
+    (tmp_path / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\ndef touch(): pass\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "experiments").mkdir()
+    (tmp_path / "experiments/theirs.yaml").write_text(f"# @package _global_\n{claim}\n")
+    done = rerail("+experiments=theirs", "out=here")
+    assert done.code == 2
+    assert message in done.err
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("several", [[], ["-m"]])
+@pytest.mark.parametrize("names", [("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_NTASKS")])
+def test_a_rank_that_is_no_number_is_a_sentence(rerail, monkeypatch, names, several):
+    for name, text in zip(names, ("first", "2"), strict=True):
+        monkeypatch.setenv(name, text)
+    done = rerail(*several, "out=here")
+    assert done.code == 2
+    assert f"{names[0]}='first' is not a number of processes" in done.err
+    assert "Traceback" not in done.err
+
+
+def test_one_hint_for_a_claim_without_a_plus(rerail):
+    err = rerail("experiments=seeds", "out=here").err
+    assert "does not exist" not in err
+    assert "allowed here" not in err
+
+
+SECRET = "a<b&c'd\"e-12345"
+
+
+def test_a_secret_stays_in_its_variable(rerail, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", SECRET)
+    for words in (
+        ["distill=none", "prompt=${oc.env:HF_TOKEN}"],
+        ["-m", "distill=none", "prompt=${oc.env:HF_TOKEN}"],
+        ["seed=${oc.env:HF_TOKEN}"],
+        ["-m", "seed=${oc.env:HF_TOKEN}"],
+    ):
+        done = rerail("debug=fast", "samples=12", "evaluation.new_tokens=2", "out=here", *words)
+        assert not [text for text in (done.out, done.err) if leaks(text)], words
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert {"result.json", "results.csv", "config.json", "status.json", "report.html"} <= {
+        path.name for path in files
+    }
+    assert not [p for p in files if leaks(p.read_bytes().decode(errors="replace"))]
+    [row, *_] = json.loads(next((tmp_path / "here").glob("tiny*/result.json")).read_text())
+    assert row["prompt"] == "(hidden)"
+    assert "'prompt=${oc.env:HF_TOKEN}'" in row["choices"]["command"]
+
+
+def leaks(text: str) -> bool:
+    return SECRET in text or ("a<b" in text and "12345" in text) or "e-12345" in text
 
 
 def test_help_comes_without_torch_and_a_real_process_exits_with_2(tmp_path):

@@ -3,7 +3,9 @@
 import os
 import re
 import sys
+from collections.abc import Sequence
 
+from rerail.config import numbers
 from rerail.config.presets import config_root
 from rerail.errors import InputError
 from rerail.run import task
@@ -15,8 +17,21 @@ _FIELD = re.compile(
 )
 
 
+TRUST = "trust="
+
+
 def _forced(word: str) -> str:
-    return f"++{word}" if _FIELD.match(word) else word
+    return f"++{word}" if _FIELD.match(word) else numbers.quoted(word)
+
+
+def _words(typed: Sequence[str]) -> list[str]:
+    """Return what Hydra reads: packages to trust are for this process, and no choice of a cell."""
+    from rerail.config.trust import trust
+
+    trust(
+        name for word in typed if word.startswith(TRUST) for name in word[len(TRUST) :].split(",")
+    )
+    return [_forced(word) for word in typed if not word.startswith(TRUST)]
 
 
 def _refused() -> None:
@@ -30,23 +45,35 @@ def _refused() -> None:
 
 def main() -> None:
     """Entry point: exit status 0, 2 where something could not be used or a cell failed."""
-    if len(sys.argv) > 1 and sys.argv[1] == "demo":
-        from rerail.cli.demo import demo
+    try:
+        if sys.argv[1:2] == ["demo"]:
+            from rerail.cli.demo import demo
 
-        try:
             sys.exit(demo(sys.argv[2:]))
-        except InputError as error:
-            task.complain(str(error))
-            sys.exit(2)
+        _compose_and_run()
+        if task.Outcome.out is not None and "RERAIL_NO_SUMMARY" not in os.environ:
+            from rerail.cli.screen import finish
+
+            finish(task.Outcome.out)
+    except InputError as error:
+        task.complain(str(error))
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    sys.exit(2 if task.Outcome.failed else 0)
+
+
+def _compose_and_run() -> None:
+    """Let Hydra compose the cells that were typed, and run them."""
     import hydra
 
-    from rerail.config import search_path as searching
+    from rerail.config import search_path
     from rerail.sweep import launcher
 
     task.set_up_logging()
-    searching.register()
+    search_path.register()
     launcher.register()
-    sys.argv[1:] = map(_forced, sys.argv[1:])
+    sys.argv[1:] = _words(sys.argv[1:])
     folder = str(config_root() / "conf")
     try:
         hydra.main(version_base="1.3", config_path=folder, config_name="config")(task.task)()
@@ -55,17 +82,6 @@ def main() -> None:
             _refused()
             sys.exit(2)
         raise
-    except KeyboardInterrupt:
-        sys.exit(130)
-    if task.Outcome.out is not None and "RERAIL_NO_SUMMARY" not in os.environ:
-        from rerail.cli.screen import finish
-
-        try:
-            finish(task.Outcome.out)
-        except InputError as error:
-            task.complain(str(error))
-            sys.exit(2)
-    sys.exit(2 if task.Outcome.failed else 0)
 
 
 if __name__ == "__main__":

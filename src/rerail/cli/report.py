@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from rerail.config.secrets import guard_streams
 from rerail.errors import InputError
 from rerail.files import is_folder
 from rerail.printable import printable
@@ -13,6 +14,7 @@ from rerail.printable import printable
 
 def main(words: Sequence[str] | None = None) -> None:
     """Entry point: exit status 0, or 2 where an argument cannot be used or nothing is there."""
+    guard_streams()
     parser = argparse.ArgumentParser(prog="rerail-report", description=__doc__)
     parser.add_argument("folder", type=Path, metavar="DIR", help="holds result.json files, or one")
     parser.add_argument("--out", type=Path, metavar="FILE", help="default: DIR/report.html")

@@ -4,17 +4,19 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from rerail.config.secrets import redacted
 from rerail.errors import InputError
 from rerail.files import is_folder, read_json
 from rerail.printable import printable
 from rerail.report.report import write_report
 from rerail.report.terminal import print_summary
-from rerail.run.results import RESULT, Row, files_named, gather, log, write_csv
+from rerail.run.results import RESULT, Row, files_named, gather, log, validate_row, write_csv
 
 
 def finish(out: Path, title: str = "rerail") -> Path:
     """Read every row below `out`, print them, and write results.csv and report.html there."""
     rows, problems = gather(out)
+    rows = _redacted(rows)
     for sentence in problems:
         log.warning("%s", sentence)
     write_csv(out / "results.csv", rows)
@@ -34,7 +36,13 @@ def write_page(
 ) -> Path:
     """Write a page that others will see: it names files from `folder` on."""
     sentences = [sentence.replace(f"{folder}/", "") for sentence in problems]
-    return write_report(rows, path, title, sentences, columns)
+    return write_report(_redacted(rows), path, title, sentences, columns)
+
+
+def _redacted(rows: Sequence[Row]) -> list[Row]:
+    """Return rows without secrets: also those of others, before anything escapes them."""
+    clean = ((row, redacted(plain := dict(row)), plain) for row in rows)
+    return [row if shown is plain else validate_row(shown) for row, shown, plain in clean]
 
 
 def unstarted(folder: Path) -> list[str]:

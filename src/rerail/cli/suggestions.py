@@ -5,6 +5,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+_ADDED = ("experiments", "slurm")  # groups of which the defaults choose nothing
+
 
 def hints(overrides: Sequence[str], root: Path) -> list[str]:
     """Return one sentence for each override that names a key which does not exist.
@@ -23,6 +25,13 @@ def hints(overrides: Sequence[str], root: Path) -> list[str]:
     groups = [p.name for p in sorted((root / "conf").iterdir()) if p.is_dir()]
     chosen = [str(o.input_line) for o in parsed if o.key_or_group in groups]
     composed = _defaults(root, chosen)
+    added = [o for o in parsed if o.key_or_group in _ADDED and not o.is_add()]
+    if added:
+        return [
+            f"{o.input_line} chooses a file of {o.key_or_group}/, which no cell has by default; "
+            f"add it with a plus, and run its grid with -m: rerail -m +{o.input_line}"
+            for o in added
+        ]
     sentences = [
         _missing(o.key_or_group, composed, "")
         for o in parsed

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import psutil
 
+from rerail.config.secrets import guard_streams
 from rerail.errors import InputError
 from rerail.printable import printable
 from rerail.processes import running_process
@@ -21,6 +22,7 @@ CODES = "exit status: 0 all done, 1 something failed or was lost, 3 something wa
 
 def main(words: Sequence[str] | None = None) -> None:
     """Entry point; exit status 2 where an argument cannot be used."""
+    guard_streams()
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     options = _parser().parse_args(words)
     try:

@@ -1,9 +1,14 @@
 """Where conf/, experiments/ and slurm/ lie, and presets by name outside of the command line."""
 
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from rerail.errors import InputError
+from rerail.files import digest
 
 
 def config_root() -> Path:
@@ -34,3 +39,21 @@ def preset(group: str, name: str, **fields: Any) -> Any:
     for field, value in fields.items():
         OmegaConf.update(config, f"{group}.{field}", value, force_add=True)
     return build(config[group], group)
+
+
+def model_name(preset: str | None, node: Mapping[str, Any]) -> str:
+    """Return the name of what is loaded: its preset's, or the last part of another path.
+
+    A few digits make it unique, since two folders may end in the same word.
+
+    Args:
+        preset: that was chosen, if any.
+        node: the resolved choices of the model.
+    """
+    path, revision = str(node["path_or_id"]), node.get("revision")
+    file = config_root() / "conf" / "model" / f"{preset}.yaml"
+    known = yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    if preset and (path, revision) == (known.get("path_or_id"), known.get("revision")):
+        return preset
+    last = re.sub(r"[^\w.]+", "_", re.split(r"[/:]", path.rstrip("/"))[-1]) or "model"
+    return f"{last}_{digest([path, revision])[:4]}"

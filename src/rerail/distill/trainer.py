@@ -74,6 +74,23 @@ def check_processes(trainer: Mapping[str, Any]) -> None:
         )
 
 
+def check_accelerator(trainer: Mapping[str, Any]) -> None:
+    """Check that this machine has the accelerator that was asked for by name.
+
+    Raises:
+        InputError: it has none.
+    """
+    asked = trainer.get("accelerator", "auto")
+    if asked in ("gpu", "cuda"):
+        import torch
+
+        if not torch.cuda.is_available():
+            raise InputError(
+                f"trainer.accelerator={asked!r} needs a GPU and this machine shows none to torch; "
+                "use trainer=cpu, or trainer=default, which takes what is there"
+            )
+
+
 def strategy_arguments(trainer: Mapping[str, Any]) -> dict[str, Any]:
     """Return the trainer's arguments that say how the processes of the group work together.
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from rerail.run.results import Row
 
@@ -23,6 +23,7 @@ class Live:
         """End: `done` with the rows of result.json, or `failed` with the reason."""
 
 
+@runtime_checkable
 class Mirror(Protocol):
     """Where cells are shown."""
 

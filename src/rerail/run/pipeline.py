@@ -6,7 +6,8 @@ from dataclasses import asdict
 from pathlib import Path
 
 from rerail import api
-from rerail.distill.trainer import check_processes
+from rerail.config.secrets import redacted
+from rerail.distill.trainer import check_accelerator, check_processes
 from rerail.errors import InputError
 from rerail.files import cache_dir, is_folder, make_folder, whole_file
 from rerail.parallel import (
@@ -50,6 +51,8 @@ def run_cell(cell: Cell, out: Path, mirror: Mirror | None = None) -> list[Row]:
     cell.check()
     make_folder(cache_dir())
     check_processes(cell.trainer)
+    if cell.distill.enabled:
+        check_accelerator(cell.trainer)
     join()
     freeze_imports()
     with only_process(folder):
@@ -190,7 +193,7 @@ def run_or_record(cell: Cell, out: Path, mirror: Mirror | None = None) -> list[R
             return rows
         if is_first():
             with if_it_can_be_written(), whole_file(folder / TRACEBACK) as temporary:
-                temporary.write_text(traceback.format_exc(), encoding="utf-8")
+                temporary.write_text(redacted(traceback.format_exc()), encoding="utf-8")
         log.exception("%s failed", cell.folder)
         row = write_failure(cell, folder, "failed", f"{type(error).__name__}: {error}")
         if several:

@@ -17,6 +17,7 @@ from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, Validation
 from pydantic.dataclasses import dataclass
 from typing_extensions import TypedDict
 
+from rerail.config.secrets import redacted
 from rerail.errors import InputError
 from rerail.files import digest, is_folder, read_json, whole_file, write_json
 from rerail.printable import printable, spreadsheet_field
@@ -376,7 +377,7 @@ def write_csv(path: Path | str, rows: Sequence[Mapping[str, Any]]) -> Path:
         writer = csv.DictWriter(out, columns, extrasaction="ignore", lineterminator="\n")
         writer.writeheader()
         for row, chosen in zip(checked, choices, strict=True):
-            fields = {**row, **chosen}
+            fields = redacted({**row, **chosen})
             writer.writerow({name: spreadsheet_field(fields.get(name)) for name in columns})
     return path
 

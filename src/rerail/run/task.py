@@ -16,6 +16,8 @@ from typing import Any
 
 import yaml
 
+from rerail.config.secrets import guard_streams, redacted
+from rerail.errors import InputError
 from rerail.files import refusals
 from rerail.parallel import is_first
 
@@ -54,7 +56,7 @@ class SweepCell:
 
     def save(self, path: Path) -> Path:
         """Write a file that a job reads, and return its path."""
-        text = yaml.safe_dump(dataclasses.asdict(self), sort_keys=False)
+        text = yaml.safe_dump(redacted(dataclasses.asdict(self)), sort_keys=False)
         with refusals(path):
             path.write_text(text, encoding="utf-8")
         return path
@@ -65,21 +67,30 @@ class SweepCell:
         return cls(**yaml.safe_load(path.read_text(encoding="utf-8")))
 
 
+def _speaks() -> bool:
+    """Return whether this process is the one that writes to the user."""
+    try:
+        return is_first()
+    except InputError:  # its rank cannot be read, which is what it has to say
+        return True
+
+
 def record(out: Path | None, failed: bool) -> None:
     """Note what the summary at the end is of, and whether something failed."""
-    if is_first():
+    if _speaks():
         Outcome.out = out or Outcome.out
     Outcome.failed = Outcome.failed or failed
 
 
 def complain(sentence: str) -> None:
     """Write to the user what is wrong."""
-    if is_first():
+    if _speaks():
         sys.stderr.write(f"rerail: {sentence}\n")
 
 
 def set_up_logging() -> None:
     """Choose what a person wants to see: our own lines and the progress bars."""
+    guard_streams()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("rerail").setLevel(logging.INFO)
@@ -91,14 +102,14 @@ def task(config: Any) -> None:
     Outcome.started = True
     from hydra.core.hydra_config import HydraConfig
 
-    from rerail.config.instantiate import build
-    from rerail.errors import InputError
+    from rerail.config.instantiate import build, resolved
     from rerail.run.compose import to_cell
     from rerail.run.pipeline import run_cell
 
-    names, command = _chosen(HydraConfig.get())
-    out = Path(config.out).absolute()
     try:
+        _check_single(HydraConfig.get())
+        names, command = _chosen(HydraConfig.get())
+        out = Path(resolved(config, "config")["out"]).absolute()
         cell = to_cell(config, command, names)
         run_cell(cell, out, build(config.logger, "logger"))
     except InputError as error:
@@ -108,12 +119,40 @@ def task(config: Any) -> None:
     record(out, failed=False)
 
 
+def _check_single(hydra: Any) -> None:
+    """Refuse what only `-m` does: nothing that was asked for is left out without a word."""
+
+    chosen = hydra.runtime.choices
+    words = [f"+{group}={chosen[group]}" for group in ("experiments", "slurm") if group in chosen]
+    asked = " ".join(words) or "hydra.sweeper or hydra.launcher"
+    if grid := list(hydra.sweeper.get("params") or {}):
+        raise InputError(
+            f"{asked} is a grid over {', '.join(map(str, grid))} and runs with -m only: "
+            f"rerail -m {' '.join(words)}".rstrip()
+        )
+    if hydra.launcher.get("executor", "here") != "here":
+        raise InputError(
+            f"{asked} submits jobs and does so with -m only: rerail -m {' '.join(words)}".rstrip()
+        )
+
+
 def _chosen(hydra: Any) -> tuple[dict[str, str], str]:
     """Return the group names that were chosen, and the command that chooses this cell alone."""
+    from omegaconf import OmegaConf
+
+    from rerail.config.numbers import preset_name, unquoted
+    from rerail.config.secrets import without_secrets
+    from rerail.config.trust import trusted
+
     chosen = {str(g): str(c) for g, c in hydra.runtime.choices.items() if c is not None}
-    words = [word.removeprefix("++") for word in hydra.overrides.task]
-    command = shlex.join(["rerail", *(word for word in words if not word.startswith("out="))])
-    return {g: c for g, c in chosen.items() if "/" not in g}, command
+    # as typed: what `${...}` stands for is looked up again by who runs the command
+    typed: Any = OmegaConf.to_container(hydra.overrides.task, resolve=False)
+    words = [unquoted(word.removeprefix("++")) for word in typed]
+    words += [f"trust={name}" for name in trusted()]
+    words = ["rerail", *(word for word in words if not word.startswith("out="))]
+    # before the shell's quotes, which a secret may need
+    command = shlex.join(redacted(without_secrets(words, references=True)))
+    return {g: preset_name(g, c) for g, c in chosen.items() if "/" not in g}, command
 
 
 def describe(config: Any) -> SweepCell:
@@ -123,7 +162,6 @@ def describe(config: Any) -> SweepCell:
 
     from rerail.config.instantiate import build
     from rerail.config.secrets import escaped, without_secrets
-    from rerail.errors import InputError
     from rerail.run import pipeline as runner
     from rerail.run.compose import to_cell
     from rerail.run.rows import failed_choice
@@ -136,13 +174,12 @@ def describe(config: Any) -> SweepCell:
         build(config.logger, "logger")
         plain: Any = OmegaConf.to_container(bare, resolve=True)
         choices = without_secrets(escaped({**plain, "out": str(out)}), references=True)
-        shown = without_secrets(command, references=True)
     except InputError as error:
         row = failed_choice(bare, command, str(error), out)
         name = f"failed-{row['key'][:8]}"
         return SweepCell(str(out), name, row["key"], command, state="failed", reason=str(error))
     state, reason = runner.standing(cell, out)
-    return SweepCell(str(out), cell.folder, cell.key, shown, names, choices, state, reason)
+    return SweepCell(str(out), cell.folder, cell.key, command, names, choices, state, reason)
 
 
 def run(cell: SweepCell) -> tuple[str, str]:
@@ -155,7 +192,6 @@ def run(cell: SweepCell) -> tuple[str, str]:
     from omegaconf import OmegaConf
 
     from rerail.config.instantiate import build
-    from rerail.errors import InputError
     from rerail.run.compose import to_cell
     from rerail.run.pipeline import run_or_record
 
