@@ -118,7 +118,7 @@ def text(
     if isinstance(calibration, str):
         calibration = cast(Calibration, preset("calibration", calibration, **fields))
     if isinstance(calibration, Calibration):
-        whole = isinstance(teacher, LanguageModel) and calibration.needs_model
+        whole = isinstance(teacher, LanguageModel)
         return calibration.blocks(tokenizer, teacher.model.model if whole else None)
     return blocks_of_strings(tokenizer, calibration, **fields)
 
@@ -345,7 +345,8 @@ def evaluate(  # noqa: PLR0913
         batch_size: blocks a forward.
         recorder: hears of the scores.
     """
-    named = texts if isinstance(texts, Mapping) else {"text": as_blocks(teacher, texts)}
+    asked = texts if isinstance(texts, Mapping) else {"text": texts}
+    named = {name: as_blocks(teacher, text) for name, text in asked.items()}
 
     def scored(model: LanguageModel, name: str, against: Scores | None) -> Scores:
         def make() -> Scores:
@@ -392,6 +393,7 @@ def save(
         manifest={"parent": parent, **(facts or {})},
         densify=densify,
         dtype=source.stored_dtype(),
+        companions=source.companions(),
     )
 
 

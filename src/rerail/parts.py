@@ -24,6 +24,7 @@ from rerail.plan.plan import Plan
 from rerail.plan.sizes import Sizes
 from rerail.statistics.statistic import Statistic, StatisticSet
 from rerail.text.calibration import TokenBlocks
+from rerail.text.tokens import check_block, plain_ids, prefix_ids
 
 BLOCK = 256  # tokens, where text is plain strings
 
@@ -174,22 +175,21 @@ def as_blocks(teacher: LanguageModel, text: Text) -> TokenBlocks:
     """Return text as blocks.
 
     Raises:
-        InputError: it is the name of a preset, or too short.
+        InputError: it is the name of a preset, too short, or longer than the model has positions.
     """
     if isinstance(text, TokenBlocks):
+        check_block(text.input_ids.shape[1], teacher.model.config)
         return text
     if isinstance(text, str):
         raise InputError(f"text={text!r} is one string; give api.text(teacher, 'mix') or a list")
-    return blocks_of_strings(teacher.tokenizer, text)
+    return as_blocks(teacher, blocks_of_strings(teacher.tokenizer, text))
 
 
 def blocks_of_strings(tokenizer: Any, strings: Sequence[str], block: int = BLOCK) -> TokenBlocks:
     """Return one block a string, cut after `block` tokens and padded to the longest."""
-    rows = [
-        tokenizer(string, add_special_tokens=False, verbose=False)["input_ids"]
-        for string in strings
-    ]
-    rows = [row[:block] for row in rows if len(row) >= 2]
+    prefix = prefix_ids(tokenizer)
+    rows = [[*prefix, *plain_ids(tokenizer, string)][:block] for string in strings]
+    rows = [row for row in rows if len(row) >= 2]
     if not rows:
         raise InputError(
             f"none of the {len(strings)} strings of text has 2 tokens; give longer ones, or a "

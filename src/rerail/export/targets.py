@@ -125,6 +125,7 @@ def export_student(  # noqa: PLR0913
     manifest: Mapping[str, Any] | None = None,
     densify: bool = False,
     dtype: torch.dtype | None = None,
+    companions: Mapping[str, Path] | None = None,
 ) -> Path:
     """Write a checkpoint and return its path.
 
@@ -137,10 +138,12 @@ def export_student(  # noqa: PLR0913
         plan: the plan it came from, for the manifest.
         path: a new or empty folder, or an earlier export, which is replaced.
         form: `native`, `package` or `remote`.
-        tokenizer: is written beside the weights.
+        tokenizer: is written beside the weights, unless there are companions.
         manifest: further facts for `compression.json` (parent, choices, evaluation).
         densify: turn every stored form into one whole expert for each router row.
         dtype: of the parent's checkpoint; by default the one in which the student runs.
+        companions: the parent's own files of tokenizer, generation and processors by name, which
+            are copied byte for byte in the place of what transformers would write.
 
     Raises:
         InputError: the target cannot hold the student, `path` holds something else, or no space is
@@ -157,7 +160,7 @@ def export_student(  # noqa: PLR0913
         "sizes": sizes_of(written, dtype),
     }
     code = _code(written) if form == "remote" else {}
-    return write_checkpoint(written.model, path, tokenizer, plan, facts, code)
+    return write_checkpoint(written.model, path, tokenizer, plan, facts, code, companions)
 
 
 def _code(written: MoEModel) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""Checkpoints whose weights are no plain floats: turned into floats where that is exact, or refused.
+"""Checkpoints whose weights are no plain floats: made floats where that is exact, or refused.
 
 A student is saved as plain floats, so a parent in another number format must become plain before
 anything reads its experts. What transformers turns into floats while it loads is taken (MXFP4 of
@@ -9,9 +9,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from transformers import FineGrainedFP8Config, Mxfp4Config
+from transformers.utils.quantization_config import FineGrainedFP8Config, Mxfp4Config
 
 from rerail.errors import InputError
+from rerail.moe.families import always_float32
 from rerail.moe.stored_tensors import StoredTensor
 
 READABLE = ("mxfp4", "fp8")
@@ -89,7 +90,7 @@ def forget_packing(model: Any, dtype: Any) -> None:
         dtype: of all its parameters, but for those that the family keeps in float32.
     """
     model._weight_conversions = None
-    always = list(model._get_dtype_plan(dtype))
+    always = always_float32(model, dtype)
     for name, parameter in model.named_parameters():
         if parameter.is_floating_point() and not any(part in name for part in always):
             parameter.data = parameter.data.to(dtype)

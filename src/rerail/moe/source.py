@@ -281,20 +281,8 @@ class ModelSource:
         """Call `read`; what transformers has against the checkpoint becomes a sentence."""
         try:
             return read(*args, **options)
-        except (OSError, json.JSONDecodeError) as error:
-            raise InputError(
-                f"model {self.path_or_id!r} could not be read ({_first_line(error)}); give a local "
-                "folder, or a hub id with a network or a filled cache"
-            ) from error
-        except SafetensorError as error:
-            raise InputError(
-                f"model {self.path_or_id!r} has a damaged safetensors file ({_first_line(error)}); "
-                "fetch it again"
-            ) from error
-        except InputError:
+        except (InputError, MemoryError):
             raise
-        except (ValueError, ImportError) as error:
-            raise InputError(f"model {self.path_or_id!r}: {_first_line(error)}") from error
         except RuntimeError as error:
             if "above report" not in str(error):
                 raise
@@ -302,14 +290,35 @@ class ModelSource:
                 f"model {self.path_or_id!r} does not fit its config: tensors are lacking or have "
                 "other shapes (the load report above names them); load a complete checkpoint"
             ) from error
+        except Exception as error:  # files of another shape than expected fail anywhere
+            raise InputError(f"model {self.path_or_id!r} {_complaint(error)}") from error
+
+
+def _complaint(error: Exception) -> str:
+    """Return what a failure says about a model, and what to do."""
+    reason = (str(error).strip() or "no reason was given").splitlines()[0]
+    if isinstance(error, OSError | json.JSONDecodeError) and not isinstance(error, ImportError):
+        return (
+            f"could not be read ({reason}); give a local folder, or a hub id with a network or a "
+            "filled cache"
+        )
+    if isinstance(error, SafetensorError):
+        return f"has a damaged safetensors file ({reason}); fetch it again"
+    if "Unrecognized configuration class" in reason:
+        return (
+            "is not supported: transformers has no causal language model of its family; name a "
+            "decoder that writes text"
+        )
+    if isinstance(error, ValueError | ImportError):
+        return f"cannot be used: {reason}"
+    return (
+        f"could not be read ({type(error).__name__}: {reason}); its files are damaged, or of "
+        "another kind than this version of transformers reads"
+    )
 
 
 def _zoo() -> Path:
     return Path(str(importlib.resources.files("rerail.zoo")))
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0]
 
 
 @functools.cache
