@@ -23,6 +23,7 @@ from rerail.export.native import check_native, stock_model
 from rerail.export.package import check_packaged, packaged_model
 from rerail.export.remote import auto_map, modelling_file, module_name
 from rerail.moe.families import always_float32
+from rerail.moe.left_out import left_out_of, parts_of, withdraw_claims
 from rerail.moe.model import MoEModel
 from rerail.plan.plan import Plan
 
@@ -159,6 +160,9 @@ def export_student(  # noqa: PLR0913
         "dtype": str(dtype).removeprefix("torch."),
         "sizes": sizes_of(written, dtype),
     }
+    if left_out := left_out_of(student.model):
+        withdraw_claims(written.config, left_out)
+        facts["left_out"] = {"tensors": len(left_out), "parts": parts_of(left_out)}
     code = _code(written) if form == "remote" else {}
     return write_checkpoint(written.model, path, tokenizer, plan, facts, code, companions)
 

@@ -266,6 +266,11 @@ def experts_implementation(config: Any) -> str | None:
     return implementations(config)["experts_implementation"]
 
 
+def ignored_patterns(model: Any) -> list[str]:
+    """Return the patterns of stored names that a family leaves out in silence."""
+    return sorted(model._keys_to_ignore_on_load_unexpected or ())
+
+
 def float32_patterns(model: Any) -> list[set[str]]:
     """Return the sets of name patterns that a family keeps in float32; they may be added to."""
     return [model._keep_in_fp32_modules, model._keep_in_fp32_modules_strict]

@@ -5,7 +5,7 @@ anything reads its experts. What transformers turns into floats while it loads i
 gpt-oss, block-wise FP8 of DeepSeek-V3 and its like); all else is refused before weights load.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ _PACKED_NAMES = (
     ".quant_map",
     ".SCB",
 )
+_ALL_SCALES = (".weight_scale", ".weight_scale_inv", ".input_scale", ".scales", ".qzeros")
 _PACKED_DTYPES = ("F8", "F6", "F4")
 
 
@@ -69,6 +70,22 @@ def check_number_format(
             f"model {name!r} holds plain floats, and its config names the number format "
             f"{method!r}; remove quantization_config from its config.json"
         )
+
+
+def check_scales_are_used(left_out: Iterable[str], name: str) -> None:
+    """Check that no weight was loaded without the numbers that scale it.
+
+    Args:
+        left_out: tensors of the checkpoint that the model does not have.
+        name: of the model, for the error.
+
+    Raises:
+        InputError: one was.
+    """
+    names = set(left_out)
+    for tensor in names:
+        if tensor.endswith(_ALL_SCALES) and f"{tensor.rpartition('.')[0]}.weight" not in names:
+            raise _refusal(name, f"transformers loads it without its scales, {tensor} for one")
 
 
 def unpacking(config: Any) -> dict[str, Any]:

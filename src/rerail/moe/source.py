@@ -3,7 +3,8 @@
 import functools
 import importlib.resources
 import json
-from collections.abc import Mapping
+import logging
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -16,15 +17,19 @@ from transformers.utils.hub import cached_file
 from rerail.errors import InputError
 from rerail.files import digest, file_digest
 from rerail.moe.families import check_family
+from rerail.moe.left_out import left_out_of, note_left_out, parts_of
 from rerail.moe.model import MoEModel
 from rerail.moe.number_format import (
     check_number_format,
+    check_scales_are_used,
     forget_packing,
     is_packed,
     unpacking,
 )
 from rerail.moe.stored_tensors import main_dtype, stored_tensors
 from rerail.moe.tokenizer import FILE, true_to_file
+
+log = logging.getLogger(__name__)
 
 _HASHED_WHOLE = 2**31
 _HASHED_KINDS = (".json", ".safetensors", ".bin", ".model", ".txt", ".py")
@@ -161,6 +166,7 @@ class ModelSource:
                 f"model {self.path_or_id!r} lacks {len(absent)} of its tensors, {absent[0]} for "
                 "one; load a complete checkpoint of this family"
             )
+        self._note_left_out(model, report["unexpected_keys"])
         if self.device_map is None:
             model.to(device)
         elif outside := [name for name, p in model.named_parameters() if p.is_meta]:
@@ -233,6 +239,28 @@ class ModelSource:
         if device == "cpu" and self.device_map is None:
             return torch.float32
         return self.stored_dtype() or torch.float32
+
+    def _note_left_out(self, model: Any, unexpected: Iterable[str]) -> None:
+        """Say which tensors of the checkpoint the model has no place for.
+
+        Raises:
+            InputError: one of them scales weights that were loaded without it.
+        """
+        folder = self.folder()
+        note_left_out(model, stored_tensors(folder) if folder else {}, unexpected)
+        names = left_out_of(model)
+        if not names:
+            return
+        check_scales_are_used(names, self.path_or_id)
+        parts = ", ".join(f"{part} ({count})" for part, count in parts_of(names).items())
+        log.warning(
+            "model %r has %d tensors that its class %s has no place for: %s; they take no part in "
+            "anything that is measured and are left out of an export",
+            self.path_or_id,
+            len(names),
+            type(model).__name__,
+            parts,
+        )
 
     def _file(self, name: str) -> Path | None:
         """Return a file of the checkpoint, None where there is none."""
