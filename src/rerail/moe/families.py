@@ -15,7 +15,7 @@ from torch import nn
 
 from rerail.errors import InputError
 
-_BESIDE_A_DENSE_MLP = "its experts stand in the decoder layer beside a dense MLP, in no block"
+_BESIDE_A_DENSE_MLP = "its experts stand beside a dense MLP, in no block of their own"
 _ROWS_FOR_SHARED = "its router has rows for shared experts too"
 _NOT_WRITTEN_BACK = "transformers 5.23 cannot write its experts under the names it reads them by"
 OUTSIDE_THE_SEAM = {
