@@ -31,6 +31,7 @@ from rerail.arguments import (
     as_budget,
     as_method,
     as_settings,
+    blocks_for,
     check_statistics,
 )
 from rerail.compress.base import Compressor, Remeasure, make_plan
@@ -120,7 +121,7 @@ def text(
     if isinstance(calibration, str):
         calibration = cast(Calibration, preset("calibration", calibration, **fields))
     if isinstance(calibration, Calibration):
-        return calibration.blocks(tokenizer, model if calibration.needs_model else None)
+        return calibration.blocks(tokenizer, model)
     return as_blocks(tokenizer, calibration, **fields)
 
 
@@ -140,7 +141,7 @@ def collect(
     wanted: list[Statistic] = []
     for item in what:
         wanted += [item] if isinstance(item, Statistic) else as_method(item).requires
-    blocks = as_blocks(teacher.tokenizer, text)
+    blocks = blocks_for(teacher, text)
     batches = list(blocks.batches(batch_size))
 
     def make(missing: Sequence[Statistic]) -> StatisticSet:
@@ -269,7 +270,7 @@ def repair(  # noqa: PLR0913
         InputError: too little text, gate weights without gradient, or a KL that is not finite.
     """
     settings = as_settings(distill, **fields)
-    blocks = as_blocks(teacher.tokenizer, text)
+    blocks = blocks_for(teacher, text)
 
     def make() -> fitting.Repair:
         return fitting.repair(
@@ -309,7 +310,8 @@ def evaluate(  # noqa: PLR0913
         reference: the teacher's scores of the same texts; they are made where they are missing.
         stage: what the student is called for the recorder: `compressed` or `repaired`.
     """
-    named = texts if isinstance(texts, Mapping) else {"text": as_blocks(teacher.tokenizer, texts)}
+    asked = texts if isinstance(texts, Mapping) else {"text": texts}
+    named = {name: blocks_for(teacher, text) for name, text in asked.items()}
 
     def scored(model: LanguageModel, name: str, against: Scores | None) -> Scores:
         def make() -> Scores:
@@ -360,6 +362,7 @@ def save(
         manifest={"parent": parent, **(facts or {})},
         densify=densify,
         dtype=source.stored_dtype(),
+        companions=source.companions(),
     )
 
 
@@ -383,7 +386,7 @@ def _measure(
             f"{type(method).__name__} measures the model on calibration text and there is none; "
             "give text, e.g. api.text(teacher), or statistics where the method is not sequential"
         )
-    blocks = as_blocks(teacher.tokenizer, text)
+    blocks = blocks_for(teacher, text)
     if method.driver == "sequential":
         batches = list(blocks.batches(batch_size))
         return StatisticSet(), sequential(

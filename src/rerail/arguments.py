@@ -10,10 +10,12 @@ from rerail.config.presets import preset
 from rerail.distill.settings import RouterKD
 from rerail.errors import InputError, OutOfReach
 from rerail.files import digest
+from rerail.language_model import LanguageModel
 from rerail.plan.allocation import Allocation, Uniform
 from rerail.plan.budget import Bits, Budget, Ratio, Skip
 from rerail.statistics.statistic import StatisticSet
 from rerail.text.calibration import TokenBlocks
+from rerail.text.tokens import check_block, plain_ids, prefix_ids
 
 BLOCK = 256  # tokens, where text is plain strings
 
@@ -74,10 +76,9 @@ def as_blocks(tokenizer: Any, text: Text, block: int = BLOCK) -> TokenBlocks:
         return text
     if isinstance(text, str):
         raise InputError(f"text={text!r} is one string; give api.text(teacher, 'mix') or a list")
-    rows = [
-        tokenizer(string, add_special_tokens=False, verbose=False)["input_ids"] for string in text
-    ]
-    rows = [row[:block] for row in rows if len(row) >= 2]
+    prefix = prefix_ids(tokenizer)
+    rows = [[*prefix, *plain_ids(tokenizer, string)][:block] for string in text]
+    rows = [row for row in rows if len(row) >= 2]
     if not rows:
         raise InputError(
             f"none of the {len(text)} strings of text has 2 tokens; give longer ones, or a "
@@ -89,6 +90,17 @@ def as_blocks(tokenizer: Any, text: Text, block: int = BLOCK) -> TokenBlocks:
         ids[i, : len(row)] = torch.tensor(row)
         mask[i, : len(row)] = True
     return TokenBlocks(ids, mask, digest([ids.tolist(), mask.tolist()]))
+
+
+def blocks_for(teacher: LanguageModel, text: Text) -> TokenBlocks:
+    """Return text as blocks that a model can read.
+
+    Raises:
+        InputError: as `as_blocks`, or they are longer than the model has positions.
+    """
+    blocks = as_blocks(teacher.tokenizer, text)
+    check_block(blocks.input_ids.shape[1], teacher.model.config)
+    return blocks
 
 
 def check_statistics(statistics: StatisticSet, method: Compressor, layers: Sequence[int]) -> None:

@@ -141,7 +141,7 @@ def test_only_as_many_documents_are_tokenised_as_the_sample_needs(monkeypatch):
         lambda self, text, **o: (seen.append(text), call(self, text, **o))[1],
     )
     with_(samples=1).blocks(tokenizer)
-    assert len(seen) == 1
+    assert len([text for text in seen if text != "x"]) == 1  # which asks what begins a text
 
 
 def test_self_text_fills_its_turns_and_is_told_apart_by_what_the_model_said(tokenizer):

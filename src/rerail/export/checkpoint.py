@@ -4,11 +4,12 @@ import copy
 import dataclasses
 import json
 import platform
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
 from rerail.errors import InputError
 from rerail.files import whole_file, write_json
@@ -37,29 +38,56 @@ def check_target(path: Path) -> None:
         )
 
 
-def write_checkpoint(
+def write_checkpoint(  # noqa: PLR0913
     model: PreTrainedModel,
     path: Path,
     tokenizer: Any,
     plan: Plan,
     facts: Mapping[str, Any],
     code: Mapping[str, str] | None = None,
+    companions: Mapping[str, Path] | None = None,
 ) -> Path:
     """Write weights (sharded safetensors), configs, tokenizer, code (by file name) and manifest.
+
+    Args:
+        model: of transformers, in the dtype that is written.
+        path: the folder.
+        tokenizer: is written where there are no companions.
+        plan, facts: for the manifest.
+        code: source files by name.
+        companions: files beside the parent's weights by name; they are copied byte for byte, and
+            a parent without a tokenizer or a generation config leaves a child without one.
 
     Raises:
         InputError: as `check_target`, or no space is left on the device.
     """
     check_target(path)
     with whole_file(path) as folder:
-        model.save_pretrained(folder)
+        _save_weights(model, folder, keep_generation=companions is None)
         _write_aliases(folder / "config.json", model.config)
-        if tokenizer is not None:
+        if tokenizer is not None and companions is None:
             _as_loaded(tokenizer).save_pretrained(folder)
+        for name, source in (companions or {}).items():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source, folder / name)
         for name, text in (code or {}).items():
             (folder / name).write_text(text, encoding="utf-8")
         _write_manifest(folder, plan, facts)
     return path
+
+
+def _save_weights(model: PreTrainedModel, folder: Path, keep_generation: bool) -> None:
+    """Write weights and config, and the generation config only where it is to be kept."""
+    generation: Any = model.generation_config
+    # transformers refuses to write settings that contradict each other, which a parent may have
+    fresh: Any = GenerationConfig
+    model.generation_config = generation if keep_generation else fresh()
+    try:
+        model.save_pretrained(folder)
+    finally:
+        model.generation_config = generation
+    if not keep_generation:
+        (folder / "generation_config.json").unlink(missing_ok=True)
 
 
 def _write_aliases(path: Path, config: Any) -> None:

@@ -8,7 +8,7 @@ from torch import nn
 
 from rerail.errors import InputError
 from rerail.export.classes import family_of
-from rerail.moe.families import WIDTH_NAMES, set_expert_count
+from rerail.moe.families import WIDTH_NAMES, match_row_counts, set_expert_count
 from rerail.moe.fused_experts import expert_parameters, shell_of
 from rerail.moe.model import MoELayer, MoEModel
 from rerail.moe.router import MaskedRouter
@@ -156,6 +156,7 @@ def stock_model(student: MoEModel, densify: bool = False) -> MoEModel:
         layer.swap(_pick(layer.bank.as_stock(width), layer.selectable_rows))
         layer.unmask()
     set_expert_count(plain.config, plain.layers[0].num_experts)
+    match_row_counts(plain.model)
     return plain
 
 

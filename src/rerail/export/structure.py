@@ -17,7 +17,13 @@ from torch import Tensor, nn
 
 from rerail.experts.base import BankSpec, ExpertBank, StoredForm, build_bank
 from rerail.moe.attention import watch_attention
-from rerail.moe.families import body_of, experts_of, float32_patterns, set_experts
+from rerail.moe.families import (
+    body_of,
+    experts_of,
+    float32_patterns,
+    match_row_counts,
+    set_experts,
+)
 from rerail.moe.fused_experts import expert_parameters, shell_of
 from rerail.moe.router import MaskedRouter, slice_rows
 
@@ -77,6 +83,7 @@ def restructure(model: Any, entries: Sequence[Entry]) -> None:
         solved = [_empty(bank, next(iter(experts.values()))) for bank in entry["banks"]]
         set_experts(block, stored_bank(entry, stock, experts, solved, shells))
         watch_attention(body, {entry["path"]: block})
+    match_row_counts(model)
 
 
 def bank_entry(form: StoredForm, dtype: torch.dtype) -> dict[str, Any]:

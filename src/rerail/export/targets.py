@@ -23,6 +23,7 @@ from rerail.export.native import check_native, stock_model
 from rerail.export.package import check_packaged, packaged_model
 from rerail.export.remote import auto_map, modelling_file, module_name
 from rerail.moe.families import always_float32
+from rerail.moe.left_out import left_out_of, parts_of, withdraw_claims
 from rerail.moe.model import MoEModel
 from rerail.plan.plan import Plan
 
@@ -125,6 +126,7 @@ def export_student(  # noqa: PLR0913
     manifest: Mapping[str, Any] | None = None,
     densify: bool = False,
     dtype: torch.dtype | None = None,
+    companions: Mapping[str, Path] | None = None,
 ) -> Path:
     """Write a checkpoint and return its path.
 
@@ -137,10 +139,12 @@ def export_student(  # noqa: PLR0913
         plan: the plan it came from, for the manifest.
         path: a new or empty folder, or an earlier export, which is replaced.
         form: `native`, `package` or `remote`.
-        tokenizer: is written beside the weights.
+        tokenizer: is written beside the weights, unless there are companions.
         manifest: further facts for `compression.json` (parent, choices, evaluation).
         densify: turn every stored form into one whole expert for each router row.
         dtype: of the parent's checkpoint; by default the one in which the student runs.
+        companions: the parent's own files of tokenizer, generation and processors by name, which
+            are copied byte for byte in the place of what transformers would write.
 
     Raises:
         InputError: the target cannot hold the student, `path` holds something else, or no space is
@@ -156,8 +160,11 @@ def export_student(  # noqa: PLR0913
         "dtype": str(dtype).removeprefix("torch."),
         "sizes": sizes_of(written, dtype),
     }
+    if left_out := left_out_of(student.model):
+        withdraw_claims(written.config, left_out)
+        facts["left_out"] = {"tensors": len(left_out), "parts": parts_of(left_out)}
     code = _code(written) if form == "remote" else {}
-    return write_checkpoint(written.model, path, tokenizer, plan, facts, code)
+    return write_checkpoint(written.model, path, tokenizer, plan, facts, code, companions)
 
 
 def _code(written: MoEModel) -> dict[str, str]:

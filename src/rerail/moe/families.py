@@ -15,6 +15,9 @@ from torch import nn
 
 from rerail.errors import InputError
 
+_BESIDE_A_DENSE_MLP = "its experts stand beside a dense MLP, in no block of their own"
+_ROWS_FOR_SHARED = "its router has rows for shared experts too"
+_NOT_WRITTEN_BACK = "transformers 5.23 cannot write its experts under the names it reads them by"
 OUTSIDE_THE_SEAM = {
     "llama4": "its experts are called with routing already applied",
     "llama4_text": "its experts are called with routing already applied",
@@ -24,6 +27,16 @@ OUTSIDE_THE_SEAM = {
     "longcat_flash": "its router has rows for identity experts",
     "nllb_moe": "it is an encoder-decoder with experts as a dictionary",
     "step3p7": "its experts take other arguments",
+    "gemma4": _BESIDE_A_DENSE_MLP,
+    "gemma4_text": _BESIDE_A_DENSE_MLP,
+    "gemma4_unified": _BESIDE_A_DENSE_MLP,
+    "gemma4_unified_text": _BESIDE_A_DENSE_MLP,
+    "zaya": "its router is an MLP that also reads the router of the layer before",
+    "inkling_text": _ROWS_FOR_SHARED,
+    "inkling_mm_model": _ROWS_FOR_SHARED,
+    "inkling2_text": _ROWS_FOR_SHARED,
+    "dots3_note": _NOT_WRITTEN_BACK,
+    "dots3_note_text": _NOT_WRITTEN_BACK,
     "deepseek": "it needs remote code (deepseek-moe-16b-base is not in transformers 5.23)",
 }
 
@@ -203,6 +216,30 @@ def set_expert_count(config: Any, count: int) -> None:
             setattr(config, name, count)
 
 
+def match_row_counts(model: Any) -> None:
+    """Let a model's own copies of the expert count agree with its routers, in place.
+
+    The auxiliary loss reads them. Where layers differ it cannot be computed, and is off.
+    """
+    counts = {_row_count(module) for module in model.modules() if is_moe_block(module)}
+    if len(counts) > 1:
+        if getattr(model.config, "output_router_logits", False):
+            model.config.output_router_logits = False
+        return
+    for count in counts:
+        for name in _ROW_COUNTS:
+            if isinstance(getattr(model, name, None), int):
+                setattr(model, name, count)
+
+
+def _row_count(block: nn.Module) -> int:
+    traits = traits_of(block)
+    rows: Any = getattr(block, traits.router)
+    for part in traits.rows.split("."):
+        rows = getattr(rows, part)
+    return int(rows.shape[0])
+
+
 def expert_count_aliases(config: Any, written: Mapping[str, Any]) -> dict[str, int]:
     """Return the expert count of a written config under the other names that the family reads.
 
@@ -228,6 +265,11 @@ def set_implementations(config: Any, chosen: Mapping[str, str | None]) -> None:
 def experts_implementation(config: Any) -> str | None:
     """Return how experts compute (`eager`, `grouped_mm`, ...); None where nobody chose."""
     return implementations(config)["experts_implementation"]
+
+
+def ignored_patterns(model: Any) -> list[str]:
+    """Return the patterns of stored names that a family leaves out in silence."""
+    return sorted(model._keys_to_ignore_on_load_unexpected or ())
 
 
 def float32_patterns(model: Any) -> list[set[str]]:

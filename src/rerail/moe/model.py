@@ -100,11 +100,27 @@ def find_layers(model: nn.Module) -> tuple[MoELayer, ...]:
                     f"model family {family!r} is not supported: its experts are not fused "
                     "`gate_up_proj` and `down_proj` tensors"
                 )
+            _check_rows(layers[-1], family)
+    if not layers and any("expert" in name for name, _ in model.named_parameters()):
+        raise InputError(
+            f"model family {family!r} is not supported: it has experts, but no block that owns "
+            "them and a router with one row for each"
+        )
     if not layers:
         raise InputError(
             f"model family {family!r} has no MoE layers: rerail compresses routed experts"
         )
     return tuple(layers)
+
+
+def _check_rows(layer: MoELayer, family: str) -> None:
+    """A family's own router has one row for each routed expert, and none for anything else."""
+    rows, experts = layer.num_experts, layer.dims.experts
+    if layer.bank.is_stock and rows != experts:
+        raise InputError(
+            f"model family {family!r} is not supported: its router has {rows} rows for {experts} "
+            "routed experts"
+        )
 
 
 class MoEModel:

@@ -3,23 +3,55 @@
 import functools
 import importlib.resources
 import json
-from collections.abc import Mapping
+import logging
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.utils.hub import cached_file
 
 from rerail.errors import InputError
 from rerail.files import digest, file_digest
 from rerail.moe.families import check_family
+from rerail.moe.left_out import left_out_of, note_left_out, parts_of
 from rerail.moe.model import MoEModel
+from rerail.moe.number_format import (
+    check_number_format,
+    check_scales_are_used,
+    forget_packing,
+    is_packed,
+    unpacking,
+)
+from rerail.moe.stored_tensors import main_dtype, stored_tensors
+from rerail.moe.tokenizer import FILE, true_to_file
+
+log = logging.getLogger(__name__)
 
 _HASHED_WHOLE = 2**31
 _HASHED_KINDS = (".json", ".safetensors", ".bin", ".model", ".txt", ".py")
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
+# what stands beside the weights and does not change with them
+_COMPANIONS = (
+    "tokenizer*.json",
+    "*.model",
+    "*.tiktoken",
+    "tekken.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "chat_template*.jin*",
+    "chat_template*.json",
+    "additional_chat_templates/*.jinja",
+    "generation_config.json",
+    "*processor_config.json",
+    "tokenization_*.py",
+    "processing_*.py",
+)
 
 
 @dataclass(frozen=True)
@@ -66,12 +98,16 @@ class ModelSource:
         """Return the transformers config.
 
         Raises:
-            InputError: refused, not found, no network, remote code, or a family outside the seam.
+            InputError: refused, not found, no network, remote code, a family outside the seam, or
+                weights in a number format that cannot become plain floats.
         """
         if self.refuse:
             raise InputError(f"model {self.path_or_id!r} is not supported: {self.refuse}")
         config = self._from(AutoConfig)
         check_family(config.model_type)
+        folder = self.folder()
+        tensors = stored_tensors(folder) if folder else {}
+        check_number_format(config, tensors, folder, self.path_or_id)
         return config
 
     def meta(self) -> MoEModel:
@@ -84,10 +120,15 @@ class ModelSource:
     def tokenizer(self) -> Any:
         """Return the tokenizer; one without a padding token pads with end-of-text.
 
+        Its ids are those of `tokenizer.json`, where the checkpoint has that file.
+
         Raises:
-            InputError: not found, or it has no vocabulary or no end-of-text token.
+            InputError: not found, it has no vocabulary or no end-of-text token, or it gives other
+                ids than its file.
         """
         tokenizer = self._from(AutoTokenizer)
+        if (file := self._file(FILE)) is not None:
+            tokenizer = self._readable(true_to_file, tokenizer, file, self.path_or_id)
         if len(tokenizer) < 2 or tokenizer.eos_token_id is None:
             raise InputError(
                 f"the tokenizer of model {self.path_or_id!r} has {len(tokenizer)} entries and "
@@ -107,11 +148,10 @@ class ModelSource:
         """
         config = self.config()
         device = self._device()
-        dtype: Any = self.dtype if self.dtype == "auto" else getattr(torch, self.dtype)
-        if device == "cpu" and self.dtype == "auto" and self.device_map is None:
-            dtype = torch.float32
+        dtype = self._running_dtype(device)
         implementation = self.experts_implementation or ("eager" if device == "cpu" else None)
         extra = {"experts_implementation": implementation} if implementation else {}
+        extra |= unpacking(config)
         model, report = self._from(
             AutoModelForCausalLM,
             config=config,
@@ -126,6 +166,7 @@ class ModelSource:
                 f"model {self.path_or_id!r} lacks {len(absent)} of its tensors, {absent[0]} for "
                 "one; load a complete checkpoint of this family"
             )
+        self._note_left_out(model, report["unexpected_keys"])
         if self.device_map is None:
             model.to(device)
         elif outside := [name for name, p in model.named_parameters() if p.is_meta]:
@@ -133,14 +174,24 @@ class ModelSource:
                 f"model.device_map={self.device_map!r} leaves {len(outside)} tensors of "
                 f"{self.path_or_id!r} on no device, {outside[0]} for one; use more or larger GPUs"
             )
+        if is_packed(config):
+            forget_packing(model, dtype)
         model.eval().requires_grad_(False)
         _check_finite(model, self.path_or_id)
         return MoEModel(model)
 
     def stored_dtype(self) -> torch.dtype | None:
-        """Return the dtype of the checkpoint, not the one to load in; None where it names none."""
-        dtype = getattr(self.config(), "dtype", None)
-        return dtype if isinstance(dtype, torch.dtype) else None
+        """Return the dtype of the checkpoint, not the one to load in; None where it names none.
+
+        Most of the stored numbers decide; the config does where they are packed or not there yet.
+        """
+        config, folder = self.config(), self.folder()
+        if folder and (dtype := main_dtype(stored_tensors(folder))) and not is_packed(config):
+            return dtype
+        for owner in (config, config.get_text_config()):
+            if isinstance(dtype := getattr(owner, "dtype", None), torch.dtype):
+                return dtype
+        return torch.bfloat16 if is_packed(config) else None
 
     def itemsize(self) -> int:
         """Return the bytes of a number in the checkpoint's dtype; 2 where no dtype is stated."""
@@ -164,6 +215,67 @@ class ModelSource:
                 _hash_of(p, (s.st_size, s.st_mtime_ns)) for p, s in zip(files, stats, strict=True)
             ]
         return digest([(p.name, mark) for p, mark in zip(files, marks, strict=True)])
+
+    def folder(self) -> Path | None:
+        """Return the folder of the checkpoint's files, also in the hub's cache; None for none."""
+        path = self._file("config.json")
+        return None if path is None else path.parent
+
+    def companions(self) -> dict[str, Path]:
+        """Return the files beside the weights that an export takes over, by their relative names.
+
+        Those are the files of tokenizer, chat template, generation and processors.
+        """
+        folder = self.folder()
+        if folder is None:
+            return {}
+        paths = sorted({p for pattern in _COMPANIONS for p in folder.glob(pattern)})
+        return {p.relative_to(folder).as_posix(): p for p in paths if p.is_file()}
+
+    def _running_dtype(self, device: str) -> torch.dtype:
+        """Return the dtype to load in."""
+        if self.dtype != "auto":
+            return cast(torch.dtype, getattr(torch, self.dtype))
+        if device == "cpu" and self.device_map is None:
+            return torch.float32
+        return self.stored_dtype() or torch.float32
+
+    def _note_left_out(self, model: Any, unexpected: Iterable[str]) -> None:
+        """Say which tensors of the checkpoint the model has no place for.
+
+        Raises:
+            InputError: one of them scales weights that were loaded without it.
+        """
+        folder = self.folder()
+        note_left_out(model, stored_tensors(folder) if folder else {}, unexpected)
+        names = left_out_of(model)
+        if not names:
+            return
+        check_scales_are_used(names, self.path_or_id)
+        parts = ", ".join(f"{part} ({count})" for part, count in parts_of(names).items())
+        log.warning(
+            "model %r has %d tensors that its class %s has no place for: %s; they take no part in "
+            "anything that is measured and are left out of an export",
+            self.path_or_id,
+            len(names),
+            type(model).__name__,
+            parts,
+        )
+
+    def _file(self, name: str) -> Path | None:
+        """Return a file of the checkpoint, None where there is none."""
+        path = Path(self.location)
+        if path.is_dir():
+            return path / name if (path / name).is_file() else None
+        found = cached_file(
+            self.location,
+            name,
+            revision=self.revision,
+            _raise_exceptions_for_gated_repo=False,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+        )
+        return None if found is None else Path(found)
 
     def _device(self) -> str:
         gpu = torch.cuda.is_available()
@@ -197,18 +309,8 @@ class ModelSource:
         """Call `read`; what transformers has against the checkpoint becomes a sentence."""
         try:
             return read(*args, **options)
-        except (OSError, json.JSONDecodeError) as error:
-            raise InputError(
-                f"model {self.path_or_id!r} could not be read ({_first_line(error)}); give a local "
-                "folder, or a hub id with a network or a filled cache"
-            ) from error
-        except SafetensorError as error:
-            raise InputError(
-                f"model {self.path_or_id!r} has a damaged safetensors file ({_first_line(error)}); "
-                "fetch it again"
-            ) from error
-        except ValueError as error:
-            raise InputError(f"model {self.path_or_id!r}: {_first_line(error)}") from error
+        except (InputError, MemoryError):
+            raise
         except RuntimeError as error:
             if "above report" not in str(error):
                 raise
@@ -216,14 +318,35 @@ class ModelSource:
                 f"model {self.path_or_id!r} does not fit its config: tensors are lacking or have "
                 "other shapes (the load report above names them); load a complete checkpoint"
             ) from error
+        except Exception as error:  # files of another shape than expected fail anywhere
+            raise InputError(f"model {self.path_or_id!r} {_complaint(error)}") from error
+
+
+def _complaint(error: Exception) -> str:
+    """Return what a failure says about a model, and what to do."""
+    reason = (str(error).strip() or "no reason was given").splitlines()[0]
+    if isinstance(error, OSError | json.JSONDecodeError) and not isinstance(error, ImportError):
+        return (
+            f"could not be read ({reason}); give a local folder, or a hub id with a network or a "
+            "filled cache"
+        )
+    if isinstance(error, SafetensorError):
+        return f"has a damaged safetensors file ({reason}); fetch it again"
+    if "Unrecognized configuration class" in reason:
+        return (
+            "is not supported: transformers has no causal language model of its family; name a "
+            "decoder that writes text"
+        )
+    if isinstance(error, ValueError | ImportError):
+        return f"cannot be used: {reason}"
+    return (
+        f"could not be read ({type(error).__name__}: {reason}); its files are damaged, or of "
+        "another kind than this version of transformers reads"
+    )
 
 
 def _zoo() -> Path:
     return Path(str(importlib.resources.files("rerail.zoo")))
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0]
 
 
 @functools.cache

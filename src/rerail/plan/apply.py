@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from rerail.experts.base import bank_class, build_bank
 from rerail.moe.attention import watch_attention
-from rerail.moe.families import set_expert_count
+from rerail.moe.families import match_row_counts, set_expert_count
 from rerail.moe.model import MoELayer, MoEModel
 from rerail.plan.plan import ROWS, LayerPlan, Plan
 
@@ -63,3 +63,4 @@ def write_expert_count(student: MoEModel) -> None:
     rows = {layer.num_experts for layer in student.layers}
     if len(rows) == 1:
         set_expert_count(student.config, rows.pop())
+    match_row_counts(student.model)

@@ -172,6 +172,8 @@ class Cell:
                 f"the GPUs, and {processes} processes were started; leave it out or start one"
             )
         meta = self.model.meta()
+        for text in (self.calibration, *self.evaluation.texts.values()):
+            text.check(meta.config)
         if self.budget.removed != 0:
             self.compressor.check(meta.layers, self.budget, self.allocation)
         if self.distill.enabled:

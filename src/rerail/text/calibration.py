@@ -4,7 +4,7 @@ import hashlib
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Int64
@@ -14,6 +14,7 @@ from rerail.errors import InputError
 from rerail.files import digest
 from rerail.text.corpora import Corpus, SelfText, Source
 from rerail.text.documents import SPLITS, Split
+from rerail.text.tokens import check_block, plain_ids, prefix_ids
 
 BATCH_SIZE = 16  # blocks a forward
 
@@ -60,6 +61,9 @@ class Calibration:
         seed: of the order of the documents; fewer samples are a prefix of more.
         split: which documents.
         batch_size: blocks a forward, where a model is measured on them.
+        bos: what every block begins with, packed or padded: None for the tokenizer's own habit,
+            true for the begin-of-text token, false for nothing. Text that the model writes itself
+            begins as it does in any case.
     """
 
     sources: Sequence[Source]
@@ -69,6 +73,7 @@ class Calibration:
     seed: int = 0
     split: Split = "calibration"
     batch_size: int = BATCH_SIZE
+    bos: bool | None = None
 
     def __post_init__(self) -> None:
         """Check the numbers."""
@@ -98,13 +103,30 @@ class Calibration:
         """Whether some of the text is written by the model itself."""
         return any(source.needs_model for source in self.sources)
 
+    def check(self, config: Any) -> None:
+        """Check that nothing is longer than the model has positions.
+
+        Args:
+            config: of transformers.
+
+        Raises:
+            InputError: blocks are, or texts that the model writes itself.
+        """
+        check_block(self.block, config)
+        for source in self.sources:
+            if isinstance(source, SelfText) and source.length is not None:
+                check_block(source.length, config)
+
     def fingerprint(self, tokenizer: PreTrainedTokenizerBase) -> str:
-        """Return a hash of sources, settings and vocabulary."""
+        """Return a hash of sources, settings, vocabulary and what blocks begin with."""
+        prefix = prefix_ids(tokenizer, self.bos)
+        begin = {"prefix": prefix} if prefix else {}  # text without one keeps its older hash
         return digest(
             {
                 "sources": [source.fingerprint() for source in self.sources],
                 "settings": [self.samples, self.block, self.mode, self.seed, self.split],
                 "vocabulary": digest(tokenizer.get_vocab()),
+                **begin,
             }
         )
 
@@ -118,8 +140,11 @@ class Calibration:
             model: the teacher, where a source is the teacher itself.
 
         Raises:
-            InputError: a source is empty or too short, or needs a model where `model` is None.
+            InputError: a source is empty or too short, needs a model where `model` is None, or
+                blocks are longer than the positions of the model.
         """
+        if model is not None:
+            self.check(model.config)
         count = -(-self.samples // len(self.sources))
         parts = [self._source_blocks(s, count, tokenizer, model) for s in self.sources]
         # stacked behind the block's index, so that the sources take turns
@@ -164,29 +189,41 @@ class Calibration:
     ) -> list[list[int]]:
         stream: list[int] = []
         end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+        prefix = self._prefix(tokenizer)
+        size = self.block - len(prefix)
         for text in texts:
-            if len(stream) >= count * self.block:
+            if len(stream) >= count * size:
                 break
-            stream += [*_ids(tokenizer, text), *end]
-        full = min(count, len(stream) // self.block)
-        return [stream[i * self.block : (i + 1) * self.block] for i in range(full)]
+            stream += [*plain_ids(tokenizer, text), *end]
+        full = min(count, len(stream) // size)
+        return [[*prefix, *stream[i * size : (i + 1) * size]] for i in range(full)]
 
     def _padded(
         self, texts: list[str], count: int, tokenizer: PreTrainedTokenizerBase
     ) -> list[list[int]]:
         rows: list[list[int]] = []
+        prefix = self._prefix(tokenizer)
         for text in texts:
             if len(rows) == count:
                 break
-            row = _ids(tokenizer, text)[: self.block]
-            if len(row) >= 2:
+            row = [*prefix, *plain_ids(tokenizer, text)][: self.block]
+            if len(row) >= 2 and len(row) > len(prefix):
                 rows.append(row)
         return rows
 
+    def _prefix(self, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+        """Return what every block begins with.
 
-def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    return ids
+        Raises:
+            InputError: it leaves no room for text.
+        """
+        prefix = prefix_ids(tokenizer, self.bos)
+        if len(prefix) >= self.block:
+            raise InputError(
+                f"block={self.block} has no room for text after the {len(prefix)} tokens that the "
+                "tokenizer puts before it; set a longer block, or bos=false"
+            )
+        return prefix
 
 
 def check_vocabulary(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> None:

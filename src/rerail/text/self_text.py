@@ -1,14 +1,15 @@
 """Text sampled from a model: calibration without data."""
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from jaxtyping import Int64
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from rerail.errors import InputError
 
 _BATCH = 16
+_Settings: Any = GenerationConfig  # whose class is not typed
 
 
 @torch.no_grad()
@@ -59,9 +60,31 @@ def _sample_batch(
         "min_new_tokens": length - 1,
         "max_new_tokens": length - 1,
     }
-    writer: Any = model
-    written: torch.Tensor = writer.generate(start, attention_mask=torch.ones_like(start), **options)
-    return written.cpu().long()
+    return generate(model, start, torch.ones_like(start), **options).cpu().long()
+
+
+def generate(
+    model: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor, **options: Any
+) -> Int64[torch.Tensor, "B S"]:
+    """Return prompts and what the model writes after them, as these options alone decide.
+
+    What the checkpoint's own generation settings ask for (beams, penalties, `min_p`, stop strings)
+    survives arguments of `generate`, so a fresh config stands in for them meanwhile.
+
+    Args:
+        model: of transformers.
+        input_ids: prompts (B, S).
+        attention_mask: true where a token is real (B, S).
+        options: of generation.
+    """
+    own = model.generation_config
+    model.generation_config = _Settings()
+    asked = _Settings(**options)
+    try:
+        out = model.generate(input_ids, attention_mask=attention_mask, generation_config=asked)
+    finally:
+        model.generation_config = own
+    return cast(torch.Tensor, out)
 
 
 def _known_tokens(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> torch.Tensor:
