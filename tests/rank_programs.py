@@ -228,7 +228,7 @@ def cell(folder: Path) -> list[dict[str, Any]]:
 
     words = json.loads((folder / "words.json").read_text(encoding="utf-8"))
     with initialize_config_dir(str(config_root() / "conf"), version_base="1.3"):
-        made = to_cell(compose("config", words), "rerail test")
+        made = to_cell(compose("config", words), "rerail test", {})
 
     def rows() -> list[dict[str, Any]]:
         plain: list[dict[str, Any]] = json.loads(

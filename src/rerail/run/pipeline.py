@@ -69,7 +69,7 @@ def _run_or_return(cell: Cell, folder: Path, mirror: Mirror | None) -> list[Row]
     status = Status(folder)
     live = _live(cell, folder, mirror)
     try:
-        rows = _run(cell, CellRecorder(cell, folder, status, live))
+        made = _run(cell, CellRecorder(cell, folder, status, live))
     except SystemExit:
         raise  # preempted: the next start of the job goes on from here
     except BaseException as error:
@@ -77,6 +77,7 @@ def _run_or_return(cell: Cell, folder: Path, mirror: Mirror | None) -> list[Row]
         status.fail(reason)
         live.close("failed", reason=reason)
         raise
+    rows = broadcast_from_first(lambda: made)  # those that are written, on every process
     if is_first():
         write_rows(folder, rows)
         _show(live, rows)
