@@ -36,8 +36,8 @@ class LiveTeacher:
 class CachedTeacher:
     """Looks the states up: exact, since final norm and head of a student are the teacher's own.
 
-    States that take at most an eighth of a GPU's free memory are brought there once, and not a batch
-    at a time in every step.
+    States that take at most an eighth of a GPU's free memory are brought there once, and not batch
+    by batch in every step.
 
     Args:
         states: (N, S, H), one row a block, in the order of the text.
