@@ -21,6 +21,7 @@ from rerail.run import pipeline as runner
 from rerail.run import stages
 from rerail.run import status as status_file
 from rerail.run.compose import to_cell
+from rerail.text.calibration import Calibration
 
 SAME = ("host", "time", "seconds", "evaluation_seconds", "peak_memory", "revision")
 
@@ -198,6 +199,25 @@ class Tasks:
     def evaluate(self, *_: object) -> list[dict]:
         self.asked.append(self.name)
         return [{"task": self.name, "metric": "acc", "value": 0.5, "se": None, "n": 1}]
+
+
+def test_a_second_cell_does_not_tokenise_the_text_again(
+    cell, finished, tmp_path, monkeypatch, model_folder
+):
+    shutil.copytree(finished[0] / "cache", tmp_path / "cache")
+    made = []
+    blocks = Calibration.blocks
+    monkeypatch.setattr(
+        Calibration, "blocks", lambda self, *args: (made.append(self), blocks(self, *args))[1]
+    )
+    runner.run_cell(cell("compressor=ean", "distill=none"), tmp_path / "out")
+    assert made == []
+    again = tmp_path / "model"
+    shutil.copytree(model_folder, again)
+    file = again / "tokenizer.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"normalizer": {"type": "NFKC"}}))
+    runner.run_cell(cell("distill=none", f"model.path_or_id={again}"), tmp_path / "out")
+    assert len(made) == 2  # held-out text and calibration
 
 
 def test_the_teachers_tasks_are_scored_once_for_the_same_settings(cell, tmp_path):
