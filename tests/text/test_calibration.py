@@ -5,6 +5,8 @@ from typing import ClassVar
 
 import pytest
 import torch
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
 from tokenizers import normalizers
 from wordy import END, WORDS, Wordy, word_tokenizer
 
@@ -274,3 +276,15 @@ def test_text_that_its_fingerprint_does_not_decide_has_no_key(tokenizer, source)
 def test_a_tokenizer_that_is_code_has_no_key(tokenizer, monkeypatch):
     monkeypatch.setattr(type(tokenizer), "is_fast", False)
     assert PLAIN.store_key(tokenizer) is None
+
+
+CONF = presets.config_root() / "conf"
+
+
+@pytest.mark.parametrize("name", sorted(p.stem for p in (CONF / "calibration").glob("*.yaml")))
+def test_what_blocks_begin_with_is_a_setting_of_every_text(name):
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        for word, value in (("null", None), ("true", True), ("false", False)):
+            config = compose("config", [f"calibration={name}", f"calibration.bos={word}"])
+            assert config.calibration.bos is value

@@ -267,7 +267,7 @@ class ModelSource:
         path = Path(self.location)
         if path.is_dir():
             return path / name if (path / name).is_file() else None
-        found = cached_file(
+        cached = cached_file(
             self.location,
             name,
             revision=self.revision,
@@ -275,7 +275,7 @@ class ModelSource:
             _raise_exceptions_for_missing_entries=False,
             _raise_exceptions_for_connection_errors=False,
         )
-        return None if found is None else Path(found)
+        return None if cached is None else Path(cached)
 
     def _device(self) -> str:
         gpu = torch.cuda.is_available()
