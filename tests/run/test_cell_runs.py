@@ -16,6 +16,7 @@ from families import tiny
 from rerail import api
 from rerail.config.presets import config_root
 from rerail.errors import InputError, OutOfReach
+from rerail.moe.source import ModelSource
 from rerail.plan.plan import Plan
 from rerail.run import pipeline as runner
 from rerail.run import stages
@@ -67,7 +68,7 @@ def comparable(rows):
     return [{k: v for k, v in row.items() if k not in SAME} for row in rows]
 
 
-def test_a_cell_gives_one_row_a_stage_with_the_same_tokens(finished):
+def test_a_cell_gives_one_row_a_stage_with_the_same_tokens(finished, model_folder):
     _, rows = finished
     assert [r["stage"] for r in rows] == ["teacher", "compressed", "repaired"]
     assert len({r["tokens"] for r in rows}) == 1
@@ -77,6 +78,7 @@ def test_a_cell_gives_one_row_a_stage_with_the_same_tokens(finished):
     assert rows[1]["removed_of_experts"] == pytest.approx(0.5)
     assert rows[2]["kl_best"] <= rows[2]["kl_first"]
     assert rows[1]["seconds"] > 0
+    assert {r["fingerprint"] for r in rows} == {ModelSource(str(model_folder)).fingerprint()}
 
 
 def test_the_rows_follow_the_choices_by_which_a_folder_is_named(cell):
