@@ -78,7 +78,7 @@ class Surroundings:
                 beside it.
         """
         tensors, self._tensors = self._tensors, {}
-        taken = {}
+        taken: dict[str, Tensor] = {}
         for name in self.names:
             if (tensor := tensors.get(name)) is None:
                 layer = self.layer
