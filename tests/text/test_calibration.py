@@ -1,5 +1,6 @@
 import copy
 import dataclasses
+import functools
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -11,6 +12,7 @@ from tokenizers import normalizers
 from wordy import END, WORDS, Wordy, word_tokenizer
 
 from families import tiny
+from rerail import api
 from rerail.config import presets
 from rerail.errors import InputError
 from rerail.moe.source import ModelSource
@@ -288,3 +290,17 @@ def test_what_blocks_begin_with_is_a_setting_of_every_text(name):
         for word, value in (("null", None), ("true", True), ("false", False)):
             config = compose("config", [f"calibration={name}", f"calibration.bos={word}"])
             assert config.calibration.bos is value
+
+
+def test_a_long_string_is_cut_as_the_whole_string_is(monkeypatch):
+    tokenizer = word_tokenizer()
+    long = " ".join(WORDS[1:]) + " "
+    whole = api.text(tokenizer, [long * 30, "x y"], block=40)
+    monkeypatch.setattr(tokens, "PIECE", 1024)
+    monkeypatch.setattr(tokens, "plain_ids", functools.partial(_short_ids, tokens.plain_ids))
+    assert torch.equal(api.text(tokenizer, [long * 30, "x y"], block=40).input_ids, whole.input_ids)
+
+
+def _short_ids(plain, tokenizer, text):
+    assert len(text) <= 1024
+    return plain(tokenizer, text)

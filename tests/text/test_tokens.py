@@ -149,3 +149,12 @@ def test_a_tokenizer_that_is_code_takes_the_whole_text(monkeypatch):
     monkeypatch.setattr(type(tokenizer), "is_fast", False)
     long = Watched(prose()[:100_000])
     assert first_ids(tokenizer, long, 5) == plain_ids(tokenizer, long.text)
+
+
+def test_a_text_whose_pieces_never_meet_is_cut_with_no_more_than_a_token_at_stake(monkeypatch):
+    monkeypatch.setattr(tokens, "PIECE", 1024)
+    tokenizer = trained("bpe", split(FROM_THE_RIGHT))
+    text = Watched("".join(f"{i:03}" for i in range(1000)) * 20)
+    ids = first_ids(tokenizer, text, 10**6)
+    assert text.longest == 16 * 1024 + 1
+    assert abs(len(tokenizer.decode(ids)) - len(text.text)) <= 3 * 4  # four cuts

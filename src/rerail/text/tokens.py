@@ -7,6 +7,7 @@ from transformers import PreTrainedTokenizerBase
 from rerail.errors import InputError
 
 PIECE = 2**16  # characters of a longer text that are tokenised at once
+_GROWTH = (1, 4, 16)  # pieces where neighbours differ are so many times as long
 
 
 @runtime_checkable
@@ -36,24 +37,26 @@ def first_ids(tokenizer: PreTrainedTokenizerBase, text: Text, count: int) -> lis
     A long text is tokenised in pieces, no further than it is needed. Two neighbours share a stretch
     of text, and are joined in its middle half where both cut that into the same tokens at the same
     places; where they differ (inside an unbroken run of one character, say) longer pieces are
-    tried, and the whole text at last. So the ids are those of the whole text, unless a tokenizer
-    looks further than the quarter of a stretch (512 characters) and yet agrees with itself.
+    tried. So the ids are those of the whole text, with two exceptions: a tokenizer that looks
+    further than the quarter of a stretch (512 characters) and yet agrees with itself, and a text
+    whose neighbours differ even at a million characters, which is cut between them.
 
     A tokenizer that gives no places (one that is written in Python) takes the text whole.
     """
-    size = PIECE
-    while tokenizer.is_fast and len(text[: size + 1]) > size:
-        ids = _joined_ids(tokenizer, text, count, size)
+    for growth in _GROWTH:
+        size = growth * PIECE
+        if not tokenizer.is_fast or len(text[: size + 1]) <= size:
+            break
+        ids = _joined_ids(tokenizer, text, count, size, must_meet=growth < _GROWTH[-1])
         if ids is not None:
             return ids
-        size *= 4
     return plain_ids(tokenizer, text[:])
 
 
 def _joined_ids(
-    tokenizer: PreTrainedTokenizerBase, text: Text, count: int, size: int
+    tokenizer: PreTrainedTokenizerBase, text: Text, count: int, size: int, must_meet: bool
 ) -> list[int] | None:
-    """Return the ids of pieces of this many characters; None where two neighbours differ."""
+    """Return the ids of pieces of this many characters; None where two that must meet do not."""
     shared = size // 32
     ids: list[int] = []
     begin = first = 0  # of the piece, and of those of its tokens that count
@@ -68,10 +71,12 @@ def _joined_ids(
             [t for t in some if begin + shared // 4 <= t.begin and t.end <= end - shared // 4]
             for some in (tokens, following)
         )
-        if not middle or middle != same:
+        meet = bool(middle) and middle == same
+        if must_meet and not meet:
             return None
-        ids += [t.id for t in tokens if first <= t.begin < middle[0].begin]
-        first, tokens = middle[0].begin, following
+        place = middle[0].begin if meet else end - shared // 2
+        ids += [t.id for t in tokens if first <= t.begin < place]
+        first, tokens = place, following
     return ids
 
 
