@@ -103,6 +103,8 @@ def load(path_or_id: str | ModelSource, **options: Any) -> LanguageModel:
 def text(
     teacher: LanguageModel | Any,
     calibration: str | Calibration | Sequence[str] = "mix",
+    *,
+    recorder: Recorder = SILENT,
     **fields: Any,
 ) -> TokenBlocks:
     """Return blocks of text, e.g. `text(teacher, samples=64, split="heldout")`.
@@ -121,7 +123,8 @@ def text(
     if isinstance(calibration, str):
         calibration = cast(Calibration, preset("calibration", calibration, **fields))
     if isinstance(calibration, Calibration):
-        return calibration.blocks(tokenizer, model)
+        make = partial(calibration.blocks, tokenizer, model)
+        return recorder.text(calibration, tokenizer, make)
     return as_blocks(tokenizer, calibration, **fields)
 
 

@@ -16,11 +16,13 @@ from families import tiny
 from rerail import api
 from rerail.config.presets import config_root
 from rerail.errors import InputError, OutOfReach
+from rerail.moe.source import ModelSource
 from rerail.plan.plan import Plan
 from rerail.run import pipeline as runner
 from rerail.run import stages
 from rerail.run import status as status_file
 from rerail.run.compose import to_cell
+from rerail.text.calibration import Calibration
 
 SAME = ("host", "time", "seconds", "evaluation_seconds", "peak_memory", "revision")
 
@@ -66,7 +68,7 @@ def comparable(rows):
     return [{k: v for k, v in row.items() if k not in SAME} for row in rows]
 
 
-def test_a_cell_gives_one_row_a_stage_with_the_same_tokens(finished):
+def test_a_cell_gives_one_row_a_stage_with_the_same_tokens(finished, model_folder):
     _, rows = finished
     assert [r["stage"] for r in rows] == ["teacher", "compressed", "repaired"]
     assert len({r["tokens"] for r in rows}) == 1
@@ -76,6 +78,7 @@ def test_a_cell_gives_one_row_a_stage_with_the_same_tokens(finished):
     assert rows[1]["removed_of_experts"] == pytest.approx(0.5)
     assert rows[2]["kl_best"] <= rows[2]["kl_first"]
     assert rows[1]["seconds"] > 0
+    assert {r["fingerprint"] for r in rows} == {ModelSource(str(model_folder)).fingerprint()}
 
 
 def test_the_rows_follow_the_choices_by_which_a_folder_is_named(cell):
@@ -198,6 +201,25 @@ class Tasks:
     def evaluate(self, *_: object) -> list[dict]:
         self.asked.append(self.name)
         return [{"task": self.name, "metric": "acc", "value": 0.5, "se": None, "n": 1}]
+
+
+def test_a_second_cell_does_not_tokenise_the_text_again(
+    cell, finished, tmp_path, monkeypatch, model_folder
+):
+    shutil.copytree(finished[0] / "cache", tmp_path / "cache")
+    made = []
+    blocks = Calibration.blocks
+    monkeypatch.setattr(
+        Calibration, "blocks", lambda self, *args: (made.append(self), blocks(self, *args))[1]
+    )
+    runner.run_cell(cell("compressor=ean", "distill=none"), tmp_path / "out")
+    assert made == []
+    again = tmp_path / "model"
+    shutil.copytree(model_folder, again)
+    file = again / "tokenizer.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"normalizer": {"type": "NFKC"}}))
+    runner.run_cell(cell("distill=none", f"model.path_or_id={again}"), tmp_path / "out")
+    assert len(made) == 2  # held-out text and calibration
 
 
 def test_the_teachers_tasks_are_scored_once_for_the_same_settings(cell, tmp_path):
