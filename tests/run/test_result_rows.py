@@ -12,7 +12,7 @@ from rerail.run.rows import layer_column, recovery_columns
 
 def text_scores(nll: list[float], tokens: list[float], layers: list[LayerRouting]) -> TextScores:
     zeros = [0.0] * len(nll)
-    return TextScores(nll, tokens, zeros, zeros, active=2.0, layers=layers)
+    return TextScores(nll, tokens, zeros, zeros, zeros, active=2.0, layers=layers)
 
 
 def scores(shift: float, names: tuple[str, ...]) -> Scores:

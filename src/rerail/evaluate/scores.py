@@ -50,6 +50,7 @@ class TextScores:
         nll: negative log-likelihood in nats.
         tokens: number of targets.
         kl: forward KL from the teacher, in nats.
+        esap: chance that the teacher accepts the student's token, sum_v min(p_teacher, p_student).
         agree: how often the most likely token is the teacher's.
         active: experts computed for a token and layer, on average.
         layers: routing, layer by layer.
@@ -58,6 +59,7 @@ class TextScores:
     nll: list[float]
     tokens: list[float]
     kl: list[float]
+    esap: list[float]
     agree: list[float]
     active: float
     layers: list[LayerRouting]
@@ -105,7 +107,7 @@ class Scores:
         )
 
     def mean(self, name: str) -> tuple[float, float | None]:
-        """Return the mean of `nll`, `kl` or `agree` a token, and its standard error."""
+        """Return the mean of `nll`, `kl`, `esap` or `agree` a token, and its standard error."""
         return mean_and_se(self.pooled(name), self.pooled("tokens"))
 
     @property
@@ -121,6 +123,11 @@ class Scores:
     def kl(self) -> float:
         """KL from the teacher, nats a token."""
         return self.mean("kl")[0]
+
+    @property
+    def esap(self) -> float:
+        """Mean over tokens of sum_v min(p_teacher, p_student), in [0, 1]."""
+        return self.mean("esap")[0]
 
     @property
     def agreement(self) -> float:
@@ -160,7 +167,7 @@ class Scores:
         ]
 
     def __repr__(self) -> str:
-        means = {name: self.mean(name) for name in ("nll", "kl", "agree")}
+        means = {name: self.mean(name) for name in ("nll", "kl", "esap", "agree")}
         shown = [
             f"{name}={mean:.5g}" + ("" if se is None else f"±{se:.2g}")
             for name, (mean, se) in means.items()
@@ -206,7 +213,8 @@ def score_texts(
             ]
         else:
             layers = _moved(name, scores.routing, reference, rows)
-        sums = {n: getattr(scores, n).tolist() for n in ("nll", "tokens", "kl", "agree")}
+        names = ("nll", "tokens", "kl", "esap", "agree")
+        sums = {n: getattr(scores, n).tolist() for n in names}
         scored[name] = TextScores(**sums, active=scores.routing.mean_active_experts, layers=layers)
     return Scores(scored, tensors)
 

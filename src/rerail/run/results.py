@@ -134,6 +134,8 @@ class Row(Mapping[str, Any]):
     perplexity: Number = _column("exp(nll)")
     kl: Number = _column("KL(teacher, this model), nats a token")
     kl_se: Error = _column("its standard error, clustered by block")
+    esap: Number = _column("mean over tokens of sum_v min(p_teacher, p_this): 1 where equal")
+    esap_se: Error = _column("its standard error, clustered by block")
     agreement: Number = _column("share of tokens with the teacher's most likely next token")
     agreement_se: Error = _column("its standard error, clustered by block")
     routing_changed: Number = _column("share of tokens whose selected set of experts changed")

@@ -101,7 +101,7 @@ def stage_row(
 def score_columns(scores: Scores) -> dict[str, Any]:
     """Return means over all held-out tokens with their errors, and means over the layers."""
     columns: dict[str, Any] = {"tokens": scores.tokens, "perplexity": scores.perplexity}
-    for column, name in (("nll", "nll"), ("kl", "kl"), ("agreement", "agree")):
+    for column, name in (("nll", "nll"), ("kl", "kl"), ("esap", "esap"), ("agreement", "agree")):
         columns[column], columns[f"{column}_se"] = scores.mean(name)
     layers = scores.layers()
     moved = [layer.routing_changed for layer in layers if layer.routing_changed is not None]
