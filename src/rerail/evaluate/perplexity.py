@@ -53,7 +53,8 @@ def score_blocks(
         model: teacher or student.
         batches: (input_ids (B, S), mask (B, S)).
         teacher: the teacher's final hidden states (N, S, H) on the same blocks; None where the
-            model is the teacher itself (KL 0, ESAP and agreement 1), whose states are then returned.
+            model is the teacher itself (KL 0, ESAP and agreement 1), whose states are
+            then returned.
         progress: wraps the batches, to show how far the scoring is.
         chunk: number of tokens whose logits exist at once; bounds the memory.
     """
@@ -72,11 +73,14 @@ def score_blocks(
             if teacher is None:
                 states.append(hidden.cpu())
             done += len(ids)
-    shares = gather((sums, states, routing.chosen, routing.computed))  # in the order of the ranks
+    shares = gather(
+        (sums, states, routing.chosen, routing.mass, routing.computed)
+    )  # in the order of the ranks
     nll, kl, esap, agree, tokens = torch.cat([t for own, *_ in shares for t in own]).unbind(1)
     states = [t for _, own, *_ in shares for t in own]
     for i in routing.chosen:
-        routing.chosen[i] = [t for *_, chosen, _ in shares for t in chosen[i]]
+        routing.chosen[i] = [t for *_, chosen, _, _ in shares for t in chosen[i]]
+        routing.mass[i] = [t for *_, mass, _ in shares for t in mass[i]]
         routing.computed[i] = sum(computed[i] for *_, computed in shares)
     hidden_states = torch.cat(states) if states else None
     return BlockScores(nll, tokens, kl, esap, agree, hidden_states, routing)
