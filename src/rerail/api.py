@@ -22,6 +22,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
+from torch import Tensor
+
 import rerail.auto  # noqa: F401  (package checkpoints load like any other)
 from rerail.arguments import (
     Method,
@@ -39,7 +41,8 @@ from rerail.compress.sequential import sequential
 from rerail.compress.templates.skipper import Skipper, check_fitted, without_policies
 from rerail.config.presets import preset
 from rerail.distill import repair as fitting
-from rerail.distill.settings import RouterKD
+from rerail.distill.ridge import ridge_repair
+from rerail.distill.settings import Ridge, RouterKD, Settings
 from rerail.errors import InputError
 from rerail.evaluate.scores import Scores, score_texts
 from rerail.language_model import LanguageModel, Repaired
@@ -247,7 +250,7 @@ def repair(  # noqa: PLR0913
     student: LanguageModel,
     teacher: LanguageModel,
     text: Text,
-    distill: str | RouterKD = "router_kd",
+    distill: str | Settings = "router_kd",
     *,
     trainer: Mapping[str, Any] | None = None,
     seed: int = 0,
@@ -256,6 +259,8 @@ def repair(  # noqa: PLR0913
     **fields: Any,
 ) -> Repaired:
     """Fit router rows by Router KD (the best step is kept), and a skipper's policies after it.
+
+    With distill="ridge" they are solved for instead, see `rerail.distill.ridge`.
 
     Args:
         student: the compressed model; it is left as it is.
@@ -273,6 +278,17 @@ def repair(  # noqa: PLR0913
     blocks = blocks_for(teacher, text)
 
     def make() -> fitting.Repair:
+        if isinstance(settings, Ridge):
+            return ridge_repair(
+                student.model.with_shared_parameters(),
+                teacher.model,
+                _states(teacher, blocks, teacher_batch_size, recorder),
+                blocks,
+                settings,
+                teacher_batch_size,
+                recorder.progress,
+                recorder.point,
+            )
         return fitting.repair(
             student.model.with_shared_parameters(),  # it trains in place
             _teacher_of(settings, teacher, blocks, teacher_batch_size, recorder),
@@ -405,10 +421,17 @@ def _teacher_of(
     """Return what a fit learns from: the live model, or its final hidden states on the text."""
     if settings.teacher == "live":
         return LiveTeacher(teacher.model)
+    return CachedTeacher(_states(teacher, blocks, batch_size, recorder))
+
+
+def _states(
+    teacher: LanguageModel, blocks: TokenBlocks, batch_size: int, recorder: Recorder
+) -> Tensor:
+    """Return the teacher's final hidden states (N, S, H) on a text."""
     batches = list(blocks.batches(batch_size))
     bar = recorder.progress("teacher")
     states = partial(final_hidden_states, teacher.model, batches, bar)
-    return CachedTeacher(recorder.states(teacher, blocks, states))
+    return recorder.states(teacher, blocks, states)
 
 
 def _with_policies(

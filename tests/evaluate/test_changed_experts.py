@@ -12,7 +12,7 @@ from rerail.evaluate.scores import score_texts
 from rerail.experts.novice import NoviceExperts
 from rerail.plan.apply import apply_plan
 from rerail.plan.plan import Plan
-from stored_forms import KEPT, KINDS, aliased, factored, fused, lent, masked, merged, sliced, solved
+from stored_forms import KINDS, aliased, factored, fused, lent, masked, merged, sliced, solved
 from stored_forms import skipping as skipped
 from students import blocks
 

@@ -9,8 +9,9 @@ from rerail.code_version import code_version
 from rerail.compress.base import Compressor, make_plan
 from rerail.compress.sequential import sequential
 from rerail.distill.repair import repair
+from rerail.distill.ridge import check_ridge, ridge_repair
 from rerail.distill.schedule import Schedule
-from rerail.distill.settings import RouterKD
+from rerail.distill.settings import Ridge, Settings
 from rerail.distill.trainable import check_router_gradients
 from rerail.distill.trainer import check_strategy
 from rerail.errors import InputError
@@ -90,7 +91,7 @@ class Cell:
     ratio: Ratio | Bits
     allocation: Allocation
     calibration: Calibration
-    distill: RouterKD
+    distill: Settings
     evaluation: Evaluation
     skip: Skip = field(default_factory=Skip)
     export: Export = field(default_factory=Export)
@@ -143,6 +144,7 @@ class Cell:
                 make_plan,
                 apply_plan,
                 repair,
+                ridge_repair,
                 score_texts,
             ),
         }
@@ -176,6 +178,8 @@ class Cell:
             text.check(meta.config)
         if self.budget.removed != 0:
             self.compressor.check(meta.layers, self.budget, self.allocation)
-        if self.distill.enabled:
+        if self.distill.enabled and isinstance(self.distill, Ridge):
+            check_ridge(meta.layers, self.distill, self.calibration.samples)
+        elif self.distill.enabled:
             check_router_gradients(meta)
             Schedule.of(self.calibration.samples, self.distill, processes)
