@@ -100,7 +100,8 @@ def ridge_repair(  # noqa: PLR0913
     after = solve(student, teacher, fitted, settings, bar)
     curve.append(_point(1, student, states, batches, settings))
     best = int(curve[1]["val_kl"] < curve[0]["val_kl"])
-    kept = after if best else before
+    # tensors of their own, as a file of both must have
+    kept = after if best else {n: row.clone() for n, row in before.items()}
     set_router_rows(student, kept)
     for point in curve if report is not None and is_first() else []:
         report(point, 1)
