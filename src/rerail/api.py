@@ -36,7 +36,7 @@ from rerail.arguments import (
     blocks_for,
     check_statistics,
 )
-from rerail.compress.base import Compressor, Remeasure, make_plan
+from rerail.compress.base import Compressor, Fitness, Remeasure, make_plan
 from rerail.compress.sequential import sequential
 from rerail.compress.templates.skipper import Skipper, check_fitted, without_policies
 from rerail.config.presets import preset
@@ -44,15 +44,17 @@ from rerail.distill import repair as fitting
 from rerail.distill.ridge import ridge_repair
 from rerail.distill.settings import Ridge, RouterKD, Settings
 from rerail.errors import InputError
+from rerail.evaluate.fitness import plan_fitness
 from rerail.evaluate.scores import Scores, score_texts
 from rerail.language_model import LanguageModel, Repaired
 from rerail.moe.model import MoEModel
 from rerail.moe.source import ModelSource
-from rerail.parallel import is_first, run_on_first
+from rerail.parallel import broadcast_from_first, is_first, run_on_first
 from rerail.plan.allocation import Allocation
 from rerail.plan.apply import apply_plan
 from rerail.plan.budget import Bits, Budget, Ratio, Skip
 from rerail.plan.plan import Plan
+from rerail.plan.search import Search
 from rerail.recorder import SILENT, Recorder
 from rerail.statistics.collect import collect as collect_statistics
 from rerail.statistics.statistic import Statistic, StatisticSet
@@ -187,15 +189,20 @@ def plan(  # noqa: PLR0913
     layers = teacher.model.layers
 
     def make() -> Plan | None:
-        measured, remeasure = StatisticSet(), None
+        measured, remeasure, fitness = StatisticSet(), None, None
         if asked.removed != 0:
             compressor.check(layers, asked, shares)  # before anything is measured
             measured, remeasure = _measure(
                 teacher, compressor, text, statistics, batch_size, recorder
             )
+            if isinstance(shares, Search):
+                fitness = _fitness(teacher, compressor, shares, text, batch_size, recorder)
+                known = measured
+                measured = broadcast_from_first(lambda: known)  # all must ask for the same plans
         decide = partial(make_plan, compressor, layers, measured, asked, shares, remeasure)
-        # in a group all processes measure again together; a plan alone is the first one's task
-        made = run_on_first(decide) if remeasure is None else decide()
+        decide = partial(decide, fitness=fitness)
+        # in a group all processes measure and judge together; a plan alone is the first one's task
+        made = decide() if remeasure or fitness else run_on_first(decide)
         if made is not None and is_first():
             for note in made.lineage.get("notes", ()):
                 log.warning("%s", note)
@@ -409,6 +416,36 @@ def _measure(
             teacher.model, batches, method.requires, recorder.progress
         )
     return collect(teacher, blocks, method, batch_size=batch_size, recorder=recorder), None
+
+
+def _fitness(
+    teacher: LanguageModel,
+    method: Compressor,
+    search: Search,
+    text: Text | None,
+    batch_size: int,
+    recorder: Recorder,
+) -> Fitness:
+    """Return what judges the plans of a search on calibration text.
+
+    Raises:
+        InputError: there is no text.
+    """
+    if text is None:
+        raise InputError(
+            f"allocation {search} judges students on calibration text and there is none; give "
+            "text, e.g. api.text(teacher)"
+        )
+    blocks = blocks_for(teacher, text).first(search.blocks)
+    bar = recorder.progress("a plan of the search")
+    fitness = plan_fitness(teacher.model, blocks, search.measure, batch_size, bar)
+    known = (search.measure, repr(method), batch_size)
+
+    def judge(plan: Plan) -> float:
+        what = (*known, plan.fingerprint())
+        return recorder.fitness(teacher, blocks, what, lambda: fitness(plan))
+
+    return judge
 
 
 def _teacher_of(

@@ -103,8 +103,9 @@ def ridge_repair(  # noqa: PLR0913
     # tensors of their own, as a file of both must have
     kept = after if best else {n: row.clone() for n, row in before.items()}
     set_router_rows(student, kept)
-    for point in curve if report is not None and is_first() else []:
-        report(point, 1)
+    if report is not None and is_first():
+        for point in curve:
+            report(point, 1)
     kls = [point["val_kl"] for point in curve]
     return Repair(kls[0], kls[best], kls[1], best, 1, curve, before, kept)
 

@@ -39,7 +39,8 @@ def router_inputs(router: nn.Module, args: Any, named: Any, experts: int) -> Ten
 
     Arguments are those of `router_scores`.
     """
-    with _Watch(experts) as watch:
+    watch = _Watch(experts)
+    with watch:
         router.forward(*args, **named)
     return watch.inputs
 

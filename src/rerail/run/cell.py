@@ -15,6 +15,7 @@ from rerail.distill.settings import Ridge, Settings
 from rerail.distill.trainable import check_router_gradients
 from rerail.distill.trainer import check_strategy
 from rerail.errors import InputError
+from rerail.evaluate.fitness import plan_fitness
 from rerail.evaluate.scores import score_texts
 from rerail.export.targets import FORMS
 from rerail.files import digest
@@ -142,6 +143,7 @@ class Cell:
                 collect,
                 sequential,
                 make_plan,
+                plan_fitness,
                 apply_plan,
                 repair,
                 ridge_repair,
@@ -178,8 +180,12 @@ class Cell:
             text.check(meta.config)
         if self.budget.removed != 0:
             self.compressor.check(meta.layers, self.budget, self.allocation)
-        if self.distill.enabled and isinstance(self.distill, Ridge):
+        if self.distill.enabled:
+            self._check_repair(meta, processes)
+
+    def _check_repair(self, meta: MoEModel, processes: int) -> None:
+        if isinstance(self.distill, Ridge):
             check_ridge(meta.layers, self.distill, self.calibration.samples)
-        elif self.distill.enabled:
+        else:
             check_router_gradients(meta)
             Schedule.of(self.calibration.samples, self.distill, processes)
