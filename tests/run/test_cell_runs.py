@@ -296,3 +296,39 @@ def test_a_bias_that_no_router_adds_is_a_row_that_is_not_applicable(cell, tmp_pa
     [row] = runner.run_or_record(cell("distill=ridge_bias", *WITHOUT_STEPS), tmp_path / "out")
     assert row["status"] == "not_applicable"
     assert "adds none to its logits" in row["reason"]
+
+
+def test_a_search_that_was_killed_goes_on_from_the_students_that_it_judged(
+    cell, tmp_path, monkeypatch
+):
+    search = ["allocation=search", "allocation.evaluations=4", "allocation.blocks=4"]
+    searched = cell(*search, "++compressor.router=mask", "distill=none", *WITHOUT_STEPS)
+    judge, judged = api.plan_fitness, []
+
+    def counting(stop_after):
+        def make(*arguments):
+            fitness = judge(*arguments)
+
+            def judge_and_count(plan):
+                if len(judged) == stop_after:
+                    raise Killed
+                judged.append(plan)
+                return fitness(plan)
+
+            return judge_and_count
+
+        return make
+
+    monkeypatch.setattr(api, "plan_fitness", counting(2))
+    with pytest.raises(Killed):
+        runner.run_cell(searched, tmp_path / "out")
+    monkeypatch.setattr(api, "plan_fitness", counting(100))
+    rows = runner.run_cell(searched, tmp_path / "out")
+    assert len(judged) == 4
+    [folder] = (tmp_path / "out").iterdir()
+    lineage = Plan.load(folder / "plan.json").lineage
+    assert lineage["search"]["evaluations"] == 4
+    assert lineage["search"]["best"] >= lineage["search"]["even"]
+    assert sum(lineage["counts"]) == 8
+    monkeypatch.setattr(api, "plan_fitness", judge)
+    assert comparable(runner.run_cell(searched, tmp_path / "undisturbed")) == comparable(rows)
