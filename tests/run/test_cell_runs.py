@@ -274,7 +274,7 @@ def test_what_cannot_be_exported_is_refused_before_the_repair(cell, tmp_path, mo
         runner.run_cell(cell("export=native", "compressor=hc_smoe"), tmp_path / "out")
 
 
-WITHOUT_STEPS = ["~distill.batch_size", "~distill.epochs", "~distill.evaluations"]
+WITHOUT_STEPS = ["++distill.batch_size=16", "~distill.epochs", "~distill.evaluations"]
 
 
 def test_a_router_solved_in_closed_form_leaves_the_same_rows_and_is_used_again(
@@ -288,7 +288,7 @@ def test_a_router_solved_in_closed_form_leaves_the_same_rows_and_is_used_again(
     assert (rows[2]["nll"] != rows[1]["nll"]) == (rows[2]["kl_last"] < rows[2]["kl_first"])
     [folder] = (tmp_path / "out").iterdir()
     (folder / "result.json").unlink()
-    monkeypatch.setattr(api, "ridge_repair", None)  # repair.json is read back
+    monkeypatch.setattr(api.fitting, "repair", None)  # repair.json is read back
     assert comparable(runner.run_cell(solved, tmp_path / "out")) == comparable(rows)
 
 
@@ -302,7 +302,7 @@ def test_a_search_that_was_killed_goes_on_from_the_students_that_it_judged(
     cell, tmp_path, monkeypatch
 ):
     search = ["allocation=search", "allocation.evaluations=4", "allocation.blocks=4"]
-    searched = cell(*search, "++compressor.router=mask", "distill=none", *WITHOUT_STEPS)
+    searched = cell(*search, "++compressor.router=mask", "distill=none")
     judge, judged = api.plan_fitness, []
 
     def counting(stop_after):

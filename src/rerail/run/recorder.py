@@ -13,7 +13,6 @@ from torch import Tensor
 from tqdm import tqdm
 
 from rerail.distill.repair import Repair, repair
-from rerail.distill.ridge import ridge_repair
 from rerail.evaluate.continuation import continuation
 from rerail.evaluate.fitness import plan_fitness
 from rerail.evaluate.scores import Scores, score_texts
@@ -132,7 +131,7 @@ class CellRecorder(Recorder):
             made = make()
             return Artefact(made.plain(), made.tensors)
 
-        artefact = get(self.folder / "repair.json", with_cost(plain), [repair, ridge_repair])
+        artefact = get(self.folder / "repair.json", with_cost(plain), [repair])
         return Repair.from_plain(*self._without_cost("repair", artefact))
 
     def policies(self, make: Callable[[], Plan]) -> Plan:
