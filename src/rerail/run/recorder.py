@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from rerail.code_version import code_version
 from rerail.distill.repair import Repair, repair
 from rerail.evaluate.continuation import continuation
+from rerail.evaluate.fitness import plan_fitness
 from rerail.evaluate.scores import Scores, score_texts
 from rerail.files import cache_dir
 from rerail.language_model import LanguageModel
@@ -122,6 +123,19 @@ class CellRecorder(Recorder):
             lambda: read(path), with_cost(plain), lambda made: write(path, made)
         )
         return Plan.from_json(*self._without_cost("plan", artefact))
+
+    def fitness(
+        self,
+        teacher: LanguageModel,
+        text: TokenBlocks,
+        what: Sequence[Any],
+        make: Callable[[], float],
+    ) -> float:
+        """Keep it in the cache, so that a search that was killed goes on where it was."""
+        path = cache_dir() / "search" / f"{self._key(teacher, text.fingerprint, *what)}.json"
+        code: list[Code] = [type(self.cell.compressor), plan_fitness]
+        made = get(path, lambda: Artefact({"fitness": make()}), code)
+        return float(made.data["fitness"])
 
     def states(
         self, teacher: LanguageModel, text: TokenBlocks, make: Callable[[], Tensor]
