@@ -66,6 +66,12 @@ class Merger(Compressor):
         """Return non-negative merge weights (E,), normalised later inside each group: the usage."""
         return self.usage(statistics)
 
+    def member_weights(
+        self, layer: MoELayer, statistics: LayerStatistics, labels: Tensor
+    ) -> Tensor:
+        """Return the merge weights (E,) once groups are known; by default those without."""
+        return self.weights(statistics)
+
     def solve(
         self, layer: MoELayer, statistics: LayerStatistics, labels: Tensor
     ) -> tuple[Fused, tuple[str, ...]] | None:
@@ -124,7 +130,8 @@ class Merger(Compressor):
         solution = None if single else self.solve(layer, statistics, labels)
         solved, notes = solution or ({}, ())
         if solution is None:
-            members = group_members(layer.index, labels, self.weights(statistics))
+            weights = self.member_weights(layer, statistics, labels)
+            members = group_members(layer.index, labels, weights)
             spec = BankSpec("dense", count, members)
         else:
             like = expert_parameters(layer.stock())
