@@ -42,6 +42,7 @@ from rerail.methods.naee import NAEE
 from rerail.methods.naee_skip import NAEESkip
 from rerail.methods.odp import ODP
 from rerail.methods.pmq import PMQ
+from rerail.methods.ream import REAM
 from rerail.methods.reap import MomentScore
 from rerail.methods.rtn import RTN
 from rerail.methods.sub_moe import SubMoE
@@ -166,6 +167,9 @@ METHODS = [
         exact=LowRankMerged(merger=SubMoE(rows=96), each=1e9),
         unreachable=frozenset({"gpt_oss"}),
     ),
+    Method("ream", REAM(rows=96)),
+    Method("ream_token", REAM(rows=96, outputs="token", align="none"), families=("mixtral",)),
+    Method("ream_small", REAM(rows=96, size=2, sequential=False), families=("qwen3_moe",)),
     Method("mobe", MoBE(steps=20), no_limit, exact=ExactMoBE(**_EXACT)),
     Method(
         "mobe_paper",

@@ -25,6 +25,22 @@ def labels_around(similarity: Tensor, dominants: Sequence[int]) -> Tensor:
     return labels
 
 
+def absorbed(similarity: Tensor, centroids: Sequence[int], size: int) -> Tensor:
+    """Return labels (E,): in turn, each centroid takes those most like it that are still free.
+
+    Args:
+        similarity: (E, E), higher means more alike; ties go to the lower slot.
+        centroids: slots in the order of their turns, which take the labels 0, 1 ...
+        size: most members of a group, its centroid among them; enough to take all experts.
+    """
+    labels = torch.full((len(similarity),), -1)
+    labels[list(centroids)] = torch.arange(len(centroids))
+    for label, centroid in enumerate(centroids):
+        order = torch.argsort(similarity[centroid], descending=True, stable=True)
+        labels[order[labels[order] < 0][: size - 1]] = label
+    return labels
+
+
 def cosine(gram: Tensor) -> Tensor:
     """Return the cosines G_ij / sqrt(G_ii G_jj) of a Gram matrix (E, E); 0 for a zero vector."""
     norms = gram.diagonal().clamp(min=0).sqrt()
