@@ -28,6 +28,7 @@ from rerail.methods.camera import Camera
 from rerail.methods.cfes import CFES
 from rerail.methods.conmoe import ConMoE
 from rerail.methods.d2_moe import D2MoE
+from rerail.methods.dern import DERN
 from rerail.methods.easy_ep import EasyEP
 from rerail.methods.gptq import GPTQ
 from rerail.methods.hc_smoe import HCSMoE
@@ -46,7 +47,7 @@ from rerail.methods.ream import REAM
 from rerail.methods.reap import MomentScore
 from rerail.methods.rtn import RTN
 from rerail.methods.sub_moe import SubMoE
-from rerail.methods.sub_moe_low_rank import LowRankMerged
+from rerail.methods.sub_moe_low_rank import SubMoELowRank
 from rerail.methods.svd import WhitenedSVD
 from rerail.moe.model import MoELayer, MoEModel
 from rerail.plan.allocation import Uniform
@@ -163,13 +164,20 @@ METHODS = [
     Method("sub_moe_projected", SubMoE(rows=96, energy=0.9), families=("mixtral",)),
     Method(
         "sub_moe_low_rank",
-        LowRankMerged(merger=SubMoE(rows=96)),
-        exact=LowRankMerged(merger=SubMoE(rows=96), each=1e9),
+        SubMoELowRank(merger=SubMoE(rows=96)),
+        exact=SubMoELowRank(merger=SubMoE(rows=96), each=1e9),
         unreachable=frozenset({"gpt_oss"}),
     ),
     Method("ream", REAM(rows=96)),
     Method("ream_token", REAM(rows=96, outputs="token", align="none"), families=("mixtral",)),
     Method("ream_small", REAM(rows=96, size=2, sequential=False), families=("qwen3_moe",)),
+    # segments of random experts are hardly alike: few would move at the paper's alpha
+    Method("dern", DERN(alpha=0.1)),
+    Method(
+        "dern_scaled",
+        DERN(alpha=0.1, init="magnitude", features="all", multiplicity="scaled"),
+        families=("mixtral",),
+    ),
     Method("mobe", MoBE(steps=20), no_limit, exact=ExactMoBE(**_EXACT)),
     Method(
         "mobe_paper",
@@ -237,7 +245,7 @@ COUNTED = [
     for m in METHODS
     if m.compressor.paradigm not in ("editing", "sequence")
     and m.compressor.budget is Ratio
-    and not isinstance(m.compressor, LowRankMerged)  # ranks use up what is between integers
+    and not isinstance(m.compressor, SubMoELowRank)  # ranks use up what is between integers
 ]
 REACHED = [(m, family) for m, family in CASES if family not in m.unreachable]
 FIRST = [(method, next(f for m, f in REACHED if m is method)) for method in METHODS]

@@ -17,7 +17,7 @@ from rerail.compress.solvers.windows import dealt, windows_of
 from rerail.errors import InputError, OutOfReach
 from rerail.methods.hc_smoe import HCSMoE
 from rerail.methods.sub_moe import SubMoE
-from rerail.methods.sub_moe_low_rank import LowRankMerged
+from rerail.methods.sub_moe_low_rank import SubMoELowRank
 from rerail.moe.fused_experts import expert_parameters
 from rerail.moe.model import MoEModel
 from rerail.plan.allocation import GlobalScore, PerLayer, Uniform
@@ -259,7 +259,7 @@ class SubLabelled(SubMoE):
 
 def labelled(teacher: MoEModel) -> StatisticSet:
     """Return all statistics with counts that are far apart."""
-    methods = (Labelled(), PLAIN, LowRankMerged(merger=PLAIN))
+    methods = (Labelled(), PLAIN, SubMoELowRank(merger=PLAIN))
     held = filled(teacher, *methods)
     tensors = {i: {**named, Count().name: COUNTS} for i, named in held.tensors.items()}
     return StatisticSet(tensors)
@@ -296,7 +296,7 @@ def by_joint_svd(
         torch.tensor(Labelled.labels),
         shares_in_group(torch.tensor(Labelled.labels), COUNTS),
     )
-    moments = LowRankMerged(merger=PLAIN)
+    moments = SubMoELowRank(merger=PLAIN)
     view = labelled(teacher).of(teacher.layers[layer], moments.requires)
     seen = layer_moments(teacher.layers[layer], view, True, 0.25, 1e-6)[name]
     out = []
@@ -406,9 +406,9 @@ def test_statistics_of_two_halves_of_the_text_give_the_plan_of_the_whole() -> No
 # ---- the low-rank variant
 
 
-def low_rank(**changed: object) -> LowRankMerged:
+def low_rank(**changed: object) -> SubMoELowRank:
     merger = SubLabelled(rows=64, window=1)
-    return LowRankMerged(merger=merger, **changed)
+    return SubMoELowRank(merger=merger, **changed)
 
 
 @pytest.mark.parametrize("whiten", [True, False])
@@ -452,7 +452,7 @@ def test_low_rank_at_full_rank_is_the_average() -> None:
 @pytest.mark.parametrize("inner", [0.0, 0.2, 0.5])
 def test_ranks_use_the_budget_up_whatever_windows_deal(removed: float, inner: float) -> None:
     teacher = tiny("mixtral")
-    method = LowRankMerged(merger=PLAIN, inner=inner)
+    method = SubMoELowRank(merger=PLAIN, inner=inner)
     if removed == 0.25 and inner == 0.0:
         return
     plan = plan_of(teacher, method, removed)
@@ -464,19 +464,19 @@ def test_ranks_use_the_budget_up_whatever_windows_deal(removed: float, inner: fl
 def test_fewer_experts_are_merged_the_more_each_of_them_loses() -> None:
     teacher = tiny("mixtral")
     counts = [
-        sum(plan_of(teacher, LowRankMerged(merger=PLAIN, inner=inner)).lineage["counts"])
+        sum(plan_of(teacher, SubMoELowRank(merger=PLAIN, inner=inner)).lineage["counts"])
         for inner in (0.0, 0.2, 0.4)
     ]
     assert counts == [8, 10, 14]
 
 
 def test_low_rank_refuses_biases_and_what_no_rank_can_reach() -> None:
-    method = LowRankMerged(merger=PLAIN)
+    method = SubMoELowRank(merger=PLAIN)
     with pytest.raises(OutOfReach, match="biases"):
         method.check(tiny("gpt_oss").layers, Ratio(0.5), Uniform())
     with pytest.raises(OutOfReach, match="rank 1 takes"):
-        LowRankMerged(merger=PLAIN, inner=0.95).check(
+        SubMoELowRank(merger=PLAIN, inner=0.95).check(
             tiny("qwen3_moe").layers, Ratio(0.95), Uniform()
         )
     with pytest.raises(InputError, match=r"inner=1 is outside \[0, 1\)"):
-        LowRankMerged(merger=PLAIN, inner=1)
+        SubMoELowRank(merger=PLAIN, inner=1)

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from rerail.experts.base import Member
+from rerail.experts.base import BankSpec, Member
 from rerail.moe.fused_experts import expert_parameters
 from rerail.moe.model import MoELayer
 
@@ -100,6 +100,14 @@ def merged_experts(
         for name, tensor in (own if sizes[label] == 1 else change(e, own)).items():
             out[name][label] += share[e] * tensor.to(out[name].dtype)
     return out
+
+
+def whole_experts(layer: MoELayer, fused: Fused) -> tuple[BankSpec, Fused]:
+    """Return the form of solved experts (M, ...), and their tensors in the layer's own dtype."""
+    like = expert_parameters(layer.stock())
+    solved = {name: tensor.to(like[name].dtype).cpu() for name, tensor in fused.items()}
+    shapes = {name: tuple(tensor.shape[1:]) for name, tensor in solved.items()}
+    return BankSpec("merged", len(fused["down_proj"]), (), shapes), solved
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:

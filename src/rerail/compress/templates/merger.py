@@ -25,10 +25,15 @@ from torch import Tensor
 
 from rerail.compress.base import Compressor, Decision, Layers, Statistics
 from rerail.compress.router_rows import best_slots, check_equal_groups
-from rerail.compress.solvers.grouping import Fused, group_members, shares_in_group, wide
+from rerail.compress.solvers.grouping import (
+    Fused,
+    group_members,
+    shares_in_group,
+    whole_experts,
+    wide,
+)
 from rerail.errors import OutOfReach
 from rerail.experts.base import BankSpec
-from rerail.moe.fused_experts import expert_parameters
 from rerail.moe.model import MoELayer
 from rerail.plan.allocation import Allocation
 from rerail.plan.budget import Budget
@@ -134,10 +139,7 @@ class Merger(Compressor):
             members = group_members(layer.index, labels, weights)
             spec = BankSpec("dense", count, members)
         else:
-            like = expert_parameters(layer.stock())
-            solved = {name: t.to(like[name].dtype) for name, t in solved.items()}
-            shapes = {name: tuple(t.shape[1:]) for name, t in solved.items()}
-            spec = BankSpec("merged", count, (), shapes)
+            spec, solved = whole_experts(layer, solved)
         plan, rows = self.router_plan(layer, statistics, labels, spec)
         tensors = {name: t.cpu() for name, t in {**solved, **rows}.items()}
         return Decision(plan, tensors, notes)
