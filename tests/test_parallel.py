@@ -181,7 +181,7 @@ def test_scores_and_teacher_states_of_two_processes_are_those_of_one_to_the_bit(
     assert torch.equal(measured[0]["states"], final_hidden_states(model, text))
     for process in measured:
         assert torch.equal(process["hidden"], teacher.hidden)
-        for name in ("nll", "kl", "agree", "tokens"):
+        for name in ("nll", "kl", "esap", "agree", "tokens"):
             assert torch.equal(process[name], getattr(scores, name))
         assert process["active"] == scores.routing.mean_active_experts
         for layer, chosen in process["chosen"].items():

@@ -22,6 +22,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
+from torch import Tensor
+
 import rerail.auto  # noqa: F401  (package checkpoints load like any other)
 from rerail.arguments import (
     Method,
@@ -34,22 +36,25 @@ from rerail.arguments import (
     blocks_for,
     check_statistics,
 )
-from rerail.compress.base import Compressor, Remeasure, make_plan
+from rerail.compress.base import Compressor, Fitness, Remeasure, make_plan
 from rerail.compress.sequential import sequential
 from rerail.compress.templates.skipper import Skipper, check_fitted, without_policies
 from rerail.config.presets import preset
 from rerail.distill import repair as fitting
-from rerail.distill.settings import RouterKD
+from rerail.distill.ridge import ridge_repair
+from rerail.distill.settings import Ridge, RouterKD, Settings
 from rerail.errors import InputError
+from rerail.evaluate.fitness import plan_fitness
 from rerail.evaluate.scores import Scores, score_texts
 from rerail.language_model import LanguageModel, Repaired
 from rerail.moe.model import MoEModel
 from rerail.moe.source import ModelSource
-from rerail.parallel import is_first, run_on_first
+from rerail.parallel import broadcast_from_first, is_first, run_on_first
 from rerail.plan.allocation import Allocation
 from rerail.plan.apply import apply_plan
 from rerail.plan.budget import Bits, Budget, Ratio, Skip
 from rerail.plan.plan import Plan
+from rerail.plan.search import Search
 from rerail.recorder import SILENT, Recorder
 from rerail.statistics.collect import collect as collect_statistics
 from rerail.statistics.statistic import Statistic, StatisticSet
@@ -184,15 +189,20 @@ def plan(  # noqa: PLR0913
     layers = teacher.model.layers
 
     def make() -> Plan | None:
-        measured, remeasure = StatisticSet(), None
+        measured, remeasure, fitness = StatisticSet(), None, None
         if asked.removed != 0:
             compressor.check(layers, asked, shares)  # before anything is measured
             measured, remeasure = _measure(
                 teacher, compressor, text, statistics, batch_size, recorder
             )
+            if isinstance(shares, Search):
+                fitness = _fitness(teacher, compressor, shares, text, batch_size, recorder)
+                known = measured
+                measured = broadcast_from_first(lambda: known)  # all must ask for the same plans
         decide = partial(make_plan, compressor, layers, measured, asked, shares, remeasure)
-        # in a group all processes measure again together; a plan alone is the first one's task
-        made = run_on_first(decide) if remeasure is None else decide()
+        decide = partial(decide, fitness=fitness)
+        # in a group all processes measure and judge together; a plan alone is the first one's task
+        made = decide() if remeasure or fitness else run_on_first(decide)
         if made is not None and is_first():
             for note in made.lineage.get("notes", ()):
                 log.warning("%s", note)
@@ -247,7 +257,7 @@ def repair(  # noqa: PLR0913
     student: LanguageModel,
     teacher: LanguageModel,
     text: Text,
-    distill: str | RouterKD = "router_kd",
+    distill: str | Settings = "router_kd",
     *,
     trainer: Mapping[str, Any] | None = None,
     seed: int = 0,
@@ -256,6 +266,8 @@ def repair(  # noqa: PLR0913
     **fields: Any,
 ) -> Repaired:
     """Fit router rows by Router KD (the best step is kept), and a skipper's policies after it.
+
+    With distill="ridge" they are solved for instead, see `rerail.distill.ridge`.
 
     Args:
         student: the compressed model; it is left as it is.
@@ -273,6 +285,17 @@ def repair(  # noqa: PLR0913
     blocks = blocks_for(teacher, text)
 
     def make() -> fitting.Repair:
+        if isinstance(settings, Ridge):
+            return ridge_repair(
+                student.model.with_shared_parameters(),
+                teacher.model,
+                _states(teacher, blocks, teacher_batch_size, recorder),
+                blocks,
+                settings,
+                teacher_batch_size,
+                recorder.progress,
+                recorder.point,
+            )
         return fitting.repair(
             student.model.with_shared_parameters(),  # it trains in place
             _teacher_of(settings, teacher, blocks, teacher_batch_size, recorder),
@@ -395,6 +418,36 @@ def _measure(
     return collect(teacher, blocks, method, batch_size=batch_size, recorder=recorder), None
 
 
+def _fitness(
+    teacher: LanguageModel,
+    method: Compressor,
+    search: Search,
+    text: Text | None,
+    batch_size: int,
+    recorder: Recorder,
+) -> Fitness:
+    """Return what judges the plans of a search on calibration text.
+
+    Raises:
+        InputError: there is no text.
+    """
+    if text is None:
+        raise InputError(
+            f"allocation {search} judges students on calibration text and there is none; give "
+            "text, e.g. api.text(teacher)"
+        )
+    blocks = blocks_for(teacher, text).first(search.blocks)
+    bar = recorder.progress("a plan of the search")
+    fitness = plan_fitness(teacher.model, blocks, search.measure, batch_size, bar)
+    known = (search.measure, repr(method), batch_size)
+
+    def judge(plan: Plan) -> float:
+        what = (*known, plan.fingerprint())
+        return recorder.fitness(teacher, blocks, what, lambda: fitness(plan))
+
+    return judge
+
+
 def _teacher_of(
     settings: RouterKD,
     teacher: LanguageModel,
@@ -405,10 +458,17 @@ def _teacher_of(
     """Return what a fit learns from: the live model, or its final hidden states on the text."""
     if settings.teacher == "live":
         return LiveTeacher(teacher.model)
+    return CachedTeacher(_states(teacher, blocks, batch_size, recorder))
+
+
+def _states(
+    teacher: LanguageModel, blocks: TokenBlocks, batch_size: int, recorder: Recorder
+) -> Tensor:
+    """Return the teacher's final hidden states (N, S, H) on a text."""
     batches = list(blocks.batches(batch_size))
     bar = recorder.progress("teacher")
     states = partial(final_hidden_states, teacher.model, batches, bar)
-    return CachedTeacher(recorder.states(teacher, blocks, states))
+    return recorder.states(teacher, blocks, states)
 
 
 def _with_policies(

@@ -7,7 +7,7 @@ import torch
 
 from rerail.compress.base import Compressor
 from rerail.config.presets import preset
-from rerail.distill.settings import RouterKD
+from rerail.distill.settings import Settings
 from rerail.errors import InputError, OutOfReach
 from rerail.files import digest
 from rerail.language_model import LanguageModel
@@ -54,7 +54,7 @@ def as_allocation(allocation: Allocation | str | None) -> Allocation:
     return allocation or Uniform()
 
 
-def as_settings(distill: str | RouterKD, **fields: Any) -> RouterKD:
+def as_settings(distill: str | Settings, **fields: Any) -> Settings:
     """Return the settings of a repair, by the name of their preset or as they are.
 
     Raises:
@@ -63,7 +63,7 @@ def as_settings(distill: str | RouterKD, **fields: Any) -> RouterKD:
     settings = preset("distill", distill, **fields) if isinstance(distill, str) else distill
     if not settings.enabled:
         raise InputError(f"distill={distill!r} repairs nothing; name other settings")
-    return cast(RouterKD, settings)
+    return cast(Settings, settings)
 
 
 def as_blocks(tokenizer: Any, text: Text, block: int = BLOCK) -> TokenBlocks:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 from torch import Tensor
 
@@ -51,6 +51,16 @@ class Recorder:
         """Return the plan, the same on all processes; `make` returns it on the first at least."""
         made = make()
         return cast(Plan, broadcast_from_first(lambda: made))
+
+    def fitness(
+        self,
+        teacher: LanguageModel,
+        text: TokenBlocks,
+        what: Sequence[Any],
+        make: Callable[[], float],
+    ) -> float:
+        """Return how good a student of a search is on a text; `what` names it in plain data."""
+        return make()
 
     def states(
         self, teacher: LanguageModel, text: TokenBlocks, make: Callable[[], Tensor]

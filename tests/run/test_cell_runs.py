@@ -70,8 +70,10 @@ def test_a_cell_gives_one_row_a_stage_with_the_same_tokens(finished):
     _, rows = finished
     assert [r["stage"] for r in rows] == ["teacher", "compressed", "repaired"]
     assert len({r["tokens"] for r in rows}) == 1
-    assert rows[0]["kl"] == 0.0
+    assert (rows[0]["kl"], rows[0]["esap"], rows[0]["agreement"]) == (0.0, 1.0, 1.0)
     assert rows[1]["kl"] > 0
+    assert 0 < rows[1]["esap"] < 1
+    assert [r["changed_choices"] for r in rows] == [0.0, 0.0, 0.0]  # kept experts are their own
     assert rows[1]["bytes"] < rows[0]["bytes"]
     assert rows[1]["removed_of_experts"] == pytest.approx(0.5)
     assert rows[2]["kl_best"] <= rows[2]["kl_first"]
@@ -270,3 +272,27 @@ def test_what_cannot_be_exported_is_refused_before_the_repair(cell, tmp_path, mo
     monkeypatch.setattr(api, "repair", lambda *_: 1 / 0)
     with pytest.raises(InputError, match="densify"):
         runner.run_cell(cell("export=native", "compressor=hc_smoe"), tmp_path / "out")
+
+
+WITHOUT_STEPS = ["~distill.batch_size", "~distill.epochs", "~distill.evaluations"]
+
+
+def test_a_router_solved_in_closed_form_leaves_the_same_rows_and_is_used_again(
+    cell, tmp_path, monkeypatch
+):
+    solved = cell("distill=ridge", *WITHOUT_STEPS, "distill.ridge=0.1")
+    rows = runner.run_cell(solved, tmp_path / "out")
+    assert [row["stage"] for row in rows] == ["teacher", "compressed", "repaired"]
+    assert [point["step"] for point in rows[2]["curve"]] == [0, 1]
+    assert rows[2]["kl_best"] == min(rows[2]["kl_first"], rows[2]["kl_last"])
+    assert (rows[2]["nll"] != rows[1]["nll"]) == (rows[2]["kl_last"] < rows[2]["kl_first"])
+    [folder] = (tmp_path / "out").iterdir()
+    (folder / "result.json").unlink()
+    monkeypatch.setattr(api, "ridge_repair", None)  # repair.json is read back
+    assert comparable(runner.run_cell(solved, tmp_path / "out")) == comparable(rows)
+
+
+def test_a_bias_that_no_router_adds_is_a_row_that_is_not_applicable(cell, tmp_path):
+    [row] = runner.run_or_record(cell("distill=ridge_bias", *WITHOUT_STEPS), tmp_path / "out")
+    assert row["status"] == "not_applicable"
+    assert "adds none to its logits" in row["reason"]

@@ -10,10 +10,10 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from rerail.errors import OutOfReach
+from rerail.errors import InputError, OutOfReach
 from rerail.experts.base import BankSpec
 from rerail.moe.model import MoELayer
-from rerail.plan.allocation import Allocation, check_kept, removed_shares
+from rerail.plan.allocation import Allocation, PerLayer, check_kept, removed_shares
 from rerail.plan.budget import Budget, Ratio, dense_numbers, units_kept
 from rerail.plan.plan import LayerPlan, Plan
 from rerail.statistics.statistic import LayerStatistics, Statistic, StatisticSet
@@ -26,6 +26,8 @@ Scopes = list[list[int]]
 Progress = Callable[[Scopes], Iterable[list[int]]]
 # statistics of some layers, measured on the student of the plan so far
 Remeasure = Callable[[Plan, Sequence[MoELayer]], StatisticSet]
+# how good the student of a plan is, higher is better: what a searching allocation asks
+Fitness = Callable[[Plan], float]
 
 
 class Decision(NamedTuple):
@@ -159,6 +161,11 @@ class Compressor(ABC):
                 f"allocation {allocation} counts experts, and {name} keeps them all; use "
                 f"allocation=uniform{lists if self.allocations == 'fixed' else ''}"
             )
+        if allocation.searches and self.driver == "sequential":
+            raise OutOfReach(
+                f"allocation {allocation} plans many times, and {name} measures every scope anew "
+                "each time; use allocation=uniform or global, or a setting that measures once"
+            )
         self.allocate(layers, None, budget, allocation)
 
     def plan(
@@ -191,10 +198,12 @@ def make_plan(  # noqa: PLR0913
     allocation: Allocation,
     remeasure: Remeasure | None = None,
     progress: Progress = NO_HOOKS.progress,
+    fitness: Fitness | None = None,
 ) -> Plan:
     """Check a budget and return the plan of a compressor; a budget of 0 gives the empty plan.
 
-    Layers and statistics are of the original model; for the hooks see `PlanHooks`. The lineage of
+    Layers and statistics are of the original model; for the hooks see `PlanHooks`; `fitness` is for
+    an allocation that searches. The lineage of
     the plan says what was asked for (`removed`), how many units each layer got (`counts`) and
     what integers made of it (`achieved`, the removed share of the bytes of routed experts).
 
@@ -207,8 +216,16 @@ def make_plan(  # noqa: PLR0913
         return Plan((), lineage)
     compressor.check(layers, budget, allocation)
     hooks = PlanHooks(remeasure, progress)
-    plan = compressor.plan(layers, statistics, budget, allocation, hooks)
+
+    def judge(kept: tuple[int, ...]) -> float:
+        if fitness is None:
+            raise InputError(f"allocation {allocation} judges students on text, and there is none")
+        return fitness(compressor.plan(layers, statistics, budget, PerLayer(kept), hooks))
+
+    shares = allocation.with_fitness(judge)
+    plan = compressor.plan(layers, statistics, budget, shares, hooks)
     plan.validate(layers)
+    lineage |= shares.lineage()
     dense = sum(dense_numbers(layer) for layer in layers)
     lineage["achieved"] = 1 - plan.stored_bits(layers, 16) / (16 * dense)
     return dataclasses.replace(plan, lineage={**lineage, **plan.lineage})

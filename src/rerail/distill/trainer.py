@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from rerail.distill.settings import RouterKD
+from rerail.distill.settings import RouterKD, Settings
 from rerail.errors import InputError
 from rerail.parallel import group_rank_and_size, in_slurm, node_rank_and_size, rank_and_size
 
@@ -36,7 +36,7 @@ def trainer_argument_names() -> tuple[str, ...]:
     raise ImportError(f"{source} has no class Trainer; rerail needs lightning 2.6")
 
 
-def check_strategy(trainer: Mapping[str, Any], settings: RouterKD) -> None:
+def check_strategy(trainer: Mapping[str, Any], settings: Settings) -> None:
     """Check what can be checked before a model is loaded.
 
     Raises:
@@ -45,7 +45,8 @@ def check_strategy(trainer: Mapping[str, Any], settings: RouterKD) -> None:
     strategy = trainer.get("strategy", "auto")
     if strategy not in STRATEGIES:
         raise InputError(f"trainer.strategy={strategy!r} is not one of {', '.join(STRATEGIES)}")
-    if strategy == "fsdp2" and settings.teacher == "live":
+    live = isinstance(settings, RouterKD) and settings.teacher == "live"
+    if strategy == "fsdp2" and live:
         raise InputError(
             "distill.teacher='live' keeps the whole teacher in memory, which "
             "trainer.strategy='fsdp2' is there to avoid; use distill.teacher=cached"

@@ -156,6 +156,28 @@ class Plan:
                     last, dims, now = part.bank, now, now._replace(experts=len(part.slots))
         return last, dims
 
+    def changed_rows(self, layer: int, experts: int) -> list[bool]:
+        """Return of each router row of the student whether another expert answers it than before.
+
+        That is anything but the teacher's own expert of the slot that the row stands for, as it
+        was: an alias, a merged, factorised, narrowed, quantised or constant one. An expert that a
+        method stored anew counts as changed also where its numbers came out equal.
+
+        Args:
+            layer: index of an MoE layer.
+            experts: its router rows in the teacher.
+        """
+        changed = [False] * experts
+        for part in (p for stage in self.stages for p in stage.layers if p.layer == layer):
+            form = bank_class(part.bank.kind)
+            if form.wraps:  # whatever it wraps answers, or nothing does
+                continue
+            own = form.unchanged(part.bank, layer)
+            rows = part.kept if len(part.kept) == len(part.slots) else range(len(part.slots))
+            pairs = zip(rows, part.slots, strict=True)
+            changed = [own[stored] != row or changed[row] for row, stored in pairs]
+        return changed
+
     def rows_removed(self, layers: Sequence[MoELayer]) -> int:
         """Return how many numbers the routers lose."""
         sizes = {layer.index: layer.row_size for layer in layers}

@@ -9,11 +9,13 @@ from rerail.code_version import code_version
 from rerail.compress.base import Compressor, make_plan
 from rerail.compress.sequential import sequential
 from rerail.distill.repair import repair
+from rerail.distill.ridge import check_ridge, ridge_repair
 from rerail.distill.schedule import Schedule
-from rerail.distill.settings import RouterKD
+from rerail.distill.settings import Ridge, Settings
 from rerail.distill.trainable import check_router_gradients
 from rerail.distill.trainer import check_strategy
 from rerail.errors import InputError
+from rerail.evaluate.fitness import plan_fitness
 from rerail.evaluate.scores import score_texts
 from rerail.export.targets import FORMS
 from rerail.files import digest
@@ -90,7 +92,7 @@ class Cell:
     ratio: Ratio | Bits
     allocation: Allocation
     calibration: Calibration
-    distill: RouterKD
+    distill: Settings
     evaluation: Evaluation
     skip: Skip = field(default_factory=Skip)
     export: Export = field(default_factory=Export)
@@ -141,8 +143,10 @@ class Cell:
                 collect,
                 sequential,
                 make_plan,
+                plan_fitness,
                 apply_plan,
                 repair,
+                ridge_repair,
                 score_texts,
             ),
         }
@@ -177,5 +181,11 @@ class Cell:
         if self.budget.removed != 0:
             self.compressor.check(meta.layers, self.budget, self.allocation)
         if self.distill.enabled:
+            self._check_repair(meta, processes)
+
+    def _check_repair(self, meta: MoEModel, processes: int) -> None:
+        if isinstance(self.distill, Ridge):
+            check_ridge(meta.layers, self.distill, self.calibration.samples)
+        else:
             check_router_gradients(meta)
             Schedule.of(self.calibration.samples, self.distill, processes)

@@ -13,7 +13,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from rerail.distill.repair import Repair, repair
+from rerail.distill.ridge import ridge_repair
 from rerail.evaluate.continuation import continuation
+from rerail.evaluate.fitness import plan_fitness
 from rerail.evaluate.scores import Scores, score_texts
 from rerail.files import cache_dir
 from rerail.language_model import LanguageModel
@@ -101,6 +103,19 @@ class CellRecorder(Recorder):
         )
         return Plan.from_json(*self._without_cost("plan", artefact))
 
+    def fitness(
+        self,
+        teacher: LanguageModel,
+        text: TokenBlocks,
+        what: Sequence[Any],
+        make: Callable[[], float],
+    ) -> float:
+        """Keep it in the cache, so that a search that was killed goes on where it was."""
+        path = cache_dir() / "search" / f"{self._key(teacher, text.fingerprint, *what)}.json"
+        code: list[Code] = [type(self.cell.compressor), plan_fitness]
+        made = get(path, lambda: Artefact({"fitness": make()}), code)
+        return float(made.data["fitness"])
+
     def states(
         self, teacher: LanguageModel, text: TokenBlocks, make: Callable[[], Tensor]
     ) -> Tensor:
@@ -117,7 +132,7 @@ class CellRecorder(Recorder):
             made = make()
             return Artefact(made.plain(), made.tensors)
 
-        artefact = get(self.folder / "repair.json", with_cost(plain), [repair])
+        artefact = get(self.folder / "repair.json", with_cost(plain), [repair, ridge_repair])
         return Repair.from_plain(*self._without_cost("repair", artefact))
 
     def policies(self, make: Callable[[], Plan]) -> Plan:

@@ -101,13 +101,17 @@ def stage_row(
 def score_columns(scores: Scores) -> dict[str, Any]:
     """Return means over all held-out tokens with their errors, and means over the layers."""
     columns: dict[str, Any] = {"tokens": scores.tokens, "perplexity": scores.perplexity}
-    for column, name in (("nll", "nll"), ("kl", "kl"), ("agreement", "agree")):
+    for column, name in (("nll", "nll"), ("kl", "kl"), ("esap", "esap"), ("agreement", "agree")):
         columns[column], columns[f"{column}_se"] = scores.mean(name)
     layers = scores.layers()
     moved = [layer.routing_changed for layer in layers if layer.routing_changed is not None]
     return {
         **columns,
         "routing_changed": mean_or_none(moved),
+        **{
+            name: mean_or_none([getattr(layer, name) for layer in layers])
+            for name in ("changed_choices", "changed_mass")
+        },
         "load_entropy": mean_or_none([layer.load_entropy for layer in layers]),
         "layers": [layer_column(layer) for layer in layers] or None,
         "nll_by": by_text(scores),
@@ -122,8 +126,9 @@ def mean_or_none(values: Sequence[float]) -> float | None:
 def layer_column(routing: LayerRouting) -> dict[str, Any]:
     """Return the routing of a layer as the column `layers` has it."""
     moved = {} if routing.routing_changed is None else {"routing_changed": routing.routing_changed}
+    changed = {"changed_choices": routing.changed_choices, "changed_mass": routing.changed_mass}
     shares = {"load_entropy": routing.load_entropy, "load": routing.load}
-    return {"layer": routing.layer, **moved, **shares}
+    return {"layer": routing.layer, **moved, **changed, **shares}
 
 
 def repair_columns(fit: Repair, cost: Cost) -> dict[str, Any]:

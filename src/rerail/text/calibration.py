@@ -42,6 +42,11 @@ class TokenBlocks:
         """Number of real tokens."""
         return int(self.mask.sum())
 
+    def first(self, count: int) -> "TokenBlocks":
+        """Return the leading blocks."""
+        name = digest([self.fingerprint, count])
+        return TokenBlocks(self.input_ids[:count], self.mask[:count], name)
+
     def batches(self, size: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Yield (input_ids, mask) of `size` blocks each, in order."""
         for first in range(0, len(self), size):
