@@ -15,12 +15,13 @@ import pytest
 import torch
 
 from families import CONFIGS, tiny, tokens
-from rerail.compress.base import Compressor, extended, make_plan
+from rerail.compress.base import Compressor, Fitness, extended, make_plan
 from rerail.compress.templates.narrower import micro_size
 from rerail.distill.router_distillation import RouterDistillation
 from rerail.distill.settings import RouterKD
 from rerail.distill.trainable import master_copies
 from rerail.errors import OutOfReach
+from rerail.evaluate.fitness import plan_fitness
 from rerail.experts.base import BankSpec, bank_class
 from rerail.experts.encoded import EncodedExperts
 from rerail.export.package import packaged_model
@@ -31,6 +32,7 @@ from rerail.methods.conmoe import ConMoE
 from rerail.methods.d2_moe import D2MoE
 from rerail.methods.dern import DERN
 from rerail.methods.easy_ep import EasyEP
+from rerail.methods.eep import EEP
 from rerail.methods.gptq import GPTQ
 from rerail.methods.hc_smoe import HCSMoE
 from rerail.methods.hqq import HQQ
@@ -59,6 +61,7 @@ from rerail.plan.sizes import Sizes
 from rerail.statistics.collect import collect
 from rerail.statistics.statistic import LayerStatistics, StatisticSet
 from rerail.teacher.hidden_states import LiveTeacher
+from students import blocks
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -179,6 +182,13 @@ METHODS = [
         DERN(alpha=0.1, init="magnitude", features="all", multiplicity="scaled"),
         families=("mixtral",),
     ),
+    # half of lfm2_moe's tiny experts are never chosen, so that nothing changes without them
+    Method(
+        "eep",
+        EEP(population=3, iterations=3, measure="esap"),
+        families=all_but("lfm2_moe"),
+    ),
+    Method("eep_merge", EEP(population=3, iterations=3, merging=6), families=("mixtral",)),
     Method("mobe", MoBE(steps=20), no_limit, exact=ExactMoBE(**_EXACT)),
     Method(
         "mobe_paper",
@@ -271,8 +281,20 @@ def filled(family: str) -> StatisticSet:
 
 def plan_of(method: Method, family: str, removed: float | None = None) -> Plan:
     ratio = method.asked if removed is None else Ratio(removed)
-    layers = tiny(family).layers
-    return make_plan(method.compressor, layers, filled(family), ratio, Uniform())
+    teacher = tiny(family)
+    fitness = judge_of(method.compressor, teacher)
+    statistics = filled(family)
+    return make_plan(
+        method.compressor, teacher.layers, statistics, ratio, Uniform(), fitness=fitness
+    )
+
+
+def judge_of(compressor: Compressor, teacher: MoEModel) -> Fitness | None:
+    """Return what judges the students of a method that searches."""
+    if compressor.judged_by is None:
+        return None
+    measure, count = compressor.judged_by
+    return plan_fitness(teacher, blocks().first(count), measure, 8, list)
 
 
 planned = functools.cache(plan_of)
@@ -501,8 +523,9 @@ class Watched(StatisticSet):
 @pytest.mark.parametrize("method", METHODS, ids=lambda m: m.name)
 def test_declared_statistics_are_read_statistics(method: Method) -> None:
     compressor, watched = method.compressor, Watched(filled("qwen3_moe").tensors)
-    layers = tiny("qwen3_moe").layers
-    make_plan(compressor, layers, watched, method.asked, Uniform())
+    teacher = tiny("qwen3_moe")
+    fitness = judge_of(compressor, teacher)
+    make_plan(compressor, teacher.layers, watched, method.asked, Uniform(), fitness=fitness)
     read = [view.read for view in watched.views]
     assert set().union(*read) == set(compressor.requires)
 
