@@ -6,13 +6,12 @@ from families import tokens
 from rerail.compress.guard import MaxOutput
 from rerail.methods.camera import MiddleEnergy, MiddlePeak
 from rerail.methods.easy_ep import Deviation
-from rerail.methods.m_smoe import LogitGram
-from rerail.methods.mone import GatedOutput, OutputSquares
+from rerail.methods.mone import OutputSquares
 from rerail.moe.model import MoEModel
 from rerail.statistics.collect import Batch
 from rerail.statistics.dense import OutputSum, TokenCount
-from rerail.statistics.moments import InputMoment, MiddleMoment
-from rerail.statistics.routed import Count, Moment, OutputSumRouted
+from rerail.statistics.moments import InputMoment, LogitGram, MiddleMoment
+from rerail.statistics.routed import Count, GatedOutput, Moment, OutputSumRouted
 from rerail.statistics.statistic import Statistic
 from rerail.statistics.token_sample import TokenSample
 

@@ -15,12 +15,13 @@ import pytest
 import torch
 
 from families import CONFIGS, tiny, tokens
-from rerail.compress.base import Compressor, extended, make_plan
+from rerail.compress.base import Compressor, Fitness, extended, make_plan
 from rerail.compress.templates.narrower import micro_size
 from rerail.distill.router_distillation import RouterDistillation
 from rerail.distill.settings import RouterKD
 from rerail.distill.trainable import master_copies
 from rerail.errors import OutOfReach
+from rerail.evaluate.fitness import plan_fitness
 from rerail.experts.base import BankSpec, bank_class
 from rerail.experts.encoded import EncodedExperts
 from rerail.export.package import packaged_model
@@ -29,7 +30,9 @@ from rerail.methods.camera import Camera
 from rerail.methods.cfes import CFES
 from rerail.methods.conmoe import ConMoE
 from rerail.methods.d2_moe import D2MoE
+from rerail.methods.dern import DERN
 from rerail.methods.easy_ep import EasyEP
+from rerail.methods.eep import EEP
 from rerail.methods.gptq import GPTQ
 from rerail.methods.hc_smoe import HCSMoE
 from rerail.methods.hqq import HQQ
@@ -43,8 +46,11 @@ from rerail.methods.naee import NAEE
 from rerail.methods.naee_skip import NAEESkip
 from rerail.methods.odp import ODP
 from rerail.methods.pmq import PMQ
+from rerail.methods.ream import REAM
 from rerail.methods.reap import MomentScore
 from rerail.methods.rtn import RTN
+from rerail.methods.sub_moe import SubMoE
+from rerail.methods.sub_moe_low_rank import SubMoELowRank
 from rerail.methods.svd import WhitenedSVD
 from rerail.moe.model import MoELayer, MoEModel
 from rerail.plan.allocation import Uniform
@@ -55,6 +61,7 @@ from rerail.plan.sizes import Sizes
 from rerail.statistics.collect import collect
 from rerail.statistics.statistic import LayerStatistics, StatisticSet
 from rerail.teacher.hidden_states import LiveTeacher
+from students import blocks
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -156,6 +163,32 @@ METHODS = [
         MergeMoE(inputs=96, tokens="gated", router="pooled"),
         families=("qwen3_moe", "deepseek_v3"),
     ),
+    Method("sub_moe", SubMoE(rows=96)),
+    Method("sub_moe_output", SubMoE(rows=96, kernel="output"), families=("qwen3_moe",)),
+    Method("sub_moe_projected", SubMoE(rows=96, energy=0.9), families=("mixtral",)),
+    Method(
+        "sub_moe_low_rank",
+        SubMoELowRank(merger=SubMoE(rows=96)),
+        exact=SubMoELowRank(merger=SubMoE(rows=96), each=1e9),
+        unreachable=frozenset({"gpt_oss"}),
+    ),
+    Method("ream", REAM(rows=96)),
+    Method("ream_token", REAM(rows=96, outputs="token", align="none"), families=("mixtral",)),
+    Method("ream_small", REAM(rows=96, size=2, sequential=False), families=("qwen3_moe",)),
+    # segments of random experts are hardly alike: few would move at the paper's alpha
+    Method("dern", DERN(alpha=0.1)),
+    Method(
+        "dern_scaled",
+        DERN(alpha=0.1, init="magnitude", features="all", multiplicity="scaled"),
+        families=("mixtral",),
+    ),
+    # half of lfm2_moe's tiny experts are never chosen, so that nothing changes without them
+    Method(
+        "eep",
+        EEP(population=3, iterations=3, measure="esap"),
+        families=all_but("lfm2_moe"),
+    ),
+    Method("eep_merge", EEP(population=3, iterations=3, merging=6), families=("mixtral",)),
     Method("mobe", MoBE(steps=20), no_limit, exact=ExactMoBE(**_EXACT)),
     Method(
         "mobe_paper",
@@ -221,7 +254,9 @@ CASES = [(method, family) for method in METHODS for family in method.families]
 COUNTED = [
     m
     for m in METHODS
-    if m.compressor.paradigm not in ("editing", "sequence") and m.compressor.budget is Ratio
+    if m.compressor.paradigm not in ("editing", "sequence")
+    and m.compressor.budget is Ratio
+    and not isinstance(m.compressor, SubMoELowRank)  # ranks use up what is between integers
 ]
 REACHED = [(m, family) for m, family in CASES if family not in m.unreachable]
 FIRST = [(method, next(f for m, f in REACHED if m is method)) for method in METHODS]
@@ -246,8 +281,20 @@ def filled(family: str) -> StatisticSet:
 
 def plan_of(method: Method, family: str, removed: float | None = None) -> Plan:
     ratio = method.asked if removed is None else Ratio(removed)
-    layers = tiny(family).layers
-    return make_plan(method.compressor, layers, filled(family), ratio, Uniform())
+    teacher = tiny(family)
+    fitness = judge_of(method.compressor, teacher)
+    statistics = filled(family)
+    return make_plan(
+        method.compressor, teacher.layers, statistics, ratio, Uniform(), fitness=fitness
+    )
+
+
+def judge_of(compressor: Compressor, teacher: MoEModel) -> Fitness | None:
+    """Return what judges the students of a method that searches."""
+    if compressor.judged_by is None:
+        return None
+    measure, count = compressor.judged_by
+    return plan_fitness(teacher, blocks().first(count), measure, 8, list)
 
 
 planned = functools.cache(plan_of)
@@ -384,7 +431,8 @@ def test_the_ratio_is_met_as_far_as_integers_allow(method: Method, family: str) 
     teacher, plan = tiny(family), planned(method, family)
     before, after = Sizes.of(teacher, 2), Sizes.predicted(teacher, plan, 2)
     assert plan.lineage["achieved"] == pytest.approx(after.removed_of_experts(before), abs=1e-12)
-    if method.compressor.paradigm in ("editing", "sequence"):
+    ranks = plan.stages[-1].layers[0].bank.kind == "low_rank"
+    if method.compressor.paradigm in ("editing", "sequence") or ranks:
         allowed = sum(numbers_kept(dense_numbers(la), method.removed) for la in teacher.layers)
         slack = sum(quantum(method, plan, la) for la in teacher.layers)
         channels = plan.layers[0].bank.kind == "narrow"  # of these, what goes is rounded down
@@ -475,8 +523,9 @@ class Watched(StatisticSet):
 @pytest.mark.parametrize("method", METHODS, ids=lambda m: m.name)
 def test_declared_statistics_are_read_statistics(method: Method) -> None:
     compressor, watched = method.compressor, Watched(filled("qwen3_moe").tensors)
-    layers = tiny("qwen3_moe").layers
-    make_plan(compressor, layers, watched, method.asked, Uniform())
+    teacher = tiny("qwen3_moe")
+    fitness = judge_of(compressor, teacher)
+    make_plan(compressor, teacher.layers, watched, method.asked, Uniform(), fitness=fitness)
     read = [view.read for view in watched.views]
     assert set().union(*read) == set(compressor.requires)
 

@@ -380,8 +380,11 @@ def _plan(  # noqa: PLR0913
     if budget.removed != 0:
         method.check(layers, budget, allocation)  # before anything is measured
         measured, remeasure = _measure(teacher, method, text, statistics, batch_size, recorder)
+        how = method.judged_by
         if isinstance(allocation, Search):
-            fitness = _fitness(teacher, method, allocation, text, batch_size, recorder)
+            how = allocation.measure, allocation.blocks
+        if how is not None:
+            fitness = _fitness(teacher, method, how, text, batch_size, recorder)
             known = measured
             measured = broadcast_from_first(lambda: known)  # all must ask for the same plans
     decide = partial(make_plan, method, layers, measured, budget, allocation, remeasure)
@@ -422,25 +425,26 @@ def _measure(
 def _fitness(
     teacher: LanguageModel,
     method: Compressor,
-    search: Search,
+    how: tuple[str, int],
     text: Text | None,
     batch_size: int,
     recorder: Recorder,
 ) -> Fitness:
-    """Return what judges the plans of a search on calibration text.
+    """Return what judges the plans of a search on calibration text, by measure and blocks.
 
     Raises:
         InputError: there is no text.
     """
     if text is None:
         raise InputError(
-            f"allocation {search} judges students on calibration text and there is none; give "
-            "text, e.g. api.text(teacher)"
+            "a search judges students on calibration text and there is none; give text, e.g. "
+            "api.text(teacher)"
         )
-    blocks = blocks_for(teacher, text).first(search.blocks)
+    measure, count = how
+    blocks = blocks_for(teacher, text).first(count)
     bar = recorder.progress("a plan of the search")
-    fitness = plan_fitness(teacher.model, blocks, search.measure, batch_size, bar)
-    known = (search.measure, repr(method), batch_size)
+    fitness = plan_fitness(teacher.model, blocks, measure, batch_size, bar)
+    known = (measure, repr(method), batch_size)
 
     def judge(plan: Plan) -> float:
         what = (*known, plan.fingerprint())

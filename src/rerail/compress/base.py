@@ -51,10 +51,12 @@ class PlanHooks(NamedTuple):
         remeasure: gives a sequential method its statistics scope by scope; None plans from those
             of the original model.
         progress: wraps the scopes, to show a bar.
+        fitness: judges plans, for a method that is `judged_by` something.
     """
 
     remeasure: Remeasure | None = None
     progress: Progress = lambda scopes: scopes
+    fitness: Fitness | None = None
 
 
 NO_HOOKS = PlanHooks()
@@ -88,6 +90,11 @@ class Compressor(ABC):
         `sequential` measures each scope on the model whose earlier scopes are compressed already.
         """
         return "one_shot"
+
+    @property
+    def judged_by(self) -> tuple[str, int] | None:
+        """What a method that searches judges students by: measure, and leading blocks of text."""
+        return None
 
     def allocate(
         self, layers: Layers, statistics: Statistics, budget: Budget, allocation: Allocation
@@ -203,9 +210,9 @@ def make_plan(  # noqa: PLR0913
     """Check a budget and return the plan of a compressor; a budget of 0 gives the empty plan.
 
     Layers and statistics are of the original model; for the hooks see `PlanHooks`; `fitness` is for
-    an allocation that searches. The lineage of
-    the plan says what was asked for (`removed`), how many units each layer got (`counts`) and
-    what integers made of it (`achieved`, the removed share of the bytes of routed experts).
+    an allocation or a method that searches. The lineage of the plan says what was asked for
+    (`removed`), how many units each layer got (`counts`) and what integers made of it (`achieved`,
+    the removed share of the bytes of routed experts).
 
     Raises:
         InputError: the budget cannot be reached.
@@ -215,7 +222,7 @@ def make_plan(  # noqa: PLR0913
     if budget.removed == 0:
         return Plan((), lineage)
     compressor.check(layers, budget, allocation)
-    hooks = PlanHooks(remeasure, progress)
+    hooks = PlanHooks(remeasure, progress, fitness)
 
     def judge(kept: tuple[int, ...]) -> float:
         if fitness is None:

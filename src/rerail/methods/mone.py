@@ -30,7 +30,7 @@ from rerail.compress.base import Compressor, Decision, untouched
 from rerail.compress.router_rows import best_slots
 from rerail.experts.base import BankSpec
 from rerail.moe.model import MoELayer
-from rerail.statistics.routed import Count, Moment, OutputSumRouted
+from rerail.statistics.routed import Count, GatedOutput, Moment, OutputSumRouted
 from rerail.statistics.statistic import LayerStatistics, RoutedStatistic, RoutedTokens, Statistic
 
 ROUNDING = 1e-6  # of the squares, which are of float32 outputs: less is no spread
@@ -45,24 +45,6 @@ class OutputSquares(RoutedStatistic):
 
     def measure(self, tokens: RoutedTokens) -> Tensor:
         return tokens.sum_runs(torch.square, tokens.sorted_outputs)
-
-
-@dataclass(frozen=True)
-class GatedOutput(RoutedStatistic):
-    """sum over X_e of g^a f. float64 (E, H)."""
-
-    axes = "E H"
-    needs = frozenset({"outputs"})
-
-    gate_power: int
-
-    @property
-    def name(self) -> str:
-        return f"gated_output_g{self.gate_power}"
-
-    def measure(self, tokens: RoutedTokens) -> Tensor:
-        weights = tokens.sorted_gates**self.gate_power
-        return tokens.sum_runs(lambda f, g: g * f, tokens.sorted_outputs, weights)
 
 
 @dataclass(frozen=True, kw_only=True)

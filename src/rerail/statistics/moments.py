@@ -79,3 +79,16 @@ class MiddleMoment(Grams):
         gates = tokens.sorted_gates.abs() ** (self.gate_power / 2)
         for e, (middle, g) in tokens.runs(tokens.sorted_middle, gates):
             yield e, g * middle
+
+
+@dataclass(frozen=True)
+class LogitGram(Grams):
+    """sum over all tokens of z z^T, z (E,) the logits, 0 where a mask is. float64 (E, E)."""
+
+    axes = "E E"
+    needs = frozenset({"logits"})
+
+    def rows(self, tokens: RoutedTokens) -> Iterator[tuple[int, Tensor]]:
+        assert tokens.logits is not None
+        logits = tokens.logits.float()
+        yield 0, logits.masked_fill(torch.isneginf(logits), 0.0)
