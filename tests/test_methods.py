@@ -35,6 +35,7 @@ from rerail.methods.hqq import HQQ
 from rerail.methods.m_smoe import MSMoE
 from rerail.methods.merge_moe import MergeMoE
 from rerail.methods.mobe import MoBE, start
+from rerail.methods.mode_gpt import MoDeGPT
 from rerail.methods.moe_i2 import InterExpert, IntraExpert, MoEI2
 from rerail.methods.moe_svd import MoESVD
 from rerail.methods.mone import MoNE
@@ -180,6 +181,13 @@ METHODS = [
     ),
     Method("camera", Camera(), all_channels),
     Method("camera_sum", Camera(alpha=0), all_channels, families=("qwen3_moe",)),
+    Method("mode_gpt", MoDeGPT(), all_channels),
+    Method(
+        "mode_gpt_influence",
+        MoDeGPT(spread="influence", epsilon=0.1),
+        all_channels,
+        families=("qwen3_moe",),
+    ),
     Method("moe_i2", MoEI2(first=InterExpert(rows=96)), no_limit, exact=ExactIntraExpert()),
     Method(
         "moe_i2_loss",
@@ -414,7 +422,8 @@ def quantum(method: Method, plan: Plan, layer: MoELayer) -> int:
     """Return what one more unit (a rank, or the next number of bases) would have cost."""
     [part] = [p for p in plan.stages[-1].layers if p.layer == layer.index]
     if part.bank.kind == "narrow":
-        return micro_size(layer)
+        uniform = getattr(method.compressor, "widths", "ragged") == "uniform"
+        return micro_size(layer) * (layer.num_experts if uniform else 1)
     if part.bank.kind in ("low_rank", "delta"):
         more = [one_rank_more(part.bank, layer, name) for name in ("gate", "up", "down")]
         return sum(more) if method.compressor.paradigm == "sequence" else max(more)

@@ -26,6 +26,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from rerail.compress.solvers.nystrom import squared_norms
 from rerail.compress.templates.narrower import Narrower
 from rerail.errors import InputError
 from rerail.moe.model import MoELayer
@@ -84,7 +85,7 @@ class Camera(Narrower):
         return (*sums, MiddlePeak()) if self.alpha > 0 else sums
 
     def score(self, layer: MoELayer, statistics: LayerStatistics) -> Tensor:
-        norms = layer.stack().down.double().square().sum(dim=-2).cpu()
+        norms = squared_norms(layer.stack().down).cpu()
         energy = norms.new_zeros(norms.shape)
         if self.alpha < 1:
             energy = energy + (1 - self.alpha) * statistics[MiddleEnergy()]

@@ -20,12 +20,12 @@ class Surroundings:
         self._scores: Tensor | None = None
         self._residual: Tensor | None = None
         self._passed: list[tuple[Any, Tensor]] = []
-        self._hooks: list[Any] = []
+        self.hooks: list[Any] = []
         if "logits" in needs:
-            self._hooks.append(layer.router.register_forward_hook(self._routed))
+            self.hooks.append(layer.router.register_forward_hook(self._routed))
         if "scores" in needs:
             hook = layer.router.register_forward_hook(self._scored, with_kwargs=True)
-            self._hooks.append(hook)
+            self.hooks.append(hook)
         if "residual" in needs:
             self._watch_children(decoder_layer(model.model, layer.name))
 
@@ -33,9 +33,9 @@ class Surroundings:
         for child in decoder.children():
             if child is not self.layer.block:
                 hook = child.register_forward_hook(self._passed_child, with_kwargs=True)
-                self._hooks.append(hook)
+                self.hooks.append(hook)
         block = self.layer.block.register_forward_pre_hook(self._entered, with_kwargs=True)
-        self._hooks.append(block)
+        self.hooks.append(block)
 
     def _routed(self, _module: nn.Module, _args: Any, output: Any) -> None:
         parts = output if isinstance(output, tuple | list) else [output]
@@ -46,11 +46,11 @@ class Surroundings:
         self._scores = router_scores(router, args, named, self.layer.num_experts)
 
     def _passed_child(self, _module: nn.Module, args: Any, named: Any, output: Any) -> None:
-        if (entering := _first(args, named)) is not None:
+        if (entering := first_tensor(args, named)) is not None:
             self._passed.append((output, entering))
 
     def _entered(self, _module: nn.Module, args: Any, named: Any) -> None:
-        entering = _first(args, named)
+        entering = first_tensor(args, named)
         # by identity: the child whose very output enters is the norm, and it saw the residual
         before = [tensor for output, tensor in self._passed if output is entering]
         self._residual = before[-1] if before else None
@@ -101,10 +101,11 @@ class Surroundings:
 
     def remove(self) -> None:
         """Take the hooks off."""
-        for hook in self._hooks:
+        for hook in self.hooks:
             hook.remove()
 
 
-def _first(args: Any, named: Any) -> Tensor | None:
+def first_tensor(args: Any, named: Any) -> Tensor | None:
+    """Return the first tensor among positional and named arguments, None where there is none."""
     values = [v for v in (*args, *named.values()) if isinstance(v, Tensor)]
     return values[0] if values else None
