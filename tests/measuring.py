@@ -4,7 +4,6 @@ import torch
 
 from families import tokens
 from rerail.compress.guard import MaxOutput
-from rerail.methods.camera import MiddleEnergy, MiddlePeak
 from rerail.methods.easy_ep import Deviation
 from rerail.methods.m_smoe import LogitGram
 from rerail.methods.mone import GatedOutput, OutputSquares
@@ -13,6 +12,7 @@ from rerail.statistics.collect import Batch
 from rerail.statistics.dense import OutputSum, TokenCount
 from rerail.statistics.moments import InputMoment, MiddleMoment
 from rerail.statistics.routed import Count, Moment, OutputSumRouted
+from rerail.statistics.squares import InputSquares, MiddleEnergy, MiddlePeak, MiddleSquares
 from rerail.statistics.statistic import Statistic
 from rerail.statistics.token_sample import TokenSample
 
@@ -29,6 +29,8 @@ ROUTED = (
     MiddleMoment(2),
     MiddleEnergy(),
     MiddlePeak(),
+    InputSquares(),
+    MiddleSquares(),
     LogitGram(),
     TokenSample(20),
 )

@@ -74,7 +74,13 @@ KINDS = {
     "narrow": ({"widths": WIDTHS}, {}),
     "quantized": ({"bits": BITS, "group": 5}, {}),
     "novice": ({"kept": (1, 4, 6)}, {}),
+    "puzzle": ({"pairs": (6, 1, 3, 4)}, {"store": "words"}),
+    "puzzle of codes": (
+        {"pairs": (6, 1, 3, 4, 0, 2, 7, 5), "bits": 3, "group": 5},
+        {"store": "codes"},
+    ),
 }
+BYTES = {"codes": 256, "signs": 256, "masks": 243}  # values that a stored byte can have
 
 
 def solved(teacher, name, **changed):
@@ -90,8 +96,11 @@ def solved(teacher, name, **changed):
         spec = BankSpec(kind, len(rows), (), integers, options)
         for key, shape in bank_class(kind).shapes(spec, layer.dims).items():
             numbers = torch.randn(shape, generator=generator) * 0.3
-            if key.endswith(".codes"):
-                numbers = (numbers * 300).to(torch.int64).remainder(256).to(torch.uint8)
+            part = key.rpartition(".")[2]
+            if part in BYTES:
+                numbers = (numbers * 300).to(torch.int64).remainder(BYTES[part]).to(torch.uint8)
+            if part == "words":
+                numbers = (numbers * 10_000).to(torch.int16)
             tensors[f"layers.{layer.index}.{key}"] = numbers
         parts.append(LayerPlan(layer.index, rows, rows, "untouched", spec))
     return Plan(tuple(parts), {}, tensors)

@@ -23,43 +23,14 @@ Where the paper and its code differ, and what stands here:
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from rerail.compress.solvers.nystrom import squared_norms
 from rerail.compress.templates.narrower import Narrower
 from rerail.errors import InputError
 from rerail.moe.model import MoELayer
-from rerail.statistics.statistic import LayerStatistics, RoutedStatistic, RoutedTokens, Statistic
-
-
-@dataclass(frozen=True)
-class MiddleEnergy(RoutedStatistic):
-    """sum over X_e of (g h)^2 (CAMERA's phi_2, squared). float64 (E, I)."""
-
-    axes = "E I"
-    needs = frozenset({"middle"})
-
-    def measure(self, tokens: RoutedTokens) -> Tensor:
-        return tokens.sum_runs(
-            lambda h, g: (g * h).square(), tokens.sorted_middle, tokens.sorted_gates
-        )
-
-
-@dataclass(frozen=True)
-class MiddlePeak(RoutedStatistic):
-    """max over X_e of |g h| (CAMERA's phi_inf). float64 (E, I)."""
-
-    axes = "E I"
-    needs = frozenset({"middle"})
-    merges_by = "max"
-
-    def measure(self, tokens: RoutedTokens) -> Tensor:
-        middle = tokens.sorted_middle
-        out = middle.new_zeros(tokens.num_experts, middle.shape[-1], dtype=torch.float64)
-        for e, (h, g) in tokens.runs(middle, tokens.sorted_gates):
-            out[e] = (g * h).abs().amax(dim=0)
-        return out
+from rerail.statistics.squares import MiddleEnergy, MiddlePeak
+from rerail.statistics.statistic import LayerStatistics, Statistic
 
 
 @dataclass(frozen=True, kw_only=True)

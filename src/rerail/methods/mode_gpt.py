@@ -70,7 +70,7 @@ class MoDeGPT(Narrower):
     ) -> list[int]:
         if self.spread == "uniform" or budget.removed is None:
             return super().allocate(layers, statistics, budget, allocation)
-        views = [statistics and statistics.of(la, self.requires) for la in layers]
+        views = [None if statistics is None else statistics.of(la, self.requires) for la in layers]
         shares = influence_shares(views, budget.removed, allocation, self.epsilon, self.cap)
         return [self.count(layer, share) for layer, share in zip(layers, shares, strict=True)]
 

@@ -91,7 +91,7 @@ class _Recorder(StandIn):
             tensors["residual"] = self.surroundings.residual()
         assert self.text.position is not None
         tensors["position"] = self.text.position
-        valid = {name: self.text.valid(tensor) for name, tensor in tensors.items()}
+        valid: Any = {name: self.text.valid(tensor) for name, tensor in tensors.items()}
         tokens = RoutedTokens(num_experts=self.num_slots, block=self.text.block, **valid)
         for s in self.routed:
             if s not in self.streamed:

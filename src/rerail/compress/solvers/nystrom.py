@@ -16,7 +16,8 @@ def leverages(moment: Tensor, ridge: float) -> Tensor:
         ridge: above 0; l is more where float32 noise in C asks for it.
     """
     lower, level = damped_root(moment, ridge * float(moment.diagonal().mean()))
-    return 1 - level * torch.cholesky_inverse(lower).diagonal()
+    leverage: Tensor = 1 - level * torch.cholesky_inverse(lower).diagonal()
+    return leverage
 
 
 def channel_sizes(experts: ExpertWeights) -> Tensor:
