@@ -25,6 +25,7 @@ from rerail.experts.base import BankSpec, EncodedExperts, bank_class
 from rerail.export.package import packaged_model
 from rerail.methods.aimer import AIMER
 from rerail.methods.camera import Camera
+from rerail.methods.camera_q import CameraQ
 from rerail.methods.cfes import CFES
 from rerail.methods.conmoe import ConMoE
 from rerail.methods.d2_moe import D2MoE
@@ -211,6 +212,21 @@ METHODS = [
     ),
     Method("puzzle_moe", PuzzleMoE()),
     Method("puzzle_moe_3bit", PuzzleMoE(store="codes"), families=("qwen3_moe", "gpt_oss")),
+    Method(
+        "camera_q",
+        CameraQ(quantiser=GPTQ(group=8)),
+        no_limit,
+        exact=CameraQ(quantiser=RTN(), bits=(16,)),
+        budget=Bits(6.5),
+    ),
+    Method(
+        "camera_q_paper",
+        CameraQ(quantiser=HQQ(), bits=(3, 2, 1)),
+        no_limit,
+        exact=CameraQ(quantiser=RTN(), bits=(16,)),
+        budget=Bits(4),
+        families=("qwen3_moe",),
+    ),
     Method("conmoe", ConMoE()),
     Method("conmoe_output", ConMoE(distance="mean_output"), families=("qwen3_moe",)),
     # half of lfm2_moe's tiny experts are never chosen: MoNE finds them, and nothing changes
@@ -226,9 +242,13 @@ FORMS = (
     *("reap_slice", "reap_mask", "hc_smoe", "hc_smoe_pooled", "m_smoe", "m_smoe_centroid"),
     *("merge_moe_gated", "mobe", "mobe_paper", "svd", "moe_svd", "d2_moe", "d2_moe_shared"),
     *("d2_moe_static", "camera", "moe_i2", "rtn", "pmq", "mone", "naee_skip", "odp"),
-    *("puzzle_moe", "puzzle_moe_3bit"),
+    *("puzzle_moe", "puzzle_moe_3bit", "camera_q"),
 )
-PACKED = ("quantized", "puzzle")  # codes stand for as many numbers as the expert has
+PACKED = (
+    "quantized",
+    "puzzle",
+    "packed_channels",
+)  # codes stand for as many numbers as the expert has
 CASES = [(method, family) for method in METHODS for family in method.families]
 COUNTED = [
     m
@@ -409,6 +429,14 @@ def test_the_ratio_is_met_as_far_as_integers_allow(method: Method, family: str) 
         biases = 1 - 3 * layer.hidden_size * layer.intermediate_size / layer.expert_size
         one = method.compressor.saved(layer) / layer.num_experts
         assert (method.removed - one) * (1 - biases) < plan.lineage["achieved"] <= method.removed
+    elif plan.layers[0].bank.kind == "packed_channels":
+        layer = teacher.layers[0]
+        matrices = 3 * layer.hidden_size * layer.intermediate_size * layer.num_experts
+        biases = 16 * (dense_numbers(layer) - matrices)
+        stored = plan.stored_bits([layer], 16) - biases
+        channel = max(method.compressor.costs(layer).values())
+        assert method.asked.average * matrices - channel < stored
+        assert stored <= method.asked.average * matrices
     elif method.compressor.budget is Bits:
         for part in plan.layers:
             assert sum(part.bank.integers["bits"]) == method.asked.average * len(part.kept)

@@ -25,11 +25,9 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from rerail.compress.solvers.nystrom import squared_norms
+from rerail.compress.solvers.energy import check_alpha, energy_statistics, micro_expert_energy
 from rerail.compress.templates.narrower import Narrower
-from rerail.errors import InputError
 from rerail.moe.model import MoELayer
-from rerail.statistics.squares import MiddleEnergy, MiddlePeak
 from rerail.statistics.statistic import LayerStatistics, Statistic
 
 
@@ -47,19 +45,11 @@ class Camera(Narrower):
     driver = "sequential"
 
     def __post_init__(self) -> None:
-        if not 0 <= self.alpha <= 1:
-            raise InputError(f"compressor.alpha={self.alpha} is outside [0, 1]")
+        check_alpha(self.alpha)
 
     @property
     def requires(self) -> tuple[Statistic, ...]:
-        sums = (MiddleEnergy(),) if self.alpha < 1 else ()
-        return (*sums, MiddlePeak()) if self.alpha > 0 else sums
+        return energy_statistics(self.alpha)
 
     def score(self, layer: MoELayer, statistics: LayerStatistics) -> Tensor:
-        norms = squared_norms(layer.stack().down).cpu()
-        energy = norms.new_zeros(norms.shape)
-        if self.alpha < 1:
-            energy = energy + (1 - self.alpha) * statistics[MiddleEnergy()]
-        if self.alpha > 0:
-            energy = energy + self.alpha * statistics[MiddlePeak()].square()
-        return energy * norms
+        return micro_expert_energy(layer, statistics, self.alpha)

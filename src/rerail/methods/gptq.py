@@ -29,7 +29,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from rerail.compress.solvers.rounding import coded, grid, inverse_root
+from rerail.compress.solvers.rounding import coded, grid, inverse_root, round_in_turn
 from rerail.compress.templates.quantiser import MomentsOf, Quantiser
 from rerail.experts.quantized import Coded
 from rerail.moe.model import MoELayer
@@ -86,6 +86,16 @@ class GPTQ(Quantiser):
             (scarce, f"{need} calibration tokens and were damped more"),
         )
         return tuple(f"experts {which} had fewer than {what}" for which, what in remarks if which)
+
+    def encode_columns(
+        self, columns: Tensor, moment: Tensor | None, widths: Mapping[int, int]
+    ) -> dict[int, Coded]:
+        """Quantise columns in the order of their classes, each on a grid of its own."""
+        assert moment is not None
+        root, dead = inverse_root(moment.unsqueeze(0), self.percdamp)
+        each = [bits for bits, width in widths.items() for _ in range(width)]
+        live = columns.float().masked_fill(dead, 0)
+        return round_in_turn(live, root[0], each, self.group, columns.dtype)
 
     def encode(self, stack: Tensor, moment: Tensor | None, bits: int) -> Coded:
         """Quantise the columns of (n, out, in) in order, held as rows (n, in, out)."""

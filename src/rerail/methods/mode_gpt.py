@@ -21,8 +21,9 @@ from typing import ClassVar, Literal
 from torch import Tensor
 
 from rerail.compress.base import Layers, Statistics
+from rerail.compress.solvers.energy import squared_norms
 from rerail.compress.solvers.layer_shares import influence_shares
-from rerail.compress.solvers.nystrom import channel_sizes, leverages, refitted_down, squared_norms
+from rerail.compress.solvers.nystrom import channel_sizes, leverages, refitted_down
 from rerail.compress.templates.narrower import Narrower
 from rerail.errors import InputError
 from rerail.moe.model import MoELayer

@@ -16,19 +16,14 @@ def leverages(moment: Tensor, ridge: float) -> Tensor:
         ridge: above 0; l is more where float32 noise in C asks for it.
     """
     lower, level = damped_root(moment, ridge * float(moment.diagonal().mean()))
-    leverage: Tensor = 1 - level * torch.cholesky_inverse(lower).diagonal()
-    return leverage
+    inverse: Tensor = torch.cholesky_inverse(lower).diagonal()
+    return 1 - level * inverse
 
 
 def channel_sizes(experts: ExpertWeights) -> Tensor:
     """Return ||gate_j|| ||up_j|| ||down_j|| of stacked experts, float64 (E, I)."""
     gate, up, down = (w.detach().double() for w in experts)
     return gate.norm(dim=-1) * up.norm(dim=-1) * down.norm(dim=-2)
-
-
-def squared_norms(down: Tensor) -> Tensor:
-    """Return ||down_j||^2 of stacked experts (E, H, I), float64 (E, I)."""
-    return down.double().square().sum(dim=-2)
 
 
 def refitted_down(down: Tensor, moments: Tensor, kept: Tensor, tokens: Tensor) -> Tensor:

@@ -105,12 +105,18 @@ def narrowed(
     gate, up, own = layer.stack()
     kept, down = kept.to(gate.device), own if down is None else down.to(own)
     tensors = {"gate": gate[kept], "up": up[kept], "down": down.mT[kept]}
-    if _BIAS in layer.dims.numbers:
-        bias = expert_parameters(layer.stock())[_BIAS].detach()
-        column = bias.unsqueeze(1) if layer.layout.transposed else bias.unsqueeze(2)
-        gate, up, _ = layer.layout.unpack(column, column)
-        tensors |= {"gate_bias": gate[..., 0][kept], "up_bias": up[..., 0][kept]}
+    tensors |= {name: bias[kept] for name, bias in middle_biases(layer).items()}
     return _spec(layer, tuple(kept.sum(dim=1).tolist())), tensors
+
+
+def middle_biases(layer: MoELayer) -> dict[str, Tensor]:
+    """Return gate_bias and up_bias (E, I), where the family has some."""
+    if _BIAS not in layer.dims.numbers:
+        return {}
+    bias = expert_parameters(layer.stock())[_BIAS].detach()
+    column = bias.unsqueeze(1) if layer.layout.transposed else bias.unsqueeze(2)
+    gate, up, _ = layer.layout.unpack(column, column)
+    return {"gate_bias": gate[..., 0], "up_bias": up[..., 0]}
 
 
 def _spec(layer: MoELayer, widths: tuple[int, ...]) -> BankSpec:

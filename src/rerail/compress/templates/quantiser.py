@@ -58,6 +58,25 @@ class Quantiser(Compressor):
             bits: of the codes, below 16.
         """
 
+    def encode_columns(
+        self, columns: Tensor, moment: Tensor | None, widths: Mapping[int, int]
+    ) -> dict[int, Coded]:
+        """Return codes (w, out) by bits, where each column has groups of its own along `out`.
+
+        By default columns are encoded as rows, without regard to their inputs.
+
+        Args:
+            columns: (out, in).
+            moment: (in, in) sum of x x^T over the inputs x, where `moments` gives any.
+            widths: how many of the columns, one class after the other, have so many bits.
+        """
+        classes = torch.split(columns.mT, list(widths.values()))
+        return {
+            bits: Coded(*(part[0] for part in self.encode(rows.unsqueeze(0), None, bits)))
+            for bits, rows in zip(widths, classes, strict=True)
+            if bits != DENSE and len(rows)
+        }
+
     def moments(self, layer: MoELayer, statistics: LayerStatistics) -> Mapping[str, MomentsOf]:
         """Return what gives second moments for gate, up and down; none by default."""
         return {}
