@@ -94,6 +94,10 @@ def no_limit(layer: MoELayer) -> int:
     return 10 * layer.expert_size * layer.num_experts
 
 
+def all_bits(layer: MoELayer) -> int:
+    return 16 * layer.expert_size * layer.num_experts
+
+
 def none_skipped(layer: MoELayer) -> int:
     return 0
 
@@ -216,14 +220,14 @@ METHODS = [
     Method(
         "camera_q",
         CameraQ(quantiser=GPTQ(group=8)),
-        no_limit,
+        all_bits,
         exact=CameraQ(quantiser=RTN(), bits=(16,)),
         budget=Bits(6.5),
     ),
     Method(
         "camera_q_paper",
         CameraQ(quantiser=HQQ(), bits=(3, 2, 1)),
-        no_limit,
+        all_bits,
         exact=CameraQ(quantiser=RTN(), bits=(16,)),
         budget=Bits(4),
         families=("qwen3_moe",),

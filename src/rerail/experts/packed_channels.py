@@ -18,9 +18,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from rerail.experts.base import BankSpec, EncodedExperts, Stored
+from rerail.experts.base import BankSpec, Stored
+from rerail.experts.encoded import EncodedExperts
 from rerail.experts.quantized import DENSE, Coded, dequantised, unpack
-from rerail.moe.fused_experts import Dims, ExpertWeights
+from rerail.moe.fused_experts import Dims, decoded_product
 
 _MIDDLE_BIAS = "gate_up_proj_bias"
 
@@ -89,20 +90,29 @@ class PackedChannels(EncodedExperts):
     def stored_bits(self, width: int) -> Stored:
         return _channel_bits(self.stored(), width)
 
-    def expand(self) -> dict[str, Tensor]:
-        experts = range(self.spec.stored)
-        stacks = (torch.stack([self.matrix(n, e) for e in experts]) for n in self.dims.matrices)
-        packed = self.layout.pack(ExpertWeights(*stacks))
-        if _MIDDLE_BIAS in self.touched(self.spec):
-            gate, up = (self._biases(name).unsqueeze(-1) for name in ("gate_bias", "up_bias"))
-            bias = self.layout.pack(ExpertWeights(gate, up, up.mT))["gate_up_proj"]
-            packed[_MIDDLE_BIAS] = bias.flatten(1)
-        return packed
-
     def matrix(self, name: str, expert: int) -> Tensor:
         rows = self._rows(name, expert)
         padded = F.pad(rows, (0, 0, 0, self.dims.intermediate - len(rows)))
         return padded.mT if name == "down" else padded
+
+    def product(self, name: str, expert: int, x: Tensor, shared: Tensor | None) -> Tensor:
+        def decode() -> Tensor:
+            rows = self._rows(name, expert)
+            return rows.mT if name == "down" else rows
+
+        return decoded_product(x, decode)
+
+    def middle_bias(self, expert: int) -> Tensor | None:
+        if _MIDDLE_BIAS not in self.touched(self.spec):
+            return None
+        return self.layout.join(*self._biases(expert))
+
+    def expand(self) -> dict[str, Tensor]:
+        dense = super().expand()
+        if _MIDDLE_BIAS in self.touched(self.spec):
+            each = [self._biases(e, self.dims.intermediate) for e in range(self.spec.stored)]
+            dense[_MIDDLE_BIAS] = torch.stack([self.layout.join(*biases) for biases in each])
+        return dense
 
     def _rows(self, name: str, expert: int) -> Tensor:
         """Return the channels of an expert, class after class: (width, H)."""
@@ -120,8 +130,9 @@ class PackedChannels(EncodedExperts):
             parts.append(dequantised(coded, self.spec.integer("group")).to(scale.dtype))
         return torch.cat(parts)
 
-    def _biases(self, name: str) -> Tensor:
-        """Return biases (P, I), zero beyond the channels that are there."""
+    def _biases(self, expert: int, width: int | None = None) -> list[Tensor]:
+        """Return the biases (w,) of an expert's gate and up, filled with zeros to a width."""
         widths = [sum(each) for each in zip(*channel_classes(self.spec).values(), strict=True)]
-        runs = torch.split(self.solved(name), widths)
-        return torch.stack([F.pad(run, (0, self.dims.intermediate - len(run))) for run in runs])
+        own = slice(sum(widths[:expert]), sum(widths[: expert + 1]))
+        missing = 0 if width is None else width - widths[expert]
+        return [F.pad(self.solved(name)[own], (0, missing)) for name in ("gate_bias", "up_bias")]

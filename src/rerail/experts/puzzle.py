@@ -24,9 +24,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from rerail.errors import InputError
-from rerail.experts.base import BankSpec, EncodedExperts, Stored
+from rerail.experts.base import BankSpec, Stored
+from rerail.experts.encoded import EncodedExperts
 from rerail.experts.quantized import Coded, dequantised, pack, unpack
-from rerail.moe.fused_experts import Dims, ExpertWeights
+from rerail.moe.fused_experts import Dims
 
 LOWEST, HIGHEST = 112, 143  # exponents of bfloat16 that fit five bits
 _FIXED_BITS = {"words": 16, "flags": 8, "codes": 8, "signs": 8, "masks": 8}
@@ -170,13 +171,6 @@ class PuzzleExperts(EncodedExperts):
 
     def stored_bits(self, width: int) -> Stored:
         return _puzzle_bits(self.stored(), width)
-
-    def expand(self) -> dict[str, Tensor]:
-        stacks = (
-            torch.stack([self.matrix(name, e) for e in range(self.spec.stored)])
-            for name in self.dims.matrices
-        )
-        return self.layout.pack(ExpertWeights(*stacks))
 
     def matrix(self, name: str, expert: int) -> Tensor:
         paired, dense = self.spec.each("pairs"), self.solved(f"{name}.dense")

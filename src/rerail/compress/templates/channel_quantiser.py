@@ -51,6 +51,7 @@ def channels_quantised(
     widths = tuple(width for b in classes for width in counts[b])
     integers = {"bits": tuple(classes), "widths": widths, "group": quantiser.group}
     options = {"biases": "gate+up"} if biases else {}
+    options |= {} if quantiser.run == "stored" else {"run": quantiser.run}
     spec = BankSpec("packed_channels", len(bits), (), integers, options)
     remarks = (_sizes(spec, layer), *quantiser.remarks(layer, statistics))
     notes = tuple(f"layer {layer.index}: {remark}" for remark in remarks)

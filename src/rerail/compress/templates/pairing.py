@@ -39,6 +39,7 @@ class Pairing(Compressor):
         store: `words` of 16 bits, which hold bfloat16; `float`, in the experts' own dtype with
             four bits beside it; `codes` of `bits` bits with a scale for `group` numbers of a row.
         seed: of the draws in each layer.
+        run: `stored` decodes chosen experts in every forward; `materialised` keeps all decoded.
     """
 
     pairs: Literal["random", "least", "searched"] = "random"
@@ -47,6 +48,7 @@ class Pairing(Compressor):
     group: int = 128
     steps: int = 200
     seed: int = 0
+    run: Literal["stored", "materialised"] = "stored"
 
     paradigm: ClassVar[str] = "merging"
     allocations: ClassVar[Literal["any", "fixed", "uniform"]] = "fixed"
@@ -86,7 +88,8 @@ class Pairing(Compressor):
         integers: Mapping[str, Any] = {"pairs": tuple(paired)}
         if self.store == "codes":
             integers = {**integers, "bits": self.bits, "group": self.group}
-        return BankSpec("puzzle", layer.num_experts, (), integers, {"store": self.store})
+        options = {"store": self.store} | ({} if self.run == "stored" else {"run": self.run})
+        return BankSpec("puzzle", layer.num_experts, (), integers, options)
 
     def saved(self, layer: MoELayer) -> float:
         """Return what one pair saves, in experts of 16 bits."""
