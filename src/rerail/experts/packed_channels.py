@@ -105,13 +105,14 @@ class PackedChannels(EncodedExperts):
     def middle_bias(self, expert: int) -> Tensor | None:
         if _MIDDLE_BIAS not in self.touched(self.spec):
             return None
-        return self.layout.join(*self._biases(expert))
+        gate, up = self._biases(expert)
+        return self.layout.join(gate, up)
 
     def expand(self) -> dict[str, Tensor]:
         dense = super().expand()
         if _MIDDLE_BIAS in self.touched(self.spec):
-            each = [self._biases(e, self.dims.intermediate) for e in range(self.spec.stored)]
-            dense[_MIDDLE_BIAS] = torch.stack([self.layout.join(*biases) for biases in each])
+            each = (self._biases(e, self.dims.intermediate) for e in range(self.spec.stored))
+            dense[_MIDDLE_BIAS] = torch.stack([self.layout.join(gate, up) for gate, up in each])
         return dense
 
     def _rows(self, name: str, expert: int) -> Tensor:

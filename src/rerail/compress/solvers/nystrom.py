@@ -23,7 +23,8 @@ def leverages(moment: Tensor, ridge: float) -> Tensor:
 def channel_sizes(experts: ExpertWeights) -> Tensor:
     """Return ||gate_j|| ||up_j|| ||down_j|| of stacked experts, float64 (E, I)."""
     gate, up, down = (w.detach().double() for w in experts)
-    return gate.norm(dim=-1) * up.norm(dim=-1) * down.norm(dim=-2)
+    sizes: Tensor = gate.norm(dim=-1) * up.norm(dim=-1) * down.norm(dim=-2)
+    return sizes
 
 
 def refitted_down(down: Tensor, moments: Tensor, kept: Tensor, tokens: Tensor) -> Tensor:

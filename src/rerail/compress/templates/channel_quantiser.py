@@ -2,6 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,7 +29,7 @@ def channels_quantised(
         bits: int64 (E, I).
         quantiser: encodes gate and up row by row, and down column by column in falling bits.
     """
-    classes = sorted({int(b) for b in bits.unique()} - {0}, reverse=True)
+    classes = sorted(set(bits.flatten().tolist()) - {0}, reverse=True)
     counts: dict[int, list[int]] = {b: (bits == b).sum(dim=1).tolist() for b in classes}
     order = bits.argsort(dim=1, descending=True, stable=True)
     kept = [order[e, : int(width)] for e, width in enumerate((bits > 0).sum(dim=1))]
@@ -49,7 +50,11 @@ def channels_quantised(
             parts[name].append(bias[e, own])
     solved = {name: torch.cat(tensors) for name, tensors in parts.items()}
     widths = tuple(width for b in classes for width in counts[b])
-    integers = {"bits": tuple(classes), "widths": widths, "group": quantiser.group}
+    integers: Mapping[str, Any] = {
+        "bits": tuple(classes),
+        "widths": widths,
+        "group": quantiser.group,
+    }
     options = {"biases": "gate+up"} if biases else {}
     options |= {} if quantiser.run == "stored" else {"run": quantiser.run}
     spec = BankSpec("packed_channels", len(bits), (), integers, options)
