@@ -84,6 +84,18 @@ def test_a_refit_is_never_worse_than_the_slice_and_leaves_nothing_along_what_it_
     assert (h[:, kept].mT @ missing).norm() < 1e-4 * (h[:, kept].mT @ sliced).norm()
 
 
+def test_a_refit_to_few_tokens_trusts_them_less() -> None:
+    h = activations(n=40)
+    down, kept = torch.randn(1, 5, 12, dtype=torch.float64), torch.arange(12) % 2 == 0
+    c, changes = (h.mT @ h)[None], []
+    for tokens_seen in (23, 24):
+        refit = refitted_down(down, c, kept[None], torch.tensor([tokens_seen]))
+        changes.append(float((refit - down)[0][:, kept].norm()))
+    assert 0 < changes[0] < 0.999 * changes[1]
+    nothing = refitted_down(down, torch.zeros_like(c), kept[None], torch.tensor([0]))
+    assert torch.equal(nothing, down * kept)
+
+
 def test_a_channel_that_another_repeats_is_lossless_to_drop() -> None:
     h = activations()
     h[:, 7] = -2 * h[:, 3]
@@ -111,9 +123,9 @@ def test_the_refit_meets_the_normal_equations_of_its_weights(gate_power: int) ->
     for part, layer in zip(plan.layers, model.layers, strict=True):
         tensors = plan.of_layer(layer.index)
         counts, c = (filled.tensors[layer.index][s.name] for s in method.requires[::-1])
-        assert counts.max() > 12
+        assert counts.max() > 48
         width = part.bank.each("widths")[0]
-        for e in (counts > 12).nonzero().flatten().tolist():
+        for e in (counts > 48).nonzero().flatten().tolist():
             mine = slice(e * width, (e + 1) * width)
             same = (layer.stack().gate[e][:, None] == tensors["gate"][mine]).all(dim=-1)
             kept = same.any(dim=1)

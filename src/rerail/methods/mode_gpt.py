@@ -11,8 +11,8 @@ C is never pooled: channel j of two experts has nothing in common. Layers lose t
 s_l = 1 - mean cos of the residual stream into and out of decoder layer l.
 
 Ours, where a public reimplementation differs: l = ridge tr(C) / I, there not normalised; the refit
-shrinks by 1e-6 of the mean diagonal, below k tokens 1e-2, to the sliced down (there to 0); experts
-without tokens keep the highest ||gate_j|| ||up_j|| ||down_j||; `rank=energy`: C_ii ||down_i||^2.
+shrinks to the sliced down (there to 0), by 1e-6 of the mean diagonal, or 1e-2 below 4 k tokens; one
+without tokens keeps the highest ||gate_j|| ||up_j|| ||down_j||; `rank=energy`: C_ii ||down_i||^2.
 """
 
 from dataclasses import dataclass
@@ -38,11 +38,10 @@ from rerail.transfer import moved
 
 @dataclass(frozen=True, kw_only=True)
 class MoDeGPT(Narrower):
-    """Keeps the channels that others cannot replace, and refits down to them.
+    """Keeps the channels that others cannot replace, and refits down to them; see above.
 
     Attributes:
         refit: false leaves the kept columns of down as they are.
-        rank, gate_power, ridge, spread, epsilon, cap: see above.
     """
 
     widths: Literal["ragged", "uniform"] = "uniform"

@@ -30,8 +30,8 @@ def channel_sizes(experts: ExpertWeights) -> Tensor:
 def refitted_down(down: Tensor, moments: Tensor, kept: Tensor, tokens: Tensor) -> Tensor:
     """Return argmin_D sum ||down h - D h_J||^2 of each expert, (E, H, I); zero beside J.
 
-    The ridge is 1e-6 of the mean diagonal of C[J, J], and 1e-2 below |J| tokens. It shrinks towards
-    the kept columns as they are, which stay where there were no tokens.
+    The ridge is 1e-6 of the mean diagonal of C[J, J], and 1e-2 below 4 |J| tokens. It shrinks
+    towards the kept columns as they are, which stay where there were no tokens.
 
     Args:
         down: (E, H, I).
@@ -40,7 +40,7 @@ def refitted_down(down: Tensor, moments: Tensor, kept: Tensor, tokens: Tensor) -
         tokens: (E,), how many C is the sum of.
     """
     refit = torch.zeros_like(down, dtype=torch.float64)
-    few = (tokens < kept.sum(dim=1)).tolist()
+    few = (tokens < 4 * kept.sum(dim=1)).tolist()
     for e, j in enumerate(kept.to(down.device)):
         moment, own = moved(moments[e], down.device), down[e].double()
         ridge = 1e-2 if few[e] else 1e-6

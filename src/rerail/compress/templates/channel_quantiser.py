@@ -79,26 +79,24 @@ def _encoded(
     """
     inputs, middle = moments
     columns, start = quantiser.encode_columns(expert.down, middle, widths), 0
+    # row j of gate and of up have one width and the same inputs: coded as neighbours in one matrix
+    both = torch.stack([expert.gate, expert.up], dim=1).flatten(0, 1)
+    rows = quantiser.encode_rows(both, inputs, {bits: 2 * n for bits, n in widths.items()})
     for bits, width in widths.items():
-        gate, up, down = (w[start : start + width] for w in (*expert[:2], expert.down.mT))
+        own = slice(start, start + width)
         start += width
         if bits == DENSE:
-            yield from zip(
-                ("gate.b16.dense", "up.b16.dense", "down.b16.dense"), (gate, up, down), strict=True
-            )
+            dense = (expert.gate[own], expert.up[own], expert.down.mT[own])
+            yield from zip((f"{name}.b16.dense" for name in expert._fields), dense, strict=True)
             continue
         if not width:
             continue
-        # gate and up have the same inputs: coded as the rows of one matrix
-        moment = None if inputs is None else inputs.unsqueeze(0)
-        made = quantiser.encode(torch.cat([gate, up]).unsqueeze(0), moment, bits)
-        halves = zip(*(part[0].chunk(2) for part in made), strict=True)
-        coded = [*(Coded(*half) for half in halves), columns[bits]]
-        for name, (codes, scale, zero) in zip(expert._fields, coded, strict=True):
-            yield f"{name}.b{bits}.codes", pack(codes, bits)
-            yield f"{name}.b{bits}.scale", scale
+        gate, up = (Coded(*(part[first::2] for part in rows[bits])) for first in (0, 1))
+        for name, coded in zip(expert._fields, (gate, up, columns[bits]), strict=True):
+            yield f"{name}.b{bits}.codes", pack(coded.codes, bits)
+            yield f"{name}.b{bits}.scale", coded.scale
             if bits > 1:
-                yield f"{name}.b{bits}.zero", zero
+                yield f"{name}.b{bits}.zero", coded.zero
 
 
 def _sizes(spec: BankSpec, layer: MoELayer) -> str:
