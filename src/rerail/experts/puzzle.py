@@ -69,8 +69,11 @@ def check_packable(magnitude: Tensor, pairs: Sequence[int], name: str) -> None:
 
 def decoded_words(words: Tensor, position: int) -> Tensor:
     """Return the matrix of the first (0) or second (1) expert of a pair, bfloat16."""
-    magnitude = ((words & 0x0FFF) + (LOWEST << 7)).view(torch.bfloat16)
-    return _signed(magnitude, words >> (15 - position) & 1, words >> (13 - position) & 1)
+    # 16-bit integers all the way: a minus sign makes all bits of a mask
+    bits = (words & 0x0FFF).add_(LOWEST << 7)
+    bits |= (words << position) & -0x8000
+    bits &= ((words >> (13 - position)) & 1).neg_()
+    return bits.view(torch.bfloat16)
 
 
 def tensors_of(shared: Shared, spec: BankSpec, dtype: torch.dtype, name: str) -> dict[str, Tensor]:
@@ -119,8 +122,9 @@ def pack_trits(trits: Tensor) -> Tensor:
 
 def unpack_trits(packed: Tensor, n: int) -> Tensor:
     """Return the n numbers that `pack_trits` was given."""
-    each: Tensor = packed.int().unsqueeze(-1) // _powers(packed) % 3
-    return each.flatten(-2)[..., :n]
+    every = torch.arange(256, dtype=torch.int32, device=packed.device)
+    table = (every.unsqueeze(-1) // _powers(packed) % 3).to(torch.uint8)  # divisions are slow
+    return F.embedding(packed.int(), table).flatten(-2)[..., :n]
 
 
 def _powers(like: Tensor) -> Tensor:
@@ -128,8 +132,8 @@ def _powers(like: Tensor) -> Tensor:
 
 
 def _signed(magnitude: Tensor, sign: Tensor, mask: Tensor) -> Tensor:
-    signed = torch.where(sign.bool(), -magnitude, magnitude)
-    return torch.where(mask.bool(), signed, torch.zeros_like(signed))
+    kept = mask.to(torch.int8)
+    return magnitude * (kept - 2 * (kept & sign.to(torch.int8))).to(magnitude.dtype)
 
 
 def _puzzle_bits(stored: Stored, width: int) -> Stored:
