@@ -4,7 +4,6 @@ import torch
 
 from families import tokens
 from rerail.compress.guard import MaxOutput
-from rerail.methods.camera import MiddleEnergy, MiddlePeak
 from rerail.methods.easy_ep import Deviation
 from rerail.methods.mone import OutputSquares
 from rerail.moe.model import MoEModel
@@ -12,6 +11,7 @@ from rerail.statistics.collect import Batch
 from rerail.statistics.dense import OutputSum, TokenCount
 from rerail.statistics.moments import InputMoment, LogitGram, MiddleMoment
 from rerail.statistics.routed import Count, GatedOutput, Moment, OutputSumRouted
+from rerail.statistics.squares import InputSquares, MiddleEnergy, MiddlePeak, MiddleSquares
 from rerail.statistics.statistic import Statistic
 from rerail.statistics.token_sample import TokenSample
 
@@ -28,6 +28,8 @@ ROUTED = (
     MiddleMoment(2),
     MiddleEnergy(),
     MiddlePeak(),
+    InputSquares(),
+    MiddleSquares(),
     LogitGram(),
     TokenSample(20),
 )

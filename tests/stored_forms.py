@@ -74,7 +74,21 @@ KINDS = {
     "narrow": ({"widths": WIDTHS}, {}),
     "quantized": ({"bits": BITS, "group": 5}, {}),
     "novice": ({"kept": (1, 4, 6)}, {}),
+    "packed_channels": (
+        {
+            "bits": (16, 3, 1),
+            "widths": (1, 0, 2, 0, 1, 0, 0, 3, 2, 4, 0, 0, 3, 0, 8, 1, 5, 1, 3, 0, 2, 1, 0, 0),
+            "group": 5,
+        },
+        {},
+    ),
+    "puzzle": ({"pairs": (6, 1, 3, 4)}, {"store": "words"}),
+    "puzzle of codes": (
+        {"pairs": (6, 1, 3, 4, 0, 2, 7, 5), "bits": 3, "group": 5},
+        {"store": "codes"},
+    ),
 }
+BYTES = {"codes": 256, "signs": 256, "masks": 243}  # values that a stored byte can have
 
 
 def solved(teacher, name, **changed):
@@ -84,14 +98,17 @@ def solved(teacher, name, **changed):
     generator = torch.Generator().manual_seed(0)
     parts, tensors = [], {}
     for layer in teacher.layers:
-        if kind == "narrow" and "gate_up_proj_bias" in layer.dims.numbers:
+        if kind in ("narrow", "packed_channels") and "gate_up_proj_bias" in layer.dims.numbers:
             options = {"biases": "gate+up"}
         rows = tuple(range(layer.num_experts))
         spec = BankSpec(kind, len(rows), (), integers, options)
         for key, shape in bank_class(kind).shapes(spec, layer.dims).items():
             numbers = torch.randn(shape, generator=generator) * 0.3
-            if key.endswith(".codes"):
-                numbers = (numbers * 300).to(torch.int64).remainder(256).to(torch.uint8)
+            part = key.rpartition(".")[2]
+            if part in BYTES:
+                numbers = (numbers * 300).to(torch.int64).remainder(BYTES[part]).to(torch.uint8)
+            if part == "words":
+                numbers = (numbers * 10_000).to(torch.int16)
             tensors[f"layers.{layer.index}.{key}"] = numbers
         parts.append(LayerPlan(layer.index, rows, rows, "untouched", spec))
     return Plan(tuple(parts), {}, tensors)

@@ -27,6 +27,7 @@ from rerail.experts.encoded import EncodedExperts
 from rerail.export.package import packaged_model
 from rerail.methods.aimer import AIMER
 from rerail.methods.camera import Camera
+from rerail.methods.camera_q import CameraQ
 from rerail.methods.cfes import CFES
 from rerail.methods.conmoe import ConMoE
 from rerail.methods.d2_moe import D2MoE
@@ -39,6 +40,7 @@ from rerail.methods.hqq import HQQ
 from rerail.methods.m_smoe import MSMoE
 from rerail.methods.merge_moe import MergeMoE
 from rerail.methods.mobe import MoBE, start
+from rerail.methods.mode_gpt import MoDeGPT
 from rerail.methods.moe_i2 import InterExpert, IntraExpert, MoEI2
 from rerail.methods.moe_svd import MoESVD
 from rerail.methods.mone import MoNE
@@ -46,6 +48,7 @@ from rerail.methods.naee import NAEE
 from rerail.methods.naee_skip import NAEESkip
 from rerail.methods.odp import ODP
 from rerail.methods.pmq import PMQ
+from rerail.methods.puzzle_moe import PuzzleMoE
 from rerail.methods.ream import REAM
 from rerail.methods.reap import MomentScore
 from rerail.methods.rtn import RTN
@@ -96,6 +99,10 @@ def sixteen_bits(layer: MoELayer) -> int:
 
 def no_limit(layer: MoELayer) -> int:
     return 10 * layer.expert_size * layer.num_experts
+
+
+def all_bits(layer: MoELayer) -> int:
+    return 16 * layer.expert_size * layer.num_experts
 
 
 def none_skipped(layer: MoELayer) -> int:
@@ -214,6 +221,13 @@ METHODS = [
     ),
     Method("camera", Camera(), all_channels),
     Method("camera_sum", Camera(alpha=0), all_channels, families=("qwen3_moe",)),
+    Method("mode_gpt", MoDeGPT(), all_channels),
+    Method(
+        "mode_gpt_influence",
+        MoDeGPT(spread="influence", epsilon=0.1),
+        all_channels,
+        families=("qwen3_moe",),
+    ),
     Method("moe_i2", MoEI2(first=InterExpert(rows=96)), no_limit, exact=ExactIntraExpert()),
     Method(
         "moe_i2_loss",
@@ -234,6 +248,23 @@ METHODS = [
         budget=Bits(1.75),
         families=("qwen3_moe",),
     ),
+    Method("puzzle_moe", PuzzleMoE()),
+    Method("puzzle_moe_3bit", PuzzleMoE(store="codes"), families=("qwen3_moe", "gpt_oss")),
+    Method(
+        "camera_q",
+        CameraQ(quantiser=GPTQ(group=8)),
+        all_bits,
+        exact=CameraQ(quantiser=RTN(), bits=(16,)),
+        budget=Bits(6.5),
+    ),
+    Method(
+        "camera_q_paper",
+        CameraQ(quantiser=HQQ(), bits=(3, 2, 1)),
+        all_bits,
+        exact=CameraQ(quantiser=RTN(), bits=(16,)),
+        budget=Bits(4),
+        families=("qwen3_moe",),
+    ),
     Method("conmoe", ConMoE()),
     Method("conmoe_output", ConMoE(distance="mean_output"), families=("qwen3_moe",)),
     # half of lfm2_moe's tiny experts are never chosen: MoNE finds them, and nothing changes
@@ -249,7 +280,13 @@ FORMS = (
     *("reap_slice", "reap_mask", "hc_smoe", "hc_smoe_pooled", "m_smoe", "m_smoe_centroid"),
     *("merge_moe_gated", "mobe", "mobe_paper", "svd", "moe_svd", "d2_moe", "d2_moe_shared"),
     *("d2_moe_static", "camera", "moe_i2", "rtn", "pmq", "mone", "naee_skip", "odp"),
+    *("puzzle_moe", "puzzle_moe_3bit", "camera_q"),
 )
+PACKED = (
+    "quantized",
+    "puzzle",
+    "packed_channels",
+)  # codes stand for as many numbers as the expert has
 CASES = [(method, family) for method in METHODS for family in method.families]
 COUNTED = [
     m
@@ -257,6 +294,7 @@ COUNTED = [
     if m.compressor.paradigm not in ("editing", "sequence")
     and m.compressor.budget is Ratio
     and not isinstance(m.compressor, SubMoELowRank)  # ranks use up what is between integers
+    and m.name != "puzzle_moe_3bit"
 ]
 REACHED = [(m, family) for m, family in CASES if family not in m.unreachable]
 FIRST = [(method, next(f for m, f in REACHED if m is method)) for method in METHODS]
@@ -415,7 +453,7 @@ def test_a_token_reads_no_more_than_the_teacher_and_edits_count_what_they_store(
     rows = Sizes.of(teacher, 2).active - plan.rows_removed(teacher.layers)
     for layer in student.layers:
         bank = layer.experts
-        if isinstance(bank, EncodedExperts) and bank.spec.kind != "quantized":
+        if isinstance(bank, EncodedExperts) and bank.spec.kind not in PACKED:
             assert layer.used(bank.spec.stored) == pytest.approx(sum(layer.stored().values()))
         else:
             assert layer.used(1) == layer.expert_size
@@ -438,6 +476,19 @@ def test_the_ratio_is_met_as_far_as_integers_allow(method: Method, family: str) 
         channels = plan.layers[0].bank.kind == "narrow"  # of these, what goes is rounded down
         assert after.routed < allowed + (slack if channels else 1)
         assert after.routed > allowed - slack
+    elif plan.layers[0].bank.kind == "puzzle":  # whole pairs, of which biases are no part
+        layer = teacher.layers[0]
+        biases = 1 - 3 * layer.hidden_size * layer.intermediate_size / layer.expert_size
+        one = method.compressor.saved(layer) / layer.num_experts
+        assert (method.removed - one) * (1 - biases) < plan.lineage["achieved"] <= method.removed
+    elif plan.layers[0].bank.kind == "packed_channels":
+        layer = teacher.layers[0]
+        matrices = 3 * layer.hidden_size * layer.intermediate_size * layer.num_experts
+        biases = 16 * (dense_numbers(layer) - matrices)
+        stored = plan.stored_bits([layer], 16) - biases
+        channel = max(method.compressor.costs(layer).values())
+        assert method.asked.average * matrices - channel < stored
+        assert stored <= method.asked.average * matrices
     elif method.compressor.budget is Bits:
         for part in plan.layers:
             assert sum(part.bank.integers["bits"]) == method.asked.average * len(part.kept)
@@ -463,7 +514,8 @@ def quantum(method: Method, plan: Plan, layer: MoELayer) -> int:
     """Return what one more unit (a rank, or the next number of bases) would have cost."""
     [part] = [p for p in plan.stages[-1].layers if p.layer == layer.index]
     if part.bank.kind == "narrow":
-        return micro_size(layer)
+        uniform = getattr(method.compressor, "widths", "ragged") == "uniform"
+        return micro_size(layer) * (layer.num_experts if uniform else 1)
     if part.bank.kind in ("low_rank", "delta"):
         more = [one_rank_more(part.bank, layer, name) for name in ("gate", "up", "down")]
         return sum(more) if method.compressor.paradigm == "sequence" else max(more)

@@ -53,6 +53,7 @@ def reference(layer: MoELayer, seen: Around) -> dict[str, Tensor]:
         "middle_moment_g0": torch.zeros(8, i, i),
         "middle_moment_g2": torch.zeros(8, i, i), "middle_energy": torch.zeros(8, i),
         "middle_peak": torch.zeros(8, i), "logit_gram": torch.zeros(8, 8),
+        "input_squares": torch.zeros(8, 16), "middle_squares": torch.zeros(8, i),
         **{f"moment_g{a}_n{p}": torch.zeros(8) for a in range(3) for p in range(3)},
     }  # fmt: skip
     sums = {name: tensor.double() for name, tensor in sums.items()}
@@ -85,6 +86,8 @@ def reference(layer: MoELayer, seen: Around) -> dict[str, Tensor]:
                 sums["input_moment"][e] += torch.outer(x, x)
                 sums["middle_moment_g0"][e] += torch.outer(m, m)
                 sums["middle_moment_g2"][e] += g**2 * torch.outer(m, m)
+                sums["input_squares"][e] += x**2
+                sums["middle_squares"][e] += m**2
                 sums["middle_energy"][e] += (g * m) ** 2
                 sums["middle_peak"][e] = torch.maximum(sums["middle_peak"][e], (g * m).abs())
                 for a in range(3):

@@ -31,10 +31,10 @@ class Surroundings:
         self.names = [name for name in _UNMEASURED if name in needs]
         self._tensors: dict[str, Tensor | None] = {}
         self._passed: list[tuple[Any, Tensor]] = []
-        self._hooks: list[Any] = []
+        self.hooks: list[Any] = []
         if needs & {"logits", "scores"}:
             hook = layer.router.register_forward_hook(self._routed, with_kwargs=True)
-            self._hooks.append(hook)
+            self.hooks.append(hook)
         if "residual" in needs:
             self._watch_children(decoder_layer(model.model, layer.name))
 
@@ -42,9 +42,9 @@ class Surroundings:
         for child in decoder.children():
             if child is not self.layer.block:
                 hook = child.register_forward_hook(self._passed_child, with_kwargs=True)
-                self._hooks.append(hook)
+                self.hooks.append(hook)
         block = self.layer.block.register_forward_pre_hook(self._entered, with_kwargs=True)
-        self._hooks.append(block)
+        self.hooks.append(block)
 
     def _routed(self, router: nn.Module, args: Any, named: Any, output: Any) -> None:
         experts = self.layer.num_experts
@@ -56,11 +56,11 @@ class Surroundings:
             self._tensors["scores"] = router_scores(router, args, named, experts)
 
     def _passed_child(self, _module: nn.Module, args: Any, named: Any, output: Any) -> None:
-        if (entering := _first(args, named)) is not None:
+        if (entering := first_tensor(args, named)) is not None:
             self._passed.append((output, entering))
 
     def _entered(self, _module: nn.Module, args: Any, named: Any) -> None:
-        entering = _first(args, named)
+        entering = first_tensor(args, named)
         # by identity: the child whose very output enters is the norm, and it saw the residual
         before = [tensor for output, tensor in self._passed if output is entering]
         self._tensors["residual"] = before[-1] if before else None
@@ -88,10 +88,11 @@ class Surroundings:
 
     def remove(self) -> None:
         """Take the hooks off."""
-        for hook in self._hooks:
+        for hook in self.hooks:
             hook.remove()
 
 
-def _first(args: Any, named: Any) -> Tensor | None:
+def first_tensor(args: Any, named: Any) -> Tensor | None:
+    """Return the first tensor among positional and named arguments, None where there is none."""
     values = [v for v in (*args, *named.values()) if isinstance(v, Tensor)]
     return values[0] if values else None
