@@ -11,7 +11,7 @@ from rerail.methods.mone import GatedOutput, OutputSquares
 from rerail.moe.model import MoEModel
 from rerail.statistics.collect import Batch
 from rerail.statistics.dense import OutputSum, TokenCount
-from rerail.statistics.moments import InputMoment, MiddleMoment
+from rerail.statistics.moments import InputMoment, LayerMoment, MiddleMoment, PooledMiddleMoment
 from rerail.statistics.routed import Count, Moment, OutputSumRouted
 from rerail.statistics.statistic import Statistic
 from rerail.statistics.token_sample import TokenSample
@@ -27,6 +27,8 @@ ROUTED = (
     InputMoment(),
     MiddleMoment(),
     MiddleMoment(2),
+    LayerMoment(),
+    PooledMiddleMoment(),
     MiddleEnergy(),
     MiddlePeak(),
     LogitGram(),

@@ -73,6 +73,7 @@ KINDS = {
     "delta": ({"gate": 3, "up": 2, "down": 4}, {"rows": "shared"}),
     "narrow": ({"widths": WIDTHS}, {}),
     "quantized": ({"bits": BITS, "group": 5}, {}),
+    "tucker": ({"gate": (8, 3, 5), "up": (3, 2, 4), "down": (8, 1, 2)}, {}),
     "novice": ({"kept": (1, 4, 6)}, {}),
 }
 

@@ -45,6 +45,7 @@ from rerail.methods.pmq import PMQ
 from rerail.methods.reap import MomentScore
 from rerail.methods.rtn import RTN
 from rerail.methods.svd import WhitenedSVD
+from rerail.methods.td_moe import TDMoE
 from rerail.moe.model import MoELayer, MoEModel
 from rerail.plan.allocation import Uniform
 from rerail.plan.apply import apply_plan
@@ -178,6 +179,13 @@ METHODS = [
         exact=D2MoE(weights="mean"),
         families=("qwen3_moe", "gpt_oss"),
     ),
+    Method("td_moe", TDMoE(), no_limit),
+    Method(
+        "td_moe_output",
+        TDMoE(whiten_output=True, expert_rank="search", iterations=2),
+        no_limit,
+        families=("qwen3_moe",),
+    ),
     Method("camera", Camera(), all_channels),
     Method("camera_sum", Camera(alpha=0), all_channels, families=("qwen3_moe",)),
     Method("moe_i2", MoEI2(first=InterExpert(rows=96)), no_limit, exact=ExactIntraExpert()),
@@ -214,7 +222,7 @@ METHODS = [
 FORMS = (
     *("reap_slice", "reap_mask", "hc_smoe", "hc_smoe_pooled", "m_smoe", "m_smoe_centroid"),
     *("merge_moe_gated", "mobe", "mobe_paper", "svd", "moe_svd", "d2_moe", "d2_moe_shared"),
-    *("d2_moe_static", "camera", "moe_i2", "rtn", "pmq", "mone", "naee_skip", "odp"),
+    *("d2_moe_static", "td_moe", "camera", "moe_i2", "rtn", "pmq", "mone", "naee_skip", "odp"),
 )
 CASES = [(method, family) for method in METHODS for family in method.families]
 COUNTED = [
@@ -374,7 +382,7 @@ def test_a_token_reads_no_more_than_the_teacher_and_edits_count_what_they_store(
     forms = {part.bank.kind for part in plan.stages[-1].layers}
     if forms <= {"narrow", "low_rank"}:
         assert student.parameters_active() < rows
-    elif not forms & {"delta", "basis"}:  # what all experts share, every token reads
+    elif not forms & {"delta", "basis", "tucker"}:  # what all experts share, every token reads
         assert student.parameters_active() == rows
 
 
@@ -415,6 +423,9 @@ def quantum(method: Method, plan: Plan, layer: MoELayer) -> int:
     [part] = [p for p in plan.stages[-1].layers if p.layer == layer.index]
     if part.bank.kind == "narrow":
         return micro_size(layer)
+    if part.bank.kind == "tucker":
+        each = [(*part.bank.integers[m], *side) for m, side in layer.dims.matrices.items()]
+        return sum(max(a * b + inner, a * c + out) for a, b, c, out, inner in each)
     if part.bank.kind in ("low_rank", "delta"):
         more = [one_rank_more(part.bank, layer, name) for name in ("gate", "up", "down")]
         return sum(more) if method.compressor.paradigm == "sequence" else max(more)

@@ -42,11 +42,15 @@ class Layout:
         """Split fused tensors (..., 2I, H) and (..., H, I) into gate, up (..., I, H) and down."""
         if self.transposed:
             gate_up, down = gate_up.mT, down.mT
+        return ExpertWeights(*self.halves(gate_up, -2), down)
+
+    def halves(self, gate_up: Tensor, dim: int = -1) -> tuple[Tensor, Tensor]:
+        """Split an axis of 2I (rows, biases, outputs), counted from the end, in gate's and up's."""
         if self.concatenated:
-            gate, up = gate_up.chunk(2, dim=-2)
+            gate, up = gate_up.chunk(2, dim)
         else:
-            gate, up = gate_up[..., ::2, :], gate_up[..., 1::2, :]
-        return ExpertWeights(gate, up, down)
+            gate, up = torch.unflatten(gate_up, dim, (-1, 2)).unbind(dim)
+        return gate, up
 
     def pack(self, weights: ExpertWeights) -> dict[str, Tensor]:
         """Fuse again: the inverse of `unpack`, keyed by transformers' parameter names."""

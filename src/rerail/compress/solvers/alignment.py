@@ -26,8 +26,7 @@ def channel_features(expert: Expert, layout: Layout) -> Tensor:
     gate, up, down = layout.unpack(expert["gate_up_proj"], expert["down_proj"])
     parts = [gate, up, down.mT]
     if (bias := expert.get("gate_up_proj_bias")) is not None:
-        halves = bias.chunk(2) if layout.concatenated else (bias[::2], bias[1::2])
-        parts += [half.unsqueeze(1) for half in halves]
+        parts += [half.unsqueeze(1) for half in layout.halves(bias)]
     return torch.cat(parts, dim=1).to(torch.promote_types(gate.dtype, torch.float32))
 
 
