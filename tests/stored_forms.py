@@ -1,8 +1,11 @@
 """Plans made by hand, one for each stored form, for tiny models of 2 layers and 8 experts."""
 
+import math
+
 import torch
 
 from rerail.experts.base import BankSpec, bank_class
+from rerail.experts.residual import largest
 from rerail.plan.plan import LayerPlan, Plan
 
 UNEVEN = ((0, 1, 2), (0, 1, 2, 3))
@@ -73,6 +76,8 @@ KINDS = {
     "delta": ({"gate": 3, "up": 2, "down": 4}, {"rows": "shared"}),
     "narrow": ({"widths": WIDTHS}, {}),
     "quantized": ({"bits": BITS, "group": 5}, {}),
+    "residual": ({"values": 90}, {"residual": "sparse"}),
+    "residual of low rank": ({"rank": BITS}, {"residual": "low_rank"}),
     "tucker": ({"gate": (8, 3, 5), "up": (3, 2, 4), "down": (8, 1, 2)}, {}),
     "novice": ({"kept": (1, 4, 6)}, {}),
 }
@@ -85,12 +90,15 @@ def solved(teacher, name, **changed):
     generator = torch.Generator().manual_seed(0)
     parts, tensors = [], {}
     for layer in teacher.layers:
-        if kind == "narrow" and "gate_up_proj_bias" in layer.dims.numbers:
-            options = {"biases": "gate+up"}
+        if kind in ("narrow", "residual") and "gate_up_proj_bias" in layer.dims.numbers:
+            options = {**options, "biases": "gate+up"}
         rows = tuple(range(layer.num_experts))
         spec = BankSpec(kind, len(rows), (), integers, options)
         for key, shape in bank_class(kind).shapes(spec, layer.dims).items():
             numbers = torch.randn(shape, generator=generator) * 0.3
+            if key == "mask":
+                entries = torch.rand(8, layer.dims.expert, generator=generator)
+                numbers = largest(entries[:, : 3 * math.prod(layer.dims[1:3])], 90)[0]
             if key.endswith(".codes"):
                 numbers = (numbers * 300).to(torch.int64).remainder(256).to(torch.uint8)
             tensors[f"layers.{layer.index}.{key}"] = numbers

@@ -43,6 +43,7 @@ from rerail.methods.naee_skip import NAEESkip
 from rerail.methods.odp import ODP
 from rerail.methods.pmq import PMQ
 from rerail.methods.reap import MomentScore
+from rerail.methods.res_moe import ResMoE
 from rerail.methods.rtn import RTN
 from rerail.methods.svd import WhitenedSVD
 from rerail.methods.td_moe import TDMoE
@@ -186,6 +187,8 @@ METHODS = [
         no_limit,
         families=("qwen3_moe",),
     ),
+    Method("res_moe", ResMoE(), no_limit),
+    Method("res_moe_svd", ResMoE(kind="svd"), no_limit),
     Method("camera", Camera(), all_channels),
     Method("camera_sum", Camera(alpha=0), all_channels, families=("qwen3_moe",)),
     Method("moe_i2", MoEI2(first=InterExpert(rows=96)), no_limit, exact=ExactIntraExpert()),
@@ -222,7 +225,19 @@ METHODS = [
 FORMS = (
     *("reap_slice", "reap_mask", "hc_smoe", "hc_smoe_pooled", "m_smoe", "m_smoe_centroid"),
     *("merge_moe_gated", "mobe", "mobe_paper", "svd", "moe_svd", "d2_moe", "d2_moe_shared"),
-    *("d2_moe_static", "td_moe", "camera", "moe_i2", "rtn", "pmq", "mone", "naee_skip", "odp"),
+    *(
+        "d2_moe_static",
+        "td_moe",
+        "res_moe",
+        "res_moe_svd",
+        "camera",
+        "moe_i2",
+        "rtn",
+        "pmq",
+        "mone",
+        "naee_skip",
+        "odp",
+    ),
 )
 CASES = [(method, family) for method in METHODS for family in method.families]
 COUNTED = [
@@ -382,7 +397,12 @@ def test_a_token_reads_no_more_than_the_teacher_and_edits_count_what_they_store(
     forms = {part.bank.kind for part in plan.stages[-1].layers}
     if forms <= {"narrow", "low_rank"}:
         assert student.parameters_active() < rows
-    elif not forms & {"delta", "basis", "tucker"}:  # what all experts share, every token reads
+    elif not forms & {
+        "delta",
+        "basis",
+        "tucker",
+        "residual",
+    }:  # what all experts share, every token reads
         assert student.parameters_active() == rows
 
 
@@ -426,6 +446,12 @@ def quantum(method: Method, plan: Plan, layer: MoELayer) -> int:
     if part.bank.kind == "tucker":
         each = [(*part.bank.integers[m], *side) for m, side in layer.dims.matrices.items()]
         return sum(max(a * b + inner, a * c + out) for a, b, c, out, inner in each)
+    if part.bank.kind == "residual":
+        return (
+            layer.num_experts
+            if "values" in part.bank.integers
+            else sum(layer.bank.dims[1:3]) + 2 * layer.hidden_size
+        )
     if part.bank.kind in ("low_rank", "delta"):
         more = [one_rank_more(part.bank, layer, name) for name in ("gate", "up", "down")]
         return sum(more) if method.compressor.paradigm == "sequence" else max(more)

@@ -52,13 +52,16 @@ class Layout:
             gate, up = torch.unflatten(gate_up, dim, (-1, 2)).unbind(dim)
         return gate, up
 
+    def joined(self, gate: Tensor, up: Tensor, dim: int = -1) -> Tensor:
+        """Return the inverse of `halves`."""
+        if self.concatenated:
+            return torch.cat([gate, up], dim)
+        return torch.stack([gate, up], dim).flatten(dim - 1, dim)
+
     def pack(self, weights: ExpertWeights) -> dict[str, Tensor]:
         """Fuse again: the inverse of `unpack`, keyed by transformers' parameter names."""
         gate, up, down = weights
-        if self.concatenated:
-            gate_up = torch.cat([gate, up], dim=-2)
-        else:
-            gate_up = torch.stack([gate, up], dim=-2).flatten(-3, -2)
+        gate_up = self.joined(gate, up, -2)
         if self.transposed:
             gate_up, down = gate_up.mT, down.mT
         return {"gate_up_proj": gate_up.contiguous(), "down_proj": down.contiguous()}

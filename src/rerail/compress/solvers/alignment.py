@@ -36,6 +36,38 @@ def weight_matching(reference: Tensor, other: Tensor) -> Tensor:
     return torch.from_numpy(linear_sum_assignment(likeness, maximize=True)[1])
 
 
+def barycentre(features: Tensor, rounds: int) -> tuple[Tensor, Tensor]:
+    """Return the Wasserstein barycentre of experts as point clouds of channels, and their order.
+
+    All points weigh the same and there are as many of the centre's, so that optimal transport is a
+    matching. From the first expert on, channels are matched to the centre and the centre becomes
+    the mean of the matched, which never makes sum_e ||F_e[pi_e] - centre||^2 larger; until no match
+    changes, or the centre moves by less than 1e-7 in the mean square.
+
+    Args:
+        features: F (E, I, D).
+        rounds: at most; 0 leaves the channels as they are.
+
+    Returns:
+        the centre (I, D), and the permutations pi (E, I): it is the mean of all F_e[pi_e].
+    """
+    centre, orders = features[0], torch.arange(features.shape[1]).expand(features.shape[:2])
+    for step in range(rounds):
+        found = torch.stack([weight_matching(centre, expert) for expert in features])
+        if step and torch.equal(found, orders):
+            break
+        before, orders = centre, found
+        centre = ordered(features, orders).mean(dim=0)
+        if (centre - before).square().mean() < 1e-7:
+            break
+    return (centre if rounds else features.mean(dim=0)), orders
+
+
+def ordered(features: Tensor, orders: Tensor) -> Tensor:
+    """Return F_e[pi_e] of every expert (E, I, D)."""
+    return torch.stack([f[o] for f, o in zip(features, orders.to(features.device), strict=True)])
+
+
 def permuted(expert: Expert, layout: Layout, order: Tensor) -> dict[str, Tensor]:
     """Return an expert's fused tensors with its channels in another order: the same function."""
     order = order.to(expert["down_proj"].device)
