@@ -1,7 +1,5 @@
 """Plans made by hand, one for each stored form, for tiny models of 2 layers and 8 experts."""
 
-import math
-
 import torch
 
 from rerail.experts.base import BankSpec, bank_class
@@ -97,8 +95,8 @@ def solved(teacher, name, **changed):
         for key, shape in bank_class(kind).shapes(spec, layer.dims).items():
             numbers = torch.randn(shape, generator=generator) * 0.3
             if key == "mask":
-                entries = torch.rand(8, layer.dims.expert, generator=generator)
-                numbers = largest(entries[:, : 3 * math.prod(layer.dims[1:3])], 90)[0]
+                entries = torch.rand(8, 3, *layer.dims[1:3], generator=generator)
+                numbers = largest(entries, 90)[0]
             if key.endswith(".codes"):
                 numbers = (numbers * 300).to(torch.int64).remainder(256).to(torch.uint8)
             tensors[f"layers.{layer.index}.{key}"] = numbers

@@ -33,16 +33,18 @@ def test_every_expert_is_its_slice_between_the_layer_s_factors(family: str) -> N
 
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
-def test_lazy_and_materialised_agree_and_count_the_same(family: str) -> None:
+def test_what_runs_answers_as_whole_experts_and_is_what_is_counted(family: str) -> None:
     layer = tiny(family).layers[0]
-    kept, lazy = build(layer), build(layer, run="lazy")
+    bank, whole = build(layer), build(layer, run="materialised")
     x, index, weights = torch.randn(9, 16), torch.randint(0, 8, (9, 2)), torch.rand(9, 2)
-    torch.testing.assert_close(kept(x, index, weights), lazy(x, index, weights))
-    counted = sum(p.numel() for p in lazy.parameters())
-    assert counted == sum(lazy.stored().values()) == sum(kept.stored().values())
-    assert lazy.stored() == TuckerExperts.predicted(lazy.spec, layer.index, layer.dims)
+    expected = whole(x, index, weights)
+    scale = float(expected.abs().max())
+    torch.testing.assert_close(bank(x, index, weights), expected, atol=1e-5 * scale, rtol=1e-4)
+    counted = sum(p.numel() for p in bank.parameters())
+    assert counted == sum(bank.stored().values()) == sum(whole.stored().values())
+    assert bank.stored() == TuckerExperts.predicted(bank.spec, layer.index, layer.dims)
     own = {n: p for n, p in expert_parameters(layer.experts).items() if n.endswith("bias")}
-    in_shell = dict(kept.shell.named_parameters())
+    in_shell = dict(bank.shell.named_parameters())
     assert all(in_shell[n] is p for n, p in own.items())
 
 

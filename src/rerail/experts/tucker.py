@@ -6,9 +6,11 @@ expert has a slice of the core of its own; below, `expert` U1 (E, r1) mixes slic
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from rerail.experts.base import BankSpec, EncodedExperts
-from rerail.moe.fused_experts import Dims, ExpertWeights
+from rerail.experts.base import BankSpec
+from rerail.experts.encoded import EncodedExperts
+from rerail.moe.fused_experts import Dims
 
 
 class TuckerExperts(EncodedExperts):
@@ -30,11 +32,26 @@ class TuckerExperts(EncodedExperts):
         matrix, _, part = name.partition(".")
         return part in ("out", "in") or (part == "core" and spec.each(matrix)[0] < spec.stored)
 
-    def expand(self) -> dict[str, Tensor]:
-        return self.layout.pack(ExpertWeights(*map(self._matrix, self.dims.matrices)))
+    def matrix(self, name: str, expert: int) -> Tensor:
+        inner: Tensor = self.solved(f"{name}.in")
+        return self.solved(f"{name}.out") @ self._core(name, expert) @ inner.mT
 
-    def _matrix(self, name: str) -> Tensor:
-        core, out, inner = (self.solved(f"{name}.{part}") for part in ("core", "out", "in"))
-        if self.spec.each(name)[0] < self.spec.stored:
-            core = torch.tensordot(self.solved(f"{name}.expert"), core, dims=1)
-        return out @ core @ inner.mT
+    def product(self, name: str, expert: int, x: Tensor, shared: Tensor | None) -> Tensor:
+        """Return U2 G_e U3^T x; for `down` without U2, which comes last."""
+        inner = x @ self.solved(f"{name}.in") if shared is None else shared
+        out = F.linear(inner, self._core(name, expert))
+        return out if name == "down" else F.linear(out, self.solved(f"{name}.out"))
+
+    def shared(self, name: str, hidden: Tensor) -> Tensor:
+        """Return U3^T x, (T, r3)."""
+        return hidden @ self.solved(f"{name}.in")
+
+    def finish(self, total: Tensor) -> Tensor:
+        return F.linear(total, self.solved("down.out"))
+
+    def _core(self, name: str, expert: int) -> Tensor:
+        """Return an expert's slice of the core (r2, r3)."""
+        core = self.solved(f"{name}.core")
+        if self.spec.each(name)[0] == self.spec.stored:
+            return core[expert]
+        return torch.tensordot(self.solved(f"{name}.expert")[expert], core, dims=1)

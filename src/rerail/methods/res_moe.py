@@ -6,8 +6,7 @@ of the clouds (see `alignment.barycentre`): D_w = mean_e D_e[pi_e], pi_e the mat
 
     Delta_e = D_e[pi_e] - D_w,        W_e = D_w + compressed(Delta_e),
 
-channels stay in the centre's order: no function depends on it. Weights are added, never outputs
-(the code's inference module adds outputs).
+channels stay in the centre's order. Weights are added; the code's inference module adds outputs.
 
 1. `kind=up`: of each Delta_e the k largest entries stay, and one bit for each entry says which.
    Bits at width 16: 16 * 3HI + E (3HI + 16 k), so that a layer keeps at least 1/E + 1/16.
@@ -29,7 +28,7 @@ from rerail.compress.solvers.whitening import Moments, low_rank
 from rerail.compress.templates.factoriser import Factoriser, Factors, Integers
 from rerail.errors import OutOfReach
 from rerail.experts.base import BankSpec
-from rerail.experts.residual import largest
+from rerail.experts.residual import by_matrix, largest
 from rerail.moe.model import MoELayer
 from rerail.plan.budget import dense_numbers
 from rerail.statistics.statistic import LayerStatistics
@@ -51,9 +50,8 @@ class ResMoE(Factoriser):
 
     def sizes(self, layer: MoELayer, max_numbers: int, statistics: object = None) -> Integers:
         """Return how many values, or the ranks, of each residual."""
-        n, p, d, _ = layer.dims
-        dense = dense_numbers(layer)
-        fixed = dense - 3 * n * p * d + 3 * p * d
+        (n, p, d, _), dense = layer.dims, dense_numbers(layer)
+        fixed = dense - 3 * (n - 1) * p * d
         if self.kind == "svd":
             ranks = {"rank": Ranks(p + 3 * d, min(p, 3 * d), n)}
             return ranks_within(layer, max_numbers, fixed, ranks, {})
@@ -80,12 +78,13 @@ class ResMoE(Factoriser):
         centre, orders = barycentre(clouds, rounds)
         clouds = ordered(clouds, orders)
         base = centre[:, :width].to(fused["down_proj"].dtype).to(clouds.dtype)
-        tensors, residuals = {"base": base}, clouds[..., :width] - base
+        tensors, residuals = {"base": by_matrix(base)}, clouds[..., :width] - base
         if self.kind == "up":
-            tensors["mask"], tensors["values"] = largest(residuals.flatten(1), sizes["values"])
+            tensors["mask"], tensors["values"] = largest(by_matrix(residuals), sizes["values"])
         else:
             moments = Moments(None, torch.zeros(n), width)
-            tensors["U"], tensors["V"] = low_rank(residuals, moments, sizes["rank"])
+            tensors["U"], rows = low_rank(residuals, moments, sizes["rank"])
+            tensors["V"] = by_matrix(rows)
         if clouds.shape[-1] > width:
             tensors["gate_bias"], tensors["up_bias"] = clouds[..., width:].unbind(-1)
         return tensors

@@ -82,5 +82,5 @@ class TDMoE(Factoriser):
         for name, stack in layer.stack()._asdict().items():
             sizes[name], parts = tucker.decomposed(stack, sides[name], rule, self.iterations)
             wide = torch.promote_types(stack.dtype, torch.float32)
-            tensors |= {f"{name}.{part}": tensor.to(wide) for part, tensor in parts.items()}
+            tensors |= {f"{name}.{part}": t.to(wide).contiguous() for part, t in parts.items()}
         return sizes, tensors

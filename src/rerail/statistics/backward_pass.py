@@ -51,7 +51,7 @@ class _Leaves(Products):
     def _take_output(self, gradient: Tensor, name: str) -> None:
         parts = {"down": gradient}
         if name == WEIGHTS[0]:
-            parts = dict(zip(("gate", "up"), self.layout.halves(gradient), strict=True))
+            parts = dict(zip(("gate", "up"), self.layout.split(gradient), strict=True))
         for matrix, part in parts.items():
             for statistic, state in self.made_of.items():
                 statistic.update(state, matrix, part)

@@ -26,7 +26,7 @@ def channel_features(expert: Expert, layout: Layout) -> Tensor:
     gate, up, down = layout.unpack(expert["gate_up_proj"], expert["down_proj"])
     parts = [gate, up, down.mT]
     if (bias := expert.get("gate_up_proj_bias")) is not None:
-        parts += [half.unsqueeze(1) for half in layout.halves(bias)]
+        parts += [half.unsqueeze(1) for half in layout.split(bias)]
     return torch.cat(parts, dim=1).to(torch.promote_types(gate.dtype, torch.float32))
 
 
