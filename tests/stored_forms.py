@@ -66,6 +66,7 @@ def factored():
 
 
 BITS = (1, 2, 3, 4, 8, 16, 2, 4)
+GROUPS = (1, 0, 0, 1, 1, 0, 1, 0)
 WIDTHS = (3, 8, 5, 1, 8, 2, 4, 6)
 KINDS = {
     "basis": ({"rank": 4, "bases": 2}, {"matrices": "gate+up", "activation": "silu"}),
@@ -76,6 +77,14 @@ KINDS = {
     "quantized": ({"bits": BITS, "group": 5}, {}),
     "residual": ({"values": 90}, {"residual": "sparse"}),
     "residual of low rank": ({"rank": BITS}, {"residual": "low_rank"}),
+    "grouped_basis": (
+        {"gate": (3, 2), "up": (1, 4), "groups": GROUPS, "bases": 1, "buckets": 9, "seed": 3},
+        {"activation": "silu"},
+    ),
+    "grouped_basis of two": (
+        {"gate": (3, 2), "up": (1, 4), "groups": GROUPS, "bases": 2, "buckets": 0, "seed": 0},
+        {"activation": "tanh"},
+    ),
     "tucker": ({"gate": (8, 3, 5), "up": (3, 2, 4), "down": (8, 1, 2)}, {}),
     "novice": ({"kept": (1, 4, 6)}, {}),
 }
