@@ -9,7 +9,13 @@ from rerail.methods.mone import OutputSquares
 from rerail.moe.model import MoEModel
 from rerail.statistics.collect import Batch
 from rerail.statistics.dense import OutputSum, TokenCount
-from rerail.statistics.moments import InputMoment, LogitGram, MiddleMoment
+from rerail.statistics.moments import (
+    InputMoment,
+    LayerMoment,
+    LogitGram,
+    MiddleMoment,
+    PooledMiddleMoment,
+)
 from rerail.statistics.routed import Count, GatedOutput, Moment, OutputSumRouted
 from rerail.statistics.squares import InputSquares, MiddleEnergy, MiddlePeak, MiddleSquares
 from rerail.statistics.statistic import Statistic
@@ -26,6 +32,8 @@ ROUTED = (
     InputMoment(),
     MiddleMoment(),
     MiddleMoment(2),
+    LayerMoment(),
+    PooledMiddleMoment(),
     MiddleEnergy(),
     MiddlePeak(),
     InputSquares(),

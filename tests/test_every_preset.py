@@ -18,7 +18,7 @@ PRESETS = sorted(path.stem for path in (config_root() / "conf/compressor").glob(
 BUDGETS = {"Ratio": 0.5, "Bits": 4, "Skip": 0.25}
 REACHED = {"mobe_paper": 0.125, "pmq": 2.25, "pmq_repo": 2.25}  # by so small a model
 COST = ("seconds", "peak_memory")  # what the command line notes beside a plan
-SHORTER = {"mobe": 20, "mobe_paper": 20}  # steps of a fit
+SHORTER = {"mobe": 20, "mobe_paper": 20, "rfid_moe": 20}  # steps of a fit
 
 
 class Planned(Exception):

@@ -16,6 +16,8 @@ import torch
 
 from families import CONFIGS, tiny, tokens
 from rerail.compress.base import Compressor, Fitness, extended, make_plan
+from rerail.compress.solvers import bases
+from rerail.compress.solvers.bases import start
 from rerail.compress.templates.narrower import micro_size
 from rerail.distill.router_distillation import RouterDistillation
 from rerail.distill.settings import RouterKD
@@ -39,7 +41,7 @@ from rerail.methods.hc_smoe import HCSMoE
 from rerail.methods.hqq import HQQ
 from rerail.methods.m_smoe import MSMoE
 from rerail.methods.merge_moe import MergeMoE
-from rerail.methods.mobe import MoBE, start
+from rerail.methods.mobe import MoBE
 from rerail.methods.mode_gpt import MoDeGPT
 from rerail.methods.moe_i2 import InterExpert, IntraExpert, MoEI2
 from rerail.methods.moe_svd import MoESVD
@@ -51,10 +53,13 @@ from rerail.methods.pmq import PMQ
 from rerail.methods.puzzle_moe import PuzzleMoE
 from rerail.methods.ream import REAM
 from rerail.methods.reap import MomentScore
+from rerail.methods.res_moe import ResMoE
+from rerail.methods.rfid_moe import RFIDMoE
 from rerail.methods.rtn import RTN
 from rerail.methods.sub_moe import SubMoE
 from rerail.methods.sub_moe_low_rank import SubMoELowRank
 from rerail.methods.svd import WhitenedSVD
+from rerail.methods.td_moe import TDMoE
 from rerail.moe.model import MoELayer, MoEModel
 from rerail.plan.allocation import Uniform
 from rerail.plan.apply import apply_plan
@@ -74,6 +79,15 @@ class ExactMoBE(MoBE):
 
     def fit(self, stack: torch.Tensor, bases: int, rank: int) -> tuple[torch.Tensor, ...]:
         return start(stack, bases, rank)
+
+
+class ExactRFID(RFIDMoE):
+    """RFID-MoE where one basis a group, of full rank, makes the start exact."""
+
+    def factor(self, *given: Any) -> Any:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(bases, "fit_bases", lambda stack, m, r, _: start(stack, m, r))
+            return super().factor(*given)
 
 
 class ExactIntraExpert(IntraExpert):
@@ -137,6 +151,7 @@ class Method:
 
 
 _EXACT = {"bases": 8, "rank": "full", "activation": "identity"}
+EXACT_RFID = ExactRFID(activation="identity", residual="none")
 PMQ_16 = PMQ(quantiser=RTN(), bits=(1, 2, 3, 16))
 METHODS = [
     Method("reap_slice", MomentScore()),
@@ -219,6 +234,23 @@ METHODS = [
         exact=D2MoE(weights="mean"),
         families=("qwen3_moe", "gpt_oss"),
     ),
+    Method("td_moe", TDMoE(), no_limit),
+    Method(
+        "td_moe_output",
+        TDMoE(whiten_output=True, expert_rank="search", iterations=2),
+        no_limit,
+        families=("qwen3_moe",),
+    ),
+    Method("res_moe", ResMoE(), no_limit),
+    Method("res_moe_svd", ResMoE(kind="svd"), no_limit),
+    Method("rfid_moe", RFIDMoE(steps=20), no_limit, exact=EXACT_RFID),
+    Method(
+        "rfid_moe_bases",
+        RFIDMoE(bases=2, residual="none", steps=20),
+        no_limit,
+        exact=EXACT_RFID,
+        families=("qwen3_moe",),
+    ),
     Method("camera", Camera(), all_channels),
     Method("camera_sum", Camera(alpha=0), all_channels, families=("qwen3_moe",)),
     Method("mode_gpt", MoDeGPT(), all_channels),
@@ -279,8 +311,8 @@ METHODS = [
 FORMS = (
     *("reap_slice", "reap_mask", "hc_smoe", "hc_smoe_pooled", "m_smoe", "m_smoe_centroid"),
     *("merge_moe_gated", "mobe", "mobe_paper", "svd", "moe_svd", "d2_moe", "d2_moe_shared"),
-    *("d2_moe_static", "camera", "moe_i2", "rtn", "pmq", "mone", "naee_skip", "odp"),
-    *("puzzle_moe", "puzzle_moe_3bit", "camera_q"),
+    *("d2_moe_static", "td_moe", "res_moe", "res_moe_svd", "camera", "moe_i2", "rtn", "pmq"),
+    *("rfid_moe", "mone", "naee_skip", "odp", "puzzle_moe", "puzzle_moe_3bit", "camera_q"),
 )
 PACKED = (
     "quantized",
@@ -460,7 +492,8 @@ def test_a_token_reads_no_more_than_the_teacher_and_edits_count_what_they_store(
     forms = {part.bank.kind for part in plan.stages[-1].layers}
     if forms <= {"narrow", "low_rank"}:
         assert student.parameters_active() < rows
-    elif not forms & {"delta", "basis"}:  # what all experts share, every token reads
+    elif not forms & {"delta", "basis", "tucker", "residual", "grouped_basis"}:
+        # what all experts share, every token reads
         assert student.parameters_active() == rows
 
 
@@ -516,6 +549,15 @@ def quantum(method: Method, plan: Plan, layer: MoELayer) -> int:
     if part.bank.kind == "narrow":
         uniform = getattr(method.compressor, "widths", "ragged") == "uniform"
         return micro_size(layer) * (layer.num_experts if uniform else 1)
+    if part.bank.kind == "grouped_basis":
+        m, size = part.bank.integers["bases"], method.compressor.group_size
+        return size * layer.intermediate_size + m * layer.hidden_size
+    if part.bank.kind == "tucker":
+        each = [(*part.bank.integers[m], *side) for m, side in layer.dims.matrices.items()]
+        return sum(max(a * b + inner, a * c + out) for a, b, c, out, inner in each)
+    if part.bank.kind == "residual":
+        low_rank = layer.intermediate_size + 3 * layer.hidden_size
+        return layer.num_experts if "values" in part.bank.integers else low_rank
     if part.bank.kind in ("low_rank", "delta"):
         more = [one_rank_more(part.bank, layer, name) for name in ("gate", "up", "down")]
         return sum(more) if method.compressor.paradigm == "sequence" else max(more)

@@ -216,6 +216,16 @@ class BackwardStatistic(Statistic):
         """Add one sequence's gradient of one slot's fused tensor `name` to `state`, in place."""
 
 
+class OutputGradientStatistic(Statistic):
+    """A statistic of the same gradient in what each matrix of any slot makes."""
+
+    pass_name: ClassVar[PassName] = "backward"
+
+    @abstractmethod
+    def update(self, state: Tensor, matrix: str, gradient: Tensor) -> None:
+        """Add one sequence's gradients (n, out) of `gate`, `up` or `down` to `state`, in place."""
+
+
 class AblationStatistic(Statistic):
     """A statistic of the loss without one slot."""
 
