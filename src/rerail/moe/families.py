@@ -7,11 +7,12 @@ the fused tensors `gate_up_proj` and `down_proj`, which plans name, and the call
 """
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
 from torch import nn
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from rerail.errors import InputError
 
@@ -209,11 +210,29 @@ WIDTH_NAMES = ("moe_intermediate_size", "intermediate_size")
 _IMPLEMENTATIONS = ("experts_implementation", "attn_implementation")
 
 
+def config_owners(config: Any) -> list[Any]:
+    """Return a config and, where that is another one, the config of its text model."""
+    text = config.get_text_config()
+    return [config] if text is config else [config, text]
+
+
+def count_names() -> tuple[str, ...]:
+    """Return the names that configs give to the number of experts."""
+    return _EXPERT_COUNTS
+
+
 def set_expert_count(config: Any, count: int) -> None:
     """Write the number of experts under each name that a config has for it."""
-    for name in _EXPERT_COUNTS:
-        if isinstance(getattr(config, name, None), int):
-            setattr(config, name, count)
+    for owner in config_owners(config):
+        for name in _EXPERT_COUNTS:
+            if isinstance(getattr(owner, name, None), int):
+                setattr(owner, name, count)
+
+
+def expert_entries(config: Any) -> dict[str, int]:
+    """Return what a config says of the number and the width of experts."""
+    values = {n: getattr(config.get_text_config(), n, None) for n in _EXPERT_COUNTS + WIDTH_NAMES}
+    return {name: value for name, value in values.items() if isinstance(value, int)}
 
 
 def match_row_counts(model: Any) -> None:
@@ -267,9 +286,17 @@ def experts_implementation(config: Any) -> str | None:
     return implementations(config)["experts_implementation"]
 
 
-def ignored_patterns(model: Any) -> list[str]:
-    """Return the patterns of stored names that a family leaves out in silence."""
-    return sorted(model._keys_to_ignore_on_load_unexpected or ())
+def own_names(model: Any, stored: Iterable[str]) -> dict[str, str]:
+    """Return the name that a loaded model has for each stored tensor, by the stored name.
+
+    Several stored tensors may become one of the model (experts are stacked).
+    """
+    conversions = getattr(model, "_weight_conversions", None) or []
+    renamings = [c for c in conversions if isinstance(c, WeightRenaming)]
+    converters = [c for c in conversions if isinstance(c, WeightConverter)]
+    own = model.state_dict()
+    prefix = model.base_model_prefix
+    return {n: rename_source_key(n, renamings, converters, prefix, own)[0] for n in stored}
 
 
 def float32_patterns(model: Any) -> list[set[str]]:
