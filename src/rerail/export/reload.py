@@ -71,7 +71,16 @@ def check_reload(path: Path, ids: Tensor, model: MoEModel, form: str = "native")
         if done.returncode:
             last = (done.stderr.strip().splitlines() or ["no message"])[-1]
             raise ReloadError(f"{path} does not load with stock transformers: {last}")
-        report = json.loads((exchange / "report.json").read_text(encoding="utf-8"))
+        return verdict(path, exchange, model)
+
+
+def verdict(path: Path, exchange: Path, model: MoEModel) -> float:
+    """Return the difference that a fresh process reported in the exchange folder.
+
+    Raises:
+        ReloadError: as `check_reload`.
+    """
+    report = json.loads((exchange / "report.json").read_text(encoding="utf-8"))
     _forgive_carried(report["misfits"], path, model)
     return judge(path, report, model.model.dtype)
 
