@@ -186,9 +186,7 @@ def _small(cls: Any) -> dict[str, object]:
     # an alias would say a second time what the entry behind it says
     names -= {alias for alias, name in aliases.items() if name in names}
     values = {name: value for name, value in _SMALL.items() if name in names}
-    parts = {
-        n: _small(part) for n, part in (cls.sub_configs or {}).items() if dataclasses.fields(part)
-    }
+    parts = {name: _small(part) for name, part in cls.sub_configs.items() if _entries(part)}
     return {**values, **parts, **_ODD.get(cls.model_type, {})}
 
 

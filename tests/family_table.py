@@ -19,7 +19,9 @@ from typing import Any, NamedTuple
 import torch
 import transformers
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
 )
 
@@ -30,6 +32,7 @@ from rerail.errors import InputError
 from rerail.export.reload import ReloadError, verdict, write_task
 from rerail.export.targets import as_written
 from rerail.language_model import LanguageModel
+from rerail.moe.families import OUTSIDE_THE_SEAM
 from rerail.moe.left_out import left_out_of
 from rerail.moe.model import MoEModel
 from rerail.moe.source import ModelSource
@@ -99,7 +102,7 @@ def ids(count: int, length: int = 24, seed: int = 0) -> torch.Tensor:
 
 
 def text() -> TokenBlocks:
-    blocks = ids(16)
+    blocks = ids(12)
     return TokenBlocks(blocks, torch.ones_like(blocks, dtype=torch.bool), "families")
 
 
@@ -114,6 +117,7 @@ def result_of(family: str, folder: Path, fresh: Fresh) -> Result:
     try:
         return Result(family, "whole", whole_way(source, folder, fresh))
     except Exception as error:
+        logging.getLogger(__name__).debug("%s", family, exc_info=True)
         return Result(family, "broken", _first_line(error))
 
 
@@ -127,9 +131,11 @@ def checkpoint(family: str, folder: Path) -> ModelSource:
     Raises:
         InputError: the family is refused by its config.
     """
-    config = tiny_config(family)
-    config.save_pretrained(folder)
     source = ModelSource(str(folder))
+    # without a causal class a config is all that is read, and the family's own will do
+    causal = family in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and family not in OUTSIDE_THE_SEAM
+    config = tiny_config(family) if causal else CONFIG_MAPPING[family]()
+    config.save_pretrained(folder)
     source.meta()
     auto: Any = AutoModelForCausalLM
     if family in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
@@ -176,19 +182,18 @@ def repaired(student: LanguageModel, teacher: LanguageModel) -> LanguageModel:
         student,
         teacher,
         text(),
-        batch_size=4,
-        trainer={"max_steps": STEPS, "enable_progress_bar": False},
-        epochs=10,
+        batch_size=2,  # of the ten blocks that do not validate
+        epochs=1,
         learning_rate=1e-3,
         warmup=0,
     )
-    assert done.fit.steps == STEPS
-    assert done.fit.kl_best <= done.fit.kl_first
+    assert done.fit.steps == STEPS, f"{done.fit.steps} steps"
+    assert done.fit.kl_best <= done.fit.kl_first, f"{done.fit.kl_first} to {done.fit.kl_best}"
     after = done.student.model.model.state_dict()
     changed = {n for n, t in after.items() if not torch.equal(t, before[n])}
-    rows = [la.router_rows for la in done.student.model.layers]
+    rows = [getattr(*la.rows_owner()) for la in done.student.model.layers]
     own = {n for n, p in done.student.model.model.named_parameters() if any(p is r for r in rows)}
-    assert bool(changed) == (done.fit.best_step > 0)
+    assert bool(changed) == (done.fit.best_step > 0), f"step {done.fit.best_step}: {changed}"
     assert changed <= own, f"moved: {sorted(changed - own)[:3]}"
     return done.student
 
@@ -248,7 +253,11 @@ def _show(*cells: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("families", nargs="*", help="model types; all, where none is named")
-    chosen = parser.parse_args().families
+    parser.add_argument("--verbose", action="store_true", help="show where a family breaks")
+    arguments = parser.parse_args()
+    chosen = arguments.families
+    logging.basicConfig(level=logging.ERROR)
+    logging.getLogger(__name__).setLevel(logging.DEBUG if arguments.verbose else logging.ERROR)
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()

@@ -13,6 +13,7 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from rerail.errors import InputError
 from rerail.export.carried import carry_over, with_towers
+from rerail.export.classes import is_stock
 from rerail.files import whole_file, write_json
 from rerail.moe.families import expert_count_aliases
 from rerail.moe.left_out import NOTHING, LeftOut
@@ -88,7 +89,8 @@ def _save_weights(model: PreTrainedModel, folder: Path, keep_generation: bool) -
     fresh: Any = GenerationConfig
     model.generation_config = generation if keep_generation else fresh()
     try:
-        model.save_pretrained(folder)
+        # names of ours have no other format, though transformers finds one for some families
+        model.save_pretrained(folder, save_original_format=is_stock(model.config))
     finally:
         model.generation_config = generation
     if not keep_generation:

@@ -5,7 +5,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from rerail.errors import OutOfReach
-from rerail.moe.families import decoder_layer
+from rerail.moe.families import decoder_layer, reads_residual, returned_logits
 from rerail.moe.model import MoELayer, MoEModel
 from rerail.moe.router_scores import router_scores
 from rerail.statistics.statistic import Need
@@ -26,7 +26,10 @@ class Surroundings:
         if "scores" in needs:
             hook = layer.router.register_forward_hook(self._scored, with_kwargs=True)
             self._hooks.append(hook)
-        if "residual" in needs:
+        if "residual" in needs and reads_residual(layer.block):
+            hook = layer.router.register_forward_pre_hook(self._read, with_kwargs=True)
+            self._hooks.append(hook)
+        elif "residual" in needs:
             self._watch_children(decoder_layer(model.model, layer.name))
 
     def _watch_children(self, decoder: nn.Module) -> None:
@@ -40,7 +43,8 @@ class Surroundings:
     def _routed(self, _module: nn.Module, _args: Any, output: Any) -> None:
         parts = output if isinstance(output, tuple | list) else [output]
         experts = self.layer.num_experts
-        self._logits = next((p for p in parts if p is not None and p.shape[-1] == experts), None)
+        own = next((p for p in parts if p is not None and p.shape[-1] == experts), None)
+        self._logits = None if own is None else returned_logits(self.layer.block, own)
 
     def _scored(self, router: nn.Module, args: Any, named: Any, _output: Any) -> None:
         self._scores = router_scores(router, args, named, self.layer.num_experts)
@@ -48,6 +52,9 @@ class Surroundings:
     def _passed_child(self, _module: nn.Module, args: Any, named: Any, output: Any) -> None:
         if (entering := _first(args, named)) is not None:
             self._passed.append((output, entering))
+
+    def _read(self, _module: nn.Module, args: Any, named: Any) -> None:
+        self._residual = _first(args, named)
 
     def _entered(self, _module: nn.Module, args: Any, named: Any) -> None:
         entering = _first(args, named)
