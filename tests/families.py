@@ -103,6 +103,9 @@ CONFIGS: dict[str, dict[str, object]] = {
 }
 
 
+# families whose routers are not like any of those: tests of routers run on them too
+ROUTERS = (*CONFIGS, "gemma4_text", "inkling_text")
+
 # a small value for each entry that a family's config may have
 _SMALL: dict[str, object] = {
     **_COMMON,
@@ -192,7 +195,8 @@ def _small(cls: Any) -> dict[str, object]:
 
 def tiny(family: str, seed: int = 0, **changes: object) -> MoEModel:
     """Return a tiny random frozen float32 model in eval mode, its biases made non-zero."""
-    config = AutoConfig.for_model(family, **{**_COMMON, **CONFIGS[family], **changes})
+    own = {**_COMMON, **CONFIGS[family]} if family in CONFIGS else _small(CONFIG_MAPPING[family])
+    config = AutoConfig.for_model(family, **{**own, **changes})
     return MoEModel(random_model(AutoModelForCausalLM, config, seed))
 
 

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import torch
 import transformers
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import (
@@ -65,7 +66,11 @@ class Fresh:
     def __init__(self) -> None:
         command = [sys.executable, "-P", str(Path(__file__).with_name("fresh_process.py"))]
         self._process = subprocess.Popen(
-            [*command, str(_SCRIPT)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            [*command, str(_SCRIPT)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
         )
 
     def reload(self, path: Path, model: MoEModel, form: str) -> float:
@@ -155,6 +160,7 @@ def whole_way(source: ModelSource, folder: Path, fresh: Fresh) -> str:
         path = api.save(student, folder / form, form)
         dtype = source.stored_dtype()
         fresh.reload(path, as_written(student.model, dtype, form=form), form)
+        check_beside(teacher.model, path, folder / "parent", native=form == "native")
     beside = len(left_out_of(teacher.model.model).names)
     first = teacher.model.layers[0]
     shape = f"{count} layers of {first.num_experts} experts, top {first.top_k}"
@@ -173,6 +179,27 @@ def check_layers(model: MoEModel) -> int:
     for module, layer in zip(stacks, model.layers, strict=True):
         assert len(module.down_proj) == layer.num_experts, f"{layer.name}: other experts"
     return len(stacks)
+
+
+def check_beside(teacher: MoEModel, path: Path, parent: Path, native: bool) -> None:
+    """Check that what lies beside the model was carried over, to the bit.
+
+    Args:
+        teacher: the parent as it was loaded.
+        path: the export.
+        parent: the checkpoint.
+        native: whether the export has all other tensors under the same names, but for experts.
+    """
+    written = tensors_of(path)
+    before = tensors_of(parent)
+    for name in left_out_of(teacher.model).names:
+        assert torch.equal(before[name], written[name]), f"{name} has changed"
+    lost = [name for name in before if name not in written and "expert" not in name]
+    assert not native or not lost, f"lost: {lost[:3]}"
+
+
+def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
+    return {n: t for f in folder.glob("*.safetensors") for n, t in load_file(f).items()}
 
 
 def repaired(student: LanguageModel, teacher: LanguageModel) -> LanguageModel:

@@ -136,9 +136,9 @@ def reads_residual(block: nn.Module) -> bool:
     return bool(traits_of(block).norm)
 
 
-def returned_logits(block: nn.Module, values: Tensor) -> Tensor:
-    """Return router logits (up to a constant a token) from what a router returns for them."""
-    return values.log() if traits_of(block).probabilities else values
+def returns_probabilities(block: nn.Module) -> bool:
+    """Return whether the router returns a softmax in the place of logits."""
+    return traits_of(block).probabilities
 
 
 def groups_of(router: nn.Module) -> int:

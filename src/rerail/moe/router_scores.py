@@ -34,6 +34,17 @@ def router_scores(router: nn.Module, args: Any, named: Any, experts: int) -> Ten
     return F.softmax(scores, dim=-1) if are_logits else scores
 
 
+def router_logits(router: nn.Module, args: Any, named: Any, experts: int) -> Tensor | None:
+    """Return the product (T, E) of a router's rows, without a mask; None where there is none.
+
+    Args:
+        router, args, named, experts: as for `router_scores`.
+    """
+    with _Watch(experts) as watch:
+        router.forward(*args, **named)
+    return watch.logits
+
+
 class _Watch(TorchFunctionMode):
     """Remembers the first logits, and what was gathered from or ranked, among E columns."""
 

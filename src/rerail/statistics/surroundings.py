@@ -2,12 +2,13 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from rerail.errors import OutOfReach
-from rerail.moe.families import decoder_layer, reads_residual, returned_logits
+from rerail.moe.families import decoder_layer, reads_residual, returns_probabilities
 from rerail.moe.model import MoELayer, MoEModel
-from rerail.moe.router_scores import router_scores
+from rerail.moe.router_scores import router_logits, router_scores
 from rerail.statistics.statistic import Need
 
 
@@ -22,7 +23,8 @@ class Surroundings:
         self._passed: list[tuple[Any, Tensor]] = []
         self._hooks: list[Any] = []
         if "logits" in needs:
-            self._hooks.append(layer.router.register_forward_hook(self._routed))
+            hook = layer.router.register_forward_hook(self._routed, with_kwargs=True)
+            self._hooks.append(hook)
         if "scores" in needs:
             hook = layer.router.register_forward_hook(self._scored, with_kwargs=True)
             self._hooks.append(hook)
@@ -40,11 +42,14 @@ class Surroundings:
         block = self.layer.block.register_forward_pre_hook(self._entered, with_kwargs=True)
         self._hooks.append(block)
 
-    def _routed(self, _module: nn.Module, _args: Any, output: Any) -> None:
+    def _routed(self, router: nn.Module, args: Any, named: Any, output: Any) -> None:
         parts = output if isinstance(output, tuple | list) else [output]
         experts = self.layer.num_experts
         own = next((p for p in parts if p is not None and p.shape[-1] == experts), None)
-        self._logits = None if own is None else returned_logits(self.layer.block, own)
+        if own is not None and returns_probabilities(self.layer.block):
+            logits = router_logits(router, args, named, experts)
+            own = logits if logits is None else logits.masked_fill(own == 0, -torch.inf)
+        self._logits = own
 
     def _scored(self, router: nn.Module, args: Any, named: Any, _output: Any) -> None:
         self._scores = router_scores(router, args, named, self.layer.num_experts)
