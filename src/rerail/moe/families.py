@@ -181,6 +181,19 @@ def has_norm_after(experts: nn.Module) -> bool:
     return bool(getattr(experts, "has_post_expert_norm", False))
 
 
+def norm_after(experts: nn.Module) -> nn.Module | None:
+    """Return the norm of experts' outputs before the gate weights, None where there is none."""
+    return cast(nn.Module, experts.post_expert_norm) if has_norm_after(experts) else None
+
+
+def middle_of(experts: nn.Module, gate_up: Tensor) -> Tensor:
+    """Return the middle activations (n, I) of gate and up outputs (n, 2I) in the family's order.
+
+    Activation, clamps and scales are the family's own.
+    """
+    return cast(Tensor, cast(Any, experts)._apply_gate(gate_up))
+
+
 # ---- around the block: decoder layers, attention, body and head
 
 
@@ -325,6 +338,11 @@ def experts_implementation(config: Any) -> str | None:
     """Return how experts compute (`eager`, `grouped_mm`, ...); None where nobody chose."""
     word: str | None = getattr(config, "_experts_implementation", None)
     return word
+
+
+def is_eager(experts: nn.Module) -> bool:
+    """Return whether experts run as a loop over experts."""
+    return experts_implementation(experts.config) in (None, "eager")
 
 
 def own_names(model: Any, stored: Iterable[str]) -> dict[str, str]:
