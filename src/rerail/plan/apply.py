@@ -55,7 +55,7 @@ def _apply_layer(
         layer.mask_rows(part.kept)
     if part.router == "pooled":
         owner, name = layer.rows_owner()
-        own = layer.router_rows.detach()
+        own = getattr(owner, name).detach()  # rows of shared experts lie behind
         rows = torch.cat([tensors[ROWS].to(own), own[len(part.kept) :]])
         owner._parameters[name] = nn.Parameter(rows, requires_grad=False)
 
