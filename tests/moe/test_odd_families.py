@@ -47,6 +47,11 @@ def test_a_block_may_be_the_decoder_layer_itself():
     assert (layer.num_experts, layer.top_k, layer.router_rows.shape) == (8, 2, (8, 16))
 
 
+def test_one_chosen_expert_of_such_a_router_has_no_gradient():
+    assert tiny("gemma4_text", top_k_experts=1).layers[0].gates_are_constant()
+    assert not tiny("gemma4_text").layers[0].gates_are_constant()
+
+
 @torch.no_grad()
 def test_logits_of_a_router_that_returns_probabilities_are_the_products_of_its_rows():
     model = tiny("gemma4_text")

@@ -16,6 +16,8 @@ from rerail.moe.left_out import is_claim, is_sense
 from rerail.moe.stored_tensors import INDEX, SINGLE, StoredTensor, stored_tensors, tensors_in
 
 _FILES = "model-carried-*.safetensors"
+# entries of a parent that are not true of its export
+_NOT_OURS = ("quantization_config", "auto_map")
 _CHUNK = 2**24  # bytes that are in memory at a time
 
 
@@ -94,7 +96,7 @@ def with_towers(
         n: v["model_type"] for n, v in wrapper.items() if isinstance(v, dict) and "model_type" in v
     }
     inside = next((name for name, part in parts.items() if part == family), None)
-    whole = {n: v for n, v in wrapper.items() if n not in (inside, "quantization_config")}
+    whole = {n: v for n, v in wrapper.items() if n not in (inside, *_NOT_OURS)}
     if inside is None or family != written["model_type"]:
         return {**whole, **written}
     outer = ("architectures", "transformers_version", "auto_map")

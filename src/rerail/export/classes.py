@@ -33,7 +33,7 @@ def family_of(config: Any) -> str:
 
 def is_stock(config: Any) -> bool:
     """Return whether a config is of transformers, not of ours."""
-    return family_of(config) == config.model_type
+    return family_of(config) == str(config.model_type)
 
 
 def stock_classes(family: str) -> Classes:

@@ -23,7 +23,7 @@ OUTSIDE_THE_SEAM = {
     "doge": "its experts are rows of an embedding",
     "jetmoe": "its attention is routed too",
     "longcat_flash": "its router has rows for identity experts",
-    "nllb_moe": "it is an encoder-decoder with experts as a dictionary",
+    "nllb-moe": "it is an encoder-decoder with experts as a dictionary",
     "step3p7": "its experts take other arguments",
     "zaya": "its router has a row for no expert and reads the router of the layer before",
     "deepseek": "it needs remote code (deepseek-moe-16b-base is not in transformers 5.23)",
@@ -128,7 +128,8 @@ def router_input(block: nn.Module, hidden: Tensor) -> Tensor | None:
     if not (name := traits_of(block).norm):
         return None
     # the norm of the router has no weights, so its input may have any length
-    return (hidden / cast(Any, block).get_submodule(name).weight).nan_to_num(0, 0, 0)
+    weight = cast(Tensor, block.get_submodule(name).weight)
+    return (hidden / weight).nan_to_num(0, 0, 0)
 
 
 def reads_residual(block: nn.Module) -> bool:

@@ -61,10 +61,10 @@ def note_left_out(
     reported, known = set(unexpected), set(model.state_dict())
     layers = {n for n, _ in model.named_modules() if re.search(r"\.\d+$", n)}
     names = set() if tensors else reported
-    for stored, own in own_names(model, tensors).items():
+    for name, own in own_names(model, tensors).items():
         # inside a layer that the model has, what is dropped in silence is a buffer of old versions
-        if not {stored, own} & known and (own in reported or not _within(own, layers)):
-            names.add(stored)
+        if not {name, own} & known and (own in reported or not _within(own, layers)):
+            names.add(name)
     stored = {name: tensors[name] for name in sorted(names) if name in tensors}
     entries = expert_entries(model.config)
     setattr(model, _ATTRIBUTE, LeftOut(tuple(sorted(names)), stored, folder, entries))
@@ -111,7 +111,7 @@ def misfits(left_out: LeftOut, config: Any) -> dict[str, str]:
     """
     names = set(left_out.names)
     towers = {name for name in names if is_sense(name)}
-    reasons = {}
+    reasons: dict[str, str] = {}
     for group in (towers, names - towers):
         if reason := _misfit(group, left_out, {} if group is towers else expert_entries(config)):
             reasons |= dict.fromkeys(group, reason)

@@ -62,7 +62,10 @@ def gates_are_constant(router: nn.Module, hidden_size: int) -> bool:
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for tensor in [*random.parameters(), *random.buffers()]:
-            tensor.copy_(torch.randn(tensor.shape, generator=generator))
+            # a factor for each expert is no gradient of its row
+            ones = torch.ones(tensor.shape)
+            drawn = torch.randn(tensor.shape, generator=generator)
+            tensor.copy_(drawn if tensor.dim() > 1 else ones)
         _, weights, _ = random(torch.randn(8, hidden_size, generator=generator))
     return bool(torch.allclose(weights, weights.flatten()[0].expand_as(weights)))
 

@@ -42,7 +42,8 @@ def router_logits(router: nn.Module, args: Any, named: Any, experts: int) -> Ten
     """
     with _Watch(experts) as watch:
         router.forward(*args, **named)
-    return watch.logits
+    logits: Tensor | None = watch.logits
+    return logits
 
 
 class _Watch(TorchFunctionMode):
