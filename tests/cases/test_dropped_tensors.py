@@ -1,6 +1,7 @@
 """What a parent holds beside the model is carried over, or named and not claimed."""
 
 import dataclasses
+import functools
 import json
 import logging
 
@@ -8,7 +9,7 @@ import pytest
 import torch
 from parents import edit, parent
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForImageTextToText
+from transformers import AutoModelForImageTextToText, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from checkpoints import add_tokenizer
@@ -121,20 +122,16 @@ PARENTS = {
 
 
 def check_carried(saved, folder, part):
-    """Carried tensors are equal to the bit, indexed, and named."""
+    """Carried tensors are equal to the bit, in the one file, and named."""
     before, after = extras(folder, part), extras(saved, part)
     assert after.keys() == before.keys()
     for name, tensor in before.items():
         assert after[name].dtype == tensor.dtype
         assert torch.equal(after[name], tensor)
-    index = json.loads((saved / "model.safetensors.index.json").read_text())
-    sizes = {n: t.nbytes for n, t in all_tensors(saved).items()}
-    assert index["weight_map"].keys() == sizes.keys()
-    assert index["metadata"]["total_size"] == sum(sizes.values())
-    for name, file in index["weight_map"].items():
-        assert name in load_file(saved / file)
+    assert [f.name for f in saved.glob("*.safetensors*")] == ["model.safetensors"]
     facts = read_manifest(saved)
     assert facts["carried"]["tensors"] == sum(facts["carried"]["parts"].values()) == len(before)
+    assert facts["carried"]["names"] == sorted(before)
     assert "left_out" not in facts
 
 
@@ -219,6 +216,24 @@ def test_a_parent_in_several_files_is_copied_from_each(tmp_path):
     )
     saved = api.save(api.compress(api.load(str(folder)), "aimer", 0.5), tmp_path / "saved")
     check_carried(saved, folder, "visual")
+
+
+def test_weights_in_several_files_get_files_of_what_is_carried(tmp_path, monkeypatch):
+    folder = with_sight(tmp_path / "parent")
+    student = api.compress(api.load(str(folder)), "aimer", 0.5)
+    split = functools.partialmethod(PreTrainedModel.save_pretrained, max_shard_size="20KB")
+    monkeypatch.setattr(PreTrainedModel, "save_pretrained", split)
+    saved = api.save(student, tmp_path / "saved")
+    index = json.loads((saved / "model.safetensors.index.json").read_text())
+    sizes = {n: t.nbytes for n, t in all_tensors(saved).items()}
+    assert index["weight_map"].keys() == sizes.keys()
+    assert index["metadata"]["total_size"] == sum(sizes.values())
+    for name, file in index["weight_map"].items():
+        assert name in load_file(saved / file)
+        assert ("carried" in file) == ("visual" in name)
+    before, after = extras(folder, "visual"), extras(saved, "visual")
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+    same_logits(student, api.load(str(saved)))
 
 
 def test_packed_tensors_are_not_carried_into_plain_floats(tmp_path):

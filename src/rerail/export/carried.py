@@ -1,6 +1,7 @@
 """Tensors that an export takes over from the parent's files as they are, byte by byte.
 
-They lie in files of their own beside the written weights, and the index names them all.
+They join the written weights in their one file; where those are several files, they get files of
+their own, and the index names them all.
 """
 
 import json
@@ -10,19 +11,18 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from rerail.export.classes import PREFIX
-from rerail.files import write_json
+from rerail.files import whole_file, write_json
 from rerail.moe.families import count_names
 from rerail.moe.left_out import is_claim, is_sense
-from rerail.moe.stored_tensors import INDEX, SINGLE, StoredTensor, stored_tensors, tensors_in
+from rerail.moe.stored_tensors import INDEX, SINGLE, StoredTensor, stored_tensors
 
-_FILES = "model-carried-*.safetensors"
 # entries of a parent that are not true of its export
 _NOT_OURS = ("quantization_config", "auto_map")
 _CHUNK = 2**24  # bytes that are in memory at a time
 
 
 def carry_over(folder: Path, tensors: Mapping[str, StoredTensor]) -> None:
-    """Copy tensors beside the weights of a checkpoint and enter them into its index.
+    """Copy tensors beside the weights of a checkpoint.
 
     Args:
         folder: a checkpoint that was just written.
@@ -31,20 +31,20 @@ def carry_over(folder: Path, tensors: Mapping[str, StoredTensor]) -> None:
     if not tensors:
         return
     own = stored_tensors(folder)
-    if (folder / SINGLE).exists():  # readers prefer it to an index
-        (folder / SINGLE).rename(folder / "model-00001-of-00001.safetensors")
-        own = {n: t for f in folder.glob("model-*.safetensors") for n, t in tensors_in(f).items()}
+    if (folder / SINGLE).exists():
+        _copy({**own, **tensors}, folder / SINGLE)
+        return
     places = {name: tensor.file.name for name, tensor in own.items()}
     by_file = sorted(tensors.items(), key=lambda item: (str(item[1].file), item[1].start))
     for number, (_, group) in enumerate(groupby(by_file, lambda item: item[1].file), 1):
-        path = folder / _FILES.replace("*", f"{number:05}")
+        path = folder / f"model-carried-{number:05}.safetensors"
         places |= dict.fromkeys(_copy(dict(group), path), path.name)
     size = sum(tensor.bytes for tensor in [*own.values(), *tensors.values()])
     write_json(folder / INDEX, {"metadata": {"total_size": size}, "weight_map": places})
 
 
 def _copy(tensors: Mapping[str, StoredTensor], path: Path) -> Iterable[str]:
-    """Write a safetensors file of tensors that lie in one file, and return their names."""
+    """Write a safetensors file of tensors that lie in others, and return their names."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, tensor in tensors.items():
@@ -52,12 +52,13 @@ def _copy(tensors: Mapping[str, StoredTensor], path: Path) -> Iterable[str]:
         header[name] = {"dtype": tensor.dtype, "shape": tensor.shape, "data_offsets": place}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)  # numbers begin at a multiple of 8 bytes
-    source = next(iter(tensors.values())).file
-    with source.open("rb") as reader, path.open("wb") as writer:
+    with whole_file(path) as temporary, temporary.open("wb") as writer:
         writer.write(len(text).to_bytes(8, "little") + text)
-        for tensor in tensors.values():
-            reader.seek(tensor.start)
-            _copy_bytes(reader, writer, tensor.bytes)
+        for file, group in groupby(tensors.values(), lambda tensor: tensor.file):
+            with file.open("rb") as reader:
+                for tensor in group:
+                    reader.seek(tensor.start)
+                    _copy_bytes(reader, writer, tensor.bytes)
     return tensors
 
 
@@ -68,11 +69,6 @@ def _copy_bytes(reader: BinaryIO, writer: BinaryIO, count: int) -> None:
             raise OSError(f"{reader.name} has become shorter since it was loaded")
         writer.write(chunk)
         count -= len(chunk)
-
-
-def carried_names(folder: Path) -> set[str]:
-    """Return the names of the tensors that an export carries over from its parent."""
-    return {name for path in folder.glob(_FILES) for name in tensors_in(path)}
 
 
 def with_towers(

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from rerail.export.carried import carried_names
+from rerail.export.checkpoint import read_manifest
 from rerail.moe.families import implementations, own_names
 from rerail.moe.model import MoEModel
 
@@ -87,7 +87,7 @@ def verdict(path: Path, exchange: Path, model: MoEModel) -> float:
 
 def _forgive_carried(misfits: dict[str, list[str]], path: Path, model: MoEModel) -> None:
     """Drop from a report what the parent's class had no place for either, in place."""
-    names = own_names(model.model, carried_names(path))
+    names = own_names(model.model, read_manifest(path).get("carried", {}).get("names", ()))
     left = set(misfits.pop("unexpected_keys", ())) - names.keys() - set(names.values())
     if left:
         misfits["unexpected_keys"] = sorted(left)

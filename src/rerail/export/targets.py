@@ -184,7 +184,8 @@ def _carried(student: MoEModel, written: MoEModel, facts: dict[str, Any]) -> Lef
     reasons = misfits(left_out, written.config)
     tensors = {n: t for n, t in left_out.tensors.items() if n not in reasons}
     if tensors:
-        facts["carried"] = {"tensors": len(tensors), "parts": parts_of(tensors)}
+        names = sorted(tensors)
+        facts["carried"] = {"tensors": len(names), "parts": parts_of(names), "names": names}
     if reasons:
         withdraw_claims(written.config, reasons)
         why = sorted(set(reasons.values()))
