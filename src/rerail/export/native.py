@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from rerail.errors import InputError
-from rerail.export.classes import family_of
+from rerail.export.classes import is_stock
 from rerail.moe.families import WIDTH_NAMES, match_row_counts, set_expert_count
 from rerail.moe.fused_experts import expert_parameters, shell_of
 from rerail.moe.model import MoELayer, MoEModel
@@ -26,7 +26,7 @@ def check_native(student: MoEModel, densify: bool = False) -> None:
     Raises:
         InputError: a layer's form, alias, mask or count has no place in a stock checkpoint.
     """
-    if family_of(student.config) != student.config.model_type:
+    if not is_stock(student.config):
         raise InputError(
             "export.form='native' cannot write a model that was read from a package; export the "
             "student of the original model"

@@ -137,7 +137,7 @@ class MoEModel:
     @property
     def vocab_size(self) -> int:
         """V."""
-        return int(self.config.vocab_size)
+        return int(self.config.get_text_config().vocab_size)
 
     @property
     def fine_grained(self) -> bool:

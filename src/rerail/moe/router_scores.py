@@ -45,6 +45,18 @@ def router_inputs(router: nn.Module, args: Any, named: Any, experts: int) -> Ten
     return watch.inputs
 
 
+def router_logits(router: nn.Module, args: Any, named: Any, experts: int) -> Tensor | None:
+    """Return the product (T, E) of a router's rows, without a mask; None where there is none.
+
+    Args:
+        router, args, named, experts: as for `router_scores`.
+    """
+    with _Watch(experts) as watch:
+        router.forward(*args, **named)
+    logits: Tensor | None = watch.logits
+    return logits
+
+
 class _Watch(TorchFunctionMode):
     """Remembers the first logits and their input, and what was gathered or ranked, of E columns."""
 

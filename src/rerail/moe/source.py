@@ -18,7 +18,7 @@ from transformers.utils.hub import cached_file
 from rerail.errors import InputError
 from rerail.files import digest, file_digest
 from rerail.moe.families import check_family
-from rerail.moe.left_out import left_out_of, note_left_out, parts_of
+from rerail.moe.left_out import is_sense, left_out_of, note_left_out, part_counts
 from rerail.moe.model import MoEModel
 from rerail.moe.number_format import (
     check_number_format,
@@ -256,19 +256,18 @@ class ModelSource:
             InputError: one of them scales weights that were loaded without it.
         """
         folder = self.folder()
-        note_left_out(model, stored_tensors(folder) if folder else {}, unexpected)
-        names = left_out_of(model)
+        note_left_out(model, stored_tensors(folder) if folder else {}, unexpected, folder)
+        names = left_out_of(model).names
         if not names:
             return
         check_scales_are_used(names, self.path_or_id)
-        parts = ", ".join(f"{part} ({count})" for part, count in parts_of(names).items())
         log.warning(
             "model %r has %d tensors that its class %s has no place for: %s; they take no part in "
-            "anything that is measured and are left out of an export",
+            "anything that is measured, and an export carries them over where they still fit",
             self.path_or_id,
             len(names),
             type(model).__name__,
-            parts,
+            part_counts(names),
         )
 
     def _file(self, name: str) -> Path | None:
@@ -366,6 +365,9 @@ def _hash_of(path: Path, _: tuple[int, int]) -> str:
 
 def _check_finite(model: torch.nn.Module, name: str) -> None:
     for key, tensor in model.state_dict().items():
+        # towers may clip at infinity
+        if is_sense(key):
+            continue
         if tensor.is_floating_point() and not tensor.is_meta and not torch.isfinite(tensor.sum()):
             if bool(torch.isfinite(tensor).all()):
                 continue

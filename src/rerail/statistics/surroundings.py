@@ -2,12 +2,13 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from rerail.errors import OutOfReach
-from rerail.moe.families import decoder_layer
+from rerail.moe.families import decoder_layer, reads_residual, returns_probabilities
 from rerail.moe.model import MoELayer, MoEModel
-from rerail.moe.router_scores import router_scores
+from rerail.moe.router_scores import router_logits, router_scores
 from rerail.statistics.statistic import Need
 
 _FROM_ROUTER = "router {} of {} cannot be measured: its router makes no tensor with one column for "
@@ -35,7 +36,10 @@ class Surroundings:
         if needs & {"logits", "scores"}:
             hook = layer.router.register_forward_hook(self._routed, with_kwargs=True)
             self.hooks.append(hook)
-        if "residual" in needs:
+        if "residual" in needs and reads_residual(layer.block):
+            hook = layer.router.register_forward_pre_hook(self._read, with_kwargs=True)
+            self.hooks.append(hook)
+        elif "residual" in needs:
             self._watch_children(decoder_layer(model.model, layer.name))
 
     def _watch_children(self, decoder: nn.Module) -> None:
@@ -49,11 +53,21 @@ class Surroundings:
     def _routed(self, router: nn.Module, args: Any, named: Any, output: Any) -> None:
         experts = self.layer.num_experts
         if "logits" in self.names:
-            parts = output if isinstance(output, tuple | list) else [output]
-            logits = (p for p in parts if p is not None and p.shape[-1] == experts)
-            self._tensors["logits"] = next(logits, None)
+            self._tensors["logits"] = self._logits(router, args, named, output)
         if "scores" in self.names:
             self._tensors["scores"] = router_scores(router, args, named, experts)
+
+    def _logits(self, router: nn.Module, args: Any, named: Any, output: Any) -> Tensor | None:
+        parts = output if isinstance(output, tuple | list) else [output]
+        experts = self.layer.num_experts
+        own = next((p for p in parts if p is not None and p.shape[-1] == experts), None)
+        if own is None or not returns_probabilities(self.layer.block):
+            return own
+        logits = router_logits(router, args, named, experts)
+        return logits if logits is None else logits.masked_fill(own == 0, -torch.inf)
+
+    def _read(self, _module: nn.Module, args: Any, named: Any) -> None:
+        self._tensors["residual"] = first_tensor(args, named)
 
     def _passed_child(self, _module: nn.Module, args: Any, named: Any, output: Any) -> None:
         if (entering := first_tensor(args, named)) is not None:
