@@ -85,6 +85,8 @@ def rerail(tmp_path, monkeypatch, capfd):
         ("trust=no/package", "trust='no/package' is not the name of a package"),
         ("+trainer.callbacks=[{_target_: os.system}]", "trainer.callbacks names a class"),
         ("trainer=gpu", "trainer.accelerator='gpu' needs a GPU"),
+        ("trainer.precision=half", "trainer.precision='half' is not one of 64, 32, 16"),
+        ("trainer.devices=2", "are for 2 processes here, and one was started"),
     ],
 )
 def test_bad_words_get_a_sentence_and_exit_status_2(rerail, tmp_path, word, message):

@@ -8,6 +8,7 @@ import rerail.auto  # noqa: F401  (package checkpoints load like any other)
 from rerail.code_version import code_version
 from rerail.compress.base import Compressor, make_plan
 from rerail.compress.sequential import sequential
+from rerail.distill.making import check_arguments
 from rerail.distill.repair import repair
 from rerail.distill.schedule import Schedule
 from rerail.distill.settings import RouterKD
@@ -157,6 +158,15 @@ class Cell:
         runs = [experts, str(weight.dtype), weight.device.type]
         return digest([self.model.fingerprint(), runs, *what])
 
+    @property
+    def schedule(self) -> Schedule:
+        """The steps of the repair, for as many processes as were started.
+
+        Raises:
+            InputError: there is too little text for them.
+        """
+        return Schedule.of(self.calibration.samples, self.distill, rank_and_size()[1])
+
     def check(self) -> None:
         """Check everything against the model's config, before weights load (run step 2).
 
@@ -178,4 +188,4 @@ class Cell:
             self.compressor.check(meta.layers, self.budget, self.allocation)
         if self.distill.enabled:
             check_router_gradients(meta)
-            Schedule.of(self.calibration.samples, self.distill, processes)
+            check_arguments(self.trainer, self.schedule, self.distill)
