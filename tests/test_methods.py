@@ -21,7 +21,8 @@ from rerail.distill.router_distillation import RouterDistillation
 from rerail.distill.settings import RouterKD
 from rerail.distill.trainable import master_copies
 from rerail.errors import OutOfReach
-from rerail.experts.base import BankSpec, EncodedExperts, bank_class
+from rerail.experts.base import BankSpec, bank_class
+from rerail.experts.encoded import EncodedExperts
 from rerail.export.package import packaged_model
 from rerail.methods.aimer import AIMER
 from rerail.methods.camera import Camera

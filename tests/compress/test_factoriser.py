@@ -117,10 +117,10 @@ def test_layers_that_stay_dense_are_paid_for_by_the_others() -> None:
         spare(layers, budgets, [0, 1, 2])
 
 
-def test_lazy_is_an_option_of_every_factoriser() -> None:
+def test_how_experts_run_is_an_option_of_every_factoriser() -> None:
     layers = tiny("qwen3_moe").layers
     for method in (PLAIN, MoBE(steps=2)):
-        for run, expected in (("lazy", {"run": "lazy"}), ("materialised", {})):
+        for run, expected in (("stored", {}), ("materialised", {"run": "materialised"})):
             made = dataclasses.replace(method, run=run)
             plan = make_plan(made, layers, StatisticSet(), Ratio(0.4), Uniform())
             options = plan.layers[0].bank.options

@@ -82,7 +82,9 @@ def test_a_view_of_stock_experts_copies_nothing_and_a_bank_is_its_own_view() -> 
     assert layer.bank is layer.experts is bank_of(layer.experts)
 
 
-KINDS = sorted({m.name for m in pkgutil.iter_modules(rerail.experts.__path__)} - {"base"})
+KINDS = sorted(
+    {m.name for m in pkgutil.iter_modules(rerail.experts.__path__)} - {"base", "encoded"}
+)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -93,7 +95,12 @@ def test_every_kind_defines_one_bank_which_imports_torch_and_the_base_only(kind:
     tree = ast.parse(inspect.getsource(importlib.import_module(form.__module__)))
     modules = {n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)}
     ours = {name for name in modules if name.startswith("rerail")}
-    assert ours <= {"rerail.experts.base", "rerail.moe.fused_experts", "rerail.errors"}
+    assert ours <= {
+        "rerail.experts.base",
+        "rerail.experts.encoded",
+        "rerail.moe.fused_experts",
+        "rerail.errors",
+    }
     others = {name.split(".")[0] for name in modules - ours}
     assert others <= {"torch", *sys.stdlib_module_names}
 

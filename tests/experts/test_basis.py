@@ -45,22 +45,24 @@ def test_every_expert_is_the_formula_of_its_factors(family: str) -> None:
 def test_what_is_not_factorised_stays_the_layers_own(family: str) -> None:
     layer = tiny(family).layers[0]
     stock = expert_parameters(layer.experts)
-    for bank in (build(layer, "gate+up"), build(layer, "gate+up", run="lazy")):
+    for bank in (build(layer, "gate+up"), build(layer, "gate+up", run="materialised")):
         in_shell = dict(bank.shell.named_parameters())
         assert all(in_shell[name] is p for name, p in stock.items() if name != "gate_up_proj")
-        assert ("gate_up_proj" in in_shell) is not bank.lazy
+        assert ("gate_up_proj" in in_shell) is bank.materialised
 
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss", "granitemoe"])
 @pytest.mark.parametrize("matrices", ["gate+up", "gate+up+down"])
-def test_lazy_and_materialised_agree(family: str, matrices: str) -> None:
+def test_stored_and_materialised_agree(family: str, matrices: str) -> None:
     layer = tiny(family).layers[0]
-    kept, lazy = build(layer, matrices), build(layer, matrices, run="lazy")
+    whole, bank = build(layer, matrices, run="materialised"), build(layer, matrices)
     x, index, weights = torch.randn(9, 16), torch.randint(0, 8, (9, 2)), torch.rand(9, 2)
-    assert torch.equal(kept(x, index, weights), lazy(x, index, weights))
-    assert kept.stored() == lazy.stored()
-    counted = sum(p.numel() for p in lazy.parameters())
-    assert counted == sum(lazy.stored().values())
+    torch.testing.assert_close(
+        bank(x, index, weights), whole(x, index, weights), atol=1e-2, rtol=1e-4
+    )
+    assert whole.stored() == bank.stored()
+    counted = sum(p.numel() for p in bank.parameters())
+    assert counted == sum(bank.stored().values())
 
 
 def test_a_second_method_reads_the_experts_of_a_basis_student() -> None:

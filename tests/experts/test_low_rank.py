@@ -51,14 +51,16 @@ def test_every_expert_is_the_formula_of_its_factors(family: str, form: str) -> N
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
 @pytest.mark.parametrize("form", FORMS)
-def test_lazy_and_materialised_agree_and_count_the_same(family: str, form: str) -> None:
+def test_stored_and_materialised_agree_and_count_the_same(family: str, form: str) -> None:
     layer = tiny(family).layers[0]
-    kept, lazy = build(layer, form), build(layer, form, run="lazy")
+    whole, bank = build(layer, form, run="materialised"), build(layer, form)
     x, index, weights = torch.randn(9, 16), torch.randint(0, 8, (9, 2)), torch.rand(9, 2)
-    assert torch.equal(kept(x, index, weights), lazy(x, index, weights))
-    counted = sum(p.numel() for p in lazy.parameters())
-    assert counted == sum(lazy.stored().values()) == sum(kept.stored().values())
-    assert lazy.stored() == LowRankExperts.predicted(lazy.spec, layer.index, layer.dims)
+    torch.testing.assert_close(
+        bank(x, index, weights), whole(x, index, weights), atol=1e-2, rtol=1e-4
+    )
+    counted = sum(p.numel() for p in bank.parameters())
+    assert counted == sum(bank.stored().values()) == sum(whole.stored().values())
+    assert bank.stored() == LowRankExperts.predicted(bank.spec, layer.index, layer.dims)
 
 
 def test_a_factored_forward_is_the_materialised_one() -> None:

@@ -12,7 +12,7 @@ import rerail.auto  # noqa: F401
 import stored_forms as forms
 from families import tiny, tokens
 from rerail.errors import InputError
-from rerail.experts.base import EncodedExperts
+from rerail.experts.encoded import EncodedExperts
 from rerail.export.checkpoint import read_manifest
 from rerail.export.package import check_packaged
 from rerail.export.reload import check_reload, judge, write_task

@@ -18,7 +18,9 @@ from rerail.export.remote import modelling_file, module_name
 from rerail.export.targets import as_written, export_student
 from rerail.plan.apply import apply_plan
 
-KINDS = sorted({m.name for m in pkgutil.iter_modules(rerail.experts.__path__)} - {"base"})
+KINDS = sorted(
+    {m.name for m in pkgutil.iter_modules(rerail.experts.__path__)} - {"base", "encoded"}
+)
 ALLOWED = {"torch", "transformers"}
 
 

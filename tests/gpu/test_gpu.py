@@ -130,14 +130,16 @@ MADE = {
         forms.solved(t, "quantized"), then=forms.skipping()
     ),
 }
-LAZY = ("basis", "low_rank", "delta", "narrow", "quantized")
+ENCODED = ("basis", "low_rank", "delta", "narrow", "quantized")
 
 
-def lazy(plan):
+def made_whole(plan):
     parts = [
         dataclasses.replace(
             part,
-            bank=dataclasses.replace(part.bank, options={**part.bank.options, "run": "lazy"}),
+            bank=dataclasses.replace(
+                part.bank, options={**part.bank.options, "run": "materialised"}
+            ),
         )
         for part in plan.layers
     ]
@@ -145,18 +147,18 @@ def lazy(plan):
 
 
 @pytest.mark.parametrize("experts", ["eager", "grouped_mm"])
-@pytest.mark.parametrize("form", [*MADE, *(f"lazy {name}" for name in LAZY)])
+@pytest.mark.parametrize("form", [*MADE, *(f"materialised {name}" for name in ENCODED)])
 def test_every_stored_form_answers_as_on_the_cpu(form, experts):
     teacher, plain = placed("qwen3_moe", experts=experts), on_cpu("qwen3_moe")
-    name = form.removeprefix("lazy ")
+    name = form.removeprefix("materialised ")
     plans = [MADE[name](one) for one in (teacher, plain)]
     if form != name:
-        plans = [lazy(plan) for plan in plans]
+        plans = [made_whole(plan) for plan in plans]
     student, reference = apply_plan(teacher, plans[0]), apply_plan(plain, plans[1])
     assert_near(logits(student), logits(reference))
     half = placed("qwen3_moe", torch.bfloat16, experts)
     plan = MADE[name](half)
-    rough = logits(apply_plan(half, lazy(plan) if form != name else plan))
+    rough = logits(apply_plan(half, made_whole(plan) if form != name else plan))
     assert rough.dtype == torch.bfloat16
     assert torch.isfinite(rough).all()
 

@@ -111,7 +111,7 @@ def test_routers_and_biases_stay_the_teachers(method: WhitenedSVD) -> None:
         assert new.num_experts == 8
         shell = expert_parameters(new.experts.shell)
         for name, parameter in expert_parameters(old.experts).items():
-            assert (shell[name] is parameter) is name.endswith("bias")
+            assert (shell.get(name) is parameter) is name.endswith("bias")
 
 
 def test_spectra_move_ranks_towards_the_richer_matrices() -> None:
@@ -187,7 +187,7 @@ def test_more_rank_is_closer_and_permuted_experts_permute_the_plan() -> None:
 
 
 def test_router_rows_get_gradients_through_the_factors() -> None:
-    model, plan = planned(WhitenedSVD(run="lazy"), "qwen3_moe")
+    model, plan = planned(WhitenedSVD(), "qwen3_moe")
     student = apply_plan(model, plan)
     rows = [layer.router_rows for layer in student.layers]
     try:

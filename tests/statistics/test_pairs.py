@@ -100,7 +100,7 @@ def basis_student(run: str) -> MoEModel:
 def test_experts_that_are_expanded_at_every_forward_are_refused() -> None:
     collect(basis_student("materialised"), batches(), [MiddleEnergy()])
     with pytest.raises(InputError, match=r"down_proj of BasisExperts .*cannot be measured"):
-        collect(basis_student("lazy"), batches(), [MiddleEnergy()])
+        collect(basis_student("stored"), batches(), [MiddleEnergy()])
 
 
 def test_an_implementation_that_copies_weights_is_refused() -> None:

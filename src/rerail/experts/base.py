@@ -7,11 +7,9 @@ clamps, biases and the chosen experts implementation are always the model's own.
 """
 
 import importlib
-import math
 import pkgutil
-from abc import abstractmethod
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
@@ -311,103 +309,6 @@ class StockExperts(ExpertBank):
         return cast(Tensor, self.shell(hidden, index, weights))
 
 
-class EncodedExperts(ExpertBank):
-    """Experts stored as other tensors (factors, bases, codes): a subclass says how they expand.
-
-    With `run: materialised` the expanded experts are kept in memory (they are frozen, and expanding
-    is exact up to rounding); with `run: lazy` every forward expands them anew. Solved tensors are
-    stored in the dtype of the experts that they replace.
-    """
-
-    whole = False
-
-    def __init__(self, parts: BankParts):
-        super().__init__(parts)
-        spec, like = parts.spec, parts.like
-        for name, tensor in parts.tensors.items():
-            solved = nn.Parameter(self.cast(tensor.detach(), like), requires_grad=False)
-            self.register_parameter(name.replace(".", "_"), solved)
-        fused = expert_parameters(parts.stock)
-        self._untouched = tuple(n for n in fused if n not in self.touched(spec))
-        self.shell = shell_of(parts.stock, {}, spec.stored)
-        for name in self.touched(spec):
-            del self.shell._parameters[name]  # so that the replaced weights can be let go
-        if not self.lazy:
-            self.shell = self._expanded()
-
-    @staticmethod
-    def cast(tensor: Tensor, like: Tensor) -> Tensor:
-        """Return a solved tensor on the device of the experts; numbers take their dtype too."""
-        return tensor.to(like) if tensor.is_floating_point() else tensor.to(like.device)
-
-    @property
-    def lazy(self) -> bool:
-        """Whether experts are expanded at every forward."""
-        return self.spec.options.get("run", "materialised") == "lazy"
-
-    @staticmethod
-    def touched(spec: BankSpec) -> frozenset[str]:  # noqa: ARG004
-        """Return the stock parameter names that solved tensors replace; the others stay."""
-        return frozenset({"gate_up_proj", "down_proj"})
-
-    @abstractmethod
-    def expand(self) -> dict[str, Tensor]:
-        """Return the touched stock tensors, with leading axis P, from the solved ones."""
-
-    def untouched(self) -> dict[str, Tensor]:
-        """Return the stock tensors that no solved ones replace."""
-        return {name: self.shell.get_parameter(name) for name in self._untouched}
-
-    def solved(self, name: str) -> Tensor:
-        """Return a solved tensor by its name in the plan."""
-        return self.get_parameter(name.replace(".", "_"))
-
-    def dense(self) -> dict[str, Tensor]:
-        with torch.no_grad():
-            return {**self.untouched(), **self.expand()}
-
-    def running(self) -> dict[str, Tensor]:
-        """Return the fused tensors that forwards use."""
-        return self.dense()
-
-    def _expanded(self) -> nn.Module:
-        return shell_of(self.shell, self.running(), self.spec.stored)
-
-    @classmethod
-    def predicted(cls, spec: BankSpec, layer: int, dims: Dims) -> Stored:
-        solved = {n: math.prod(shape) for n, shape in cls.shapes(spec, dims).items()}
-        dense = {n: c * dims.experts for n, c in dims.numbers.items() if n not in cls.touched(spec)}
-        return {(layer, n): count for n, count in {**solved, **dense}.items()}
-
-    @staticmethod
-    def common(spec: BankSpec, name: str) -> bool:  # noqa: ARG004
-        """Return whether every token reads all of a solved tensor, whatever experts it chooses."""
-        return False
-
-    @classmethod
-    def used(cls, spec: BankSpec, dims: Dims, stored: Stored) -> tuple[float, float]:  # noqa: ARG003
-        """Return the numbers in common tensors, and an expert's mean share of the others."""
-        named = cast(Mapping[tuple[int, str], int], stored)
-        shared = sum(n for (_, name), n in named.items() if cls.common(spec, name))
-        return shared, (sum(stored.values()) - shared) / spec.stored
-
-    def stored(self) -> Stored:
-        tensors = {**self.solved_tensors(), **self.untouched()}
-        return {(self.layer, name): tensor.numel() for name, tensor in tensors.items()}
-
-    def stored_form(self) -> StoredForm:
-        """Return the solved tensors, which a reader expands at every forward, and what is dense."""
-        form = super().stored_form()
-        # a reader has no dense tensors to expand into
-        spec = replace(form.spec, options={**form.spec.options, "run": "lazy"})
-        experts = {name: tensor.detach() for name, tensor in self.untouched().items()}
-        return form._replace(spec=spec, experts=experts)
-
-    def forward(self, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
-        shell = self._expanded() if self.lazy else self.shell
-        return cast(Tensor, shell(hidden, self.slots[index], weights))
-
-
 def bank_of(experts: nn.Module, layer: int = 0) -> ExpertBank:
     """Return what a block's `experts` are as a bank.
 
@@ -425,7 +326,7 @@ def bank_class(kind: str) -> type[ExpertBank]:
         InputError: there is no such module.
     """
     modules = pkgutil.iter_modules(rerail.experts.__path__)
-    known = sorted(m.name for m in modules if m.name != "base")
+    known = sorted({m.name for m in modules} - {"base", "encoded"})
     if kind not in known:
         raise InputError(f"bank kind {kind!r} is not known; allowed: {known}")
     module = importlib.import_module(f"rerail.experts.{kind}")

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from rerail.experts.base import BankSpec, EncodedExperts
-from rerail.moe.fused_experts import Dims, ExpertWeights
+from rerail.experts.base import BankSpec
+from rerail.experts.encoded import EncodedExperts
+from rerail.moe.fused_experts import Dims
 
 
 def _identity(values: Tensor) -> Tensor:
@@ -51,12 +52,8 @@ class BasisExperts(EncodedExperts):
     def common(spec: BankSpec, name: str) -> bool:  # noqa: ARG004
         return name.endswith(".B")
 
-    def expand(self) -> dict[str, Tensor]:
-        parts = {n: self._matrix(n) for n in self.spec.options["matrices"].split("+")}
-        down = parts.get("down", parts["gate"]).mT
-        packed = self.layout.pack(ExpertWeights(parts["gate"], parts["up"], down))
-        return {name: packed[name] for name in self.touched(self.spec)}
-
-    def _matrix(self, name: str) -> Tensor:
+    def matrix(self, name: str, expert: int) -> Tensor:
         a, alpha, b = (self.solved(f"{name}.{part}") for part in ("A", "alpha", "B"))
-        return mixed(a, alpha, b, self.spec.options["activation"])
+        own = slice(expert, expert + 1)
+        [matrix] = mixed(a[own], alpha[own], b, self.spec.options["activation"])
+        return matrix.mT if name == "down" else matrix

@@ -8,9 +8,11 @@ are zero in all experts.
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from rerail.experts.base import BankSpec, EncodedExperts
-from rerail.moe.fused_experts import Dims, ExpertWeights
+from rerail.experts.base import BankSpec
+from rerail.experts.encoded import EncodedExperts
+from rerail.moe.fused_experts import Dims
 
 
 class DeltaExperts(EncodedExperts):
@@ -32,22 +34,54 @@ class DeltaExperts(EncodedExperts):
     def common(spec: BankSpec, name: str) -> bool:
         return name.endswith(".base") or (spec.options["rows"] == "shared" and name.endswith(".V"))
 
-    def expand(self) -> dict[str, Tensor]:
-        gate, up, down = map(self._matrix, self.dims.matrices)
-        if "channels" in self.spec.integers:
-            gate, up, down = self._padded(gate, 1), self._padded(up, 1), self._padded(down, 2)
-        return self.layout.pack(ExpertWeights(gate, up, down))
-
-    def _matrix(self, name: str) -> Tensor:
-        base, u, v = (self.solved(f"{name}.{part}") for part in ("base", "U", "V"))
-        if self.spec.options["rows"] == "shared":
-            return base + u @ v
-        ranks = list(self.spec.each(name))
-        pairs = zip(torch.split(u, ranks, dim=1), torch.split(v, ranks), strict=True)
-        return torch.stack([base + a @ b for a, b in pairs])
-
-    def _padded(self, matrix: Tensor, axis: int) -> Tensor:
-        shape = list(matrix.shape)
+    def matrix(self, name: str, expert: int) -> Tensor:
+        u, v = self._factors(name, expert)
+        small = self.solved(f"{name}.base") + u @ v
+        if "channels" not in self.spec.integers:
+            return small
+        axis = 1 if name == "down" else 0
+        shape = list(small.shape)
         shape[axis] = self.dims.intermediate
-        at = torch.tensor(self.spec.each("channels"), device=matrix.device)
-        return matrix.new_zeros(shape).index_copy(axis, at, matrix)
+        return small.new_zeros(shape).index_copy(axis, self._channels(), small)
+
+    def product(self, name: str, expert: int, x: Tensor, shared: Tensor | None) -> Tensor:
+        """Return base x + U V x; for `down` what its base takes, and U V x beside it."""
+        u, v = self._factors(name, expert)
+        rank = len(v)
+        if shared is None:
+            return torch.cat([x, F.linear(F.linear(x, v), u)], dim=1)
+        if self.spec.options["rows"] == "own":
+            return torch.addmm(shared, F.linear(x, v), u.mT)
+        return torch.addmm(shared[:, rank:], shared[:, :rank], u.mT)
+
+    def shared(self, name: str, hidden: Tensor) -> Tensor:
+        """Return base x, (T, out), after V x where V is the layer's."""
+        base = F.linear(hidden, self.solved(f"{name}.base"))
+        if self.spec.options["rows"] == "own":
+            return base
+        return torch.cat([F.linear(hidden, self.solved(f"{name}.V")), base], dim=1)
+
+    def finish(self, total: Tensor) -> Tensor:
+        """Return base x + U V x of middle activations that were summed up."""
+        base = self.solved("down.base")
+        taken = base.shape[1]
+        return torch.addmm(total[:, taken:], total[:, :taken], base.mT)
+
+    def middle_bias(self, expert: int) -> Tensor | None:
+        bias = super().middle_bias(expert)
+        if bias is None or "channels" not in self.spec.integers:
+            return bias
+        gate, up = self.layout.split(bias)
+        return self.layout.join(gate[self._channels()], up[self._channels()])
+
+    def _factors(self, name: str, expert: int) -> tuple[Tensor, Tensor]:
+        """Return U (out, r) and V (r, in) of an expert."""
+        u, v = self.solved(f"{name}.U"), self.solved(f"{name}.V")
+        if self.spec.options["rows"] == "shared":
+            return u[expert], v
+        ranks = self.spec.each(name)
+        own = slice(sum(ranks[:expert]), sum(ranks[: expert + 1]))
+        return u[:, own], v[own]
+
+    def _channels(self) -> Tensor:
+        return torch.tensor(self.spec.each("channels"), device=self.slots.device)

@@ -7,9 +7,11 @@ r_i columns and rows. Shared rows (`rows: shared`): V (r, in) once, U (P, out, r
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from rerail.experts.base import BankSpec, EncodedExperts
-from rerail.moe.fused_experts import Dims, ExpertWeights
+from rerail.experts.base import BankSpec
+from rerail.experts.encoded import EncodedExperts
+from rerail.moe.fused_experts import Dims
 
 
 class LowRankExperts(EncodedExperts):
@@ -34,16 +36,26 @@ class LowRankExperts(EncodedExperts):
         shared = spec.options["rows"] == "shared" and name.endswith(".V")
         return shared or ("distinct" in spec.integers and name.endswith(".U"))
 
-    def expand(self) -> dict[str, Tensor]:
-        return self.layout.pack(ExpertWeights(*map(self._matrix, self.dims.matrices)))
+    def matrix(self, name: str, expert: int) -> Tensor:
+        u, v = self._factors(name, expert)
+        return u @ v
 
-    def _matrix(self, name: str) -> Tensor:
+    def product(self, name: str, expert: int, x: Tensor, shared: Tensor | None) -> Tensor:
+        u, v = self._factors(name, expert)
+        return F.linear(F.linear(x, v) if shared is None else shared, u)
+
+    def shared(self, name: str, hidden: Tensor) -> Tensor | None:
+        """Return V x, (T, r), where V is the layer's."""
+        own = self.spec.options["rows"] == "own"
+        return None if own else F.linear(hidden, self.solved(f"{name}.V"))
+
+    def _factors(self, name: str, expert: int) -> tuple[Tensor, Tensor]:
+        """Return U (out, r) and V (r, in) of an expert."""
         u, v = self.solved(f"{name}.U"), self.solved(f"{name}.V")
         if self.spec.options["rows"] == "own":
-            ranks = list(self.spec.each(name))
-            # ranks differ, so there is no batched product
-            pairs = zip(torch.split(u, ranks, dim=1), torch.split(v, ranks), strict=True)
-            return torch.stack([a @ b for a, b in pairs])
+            ranks = self.spec.each(name)
+            own = slice(sum(ranks[:expert]), sum(ranks[: expert + 1]))
+            return u[:, own], v[own]
         if "distinct" in self.spec.integers:
-            u = torch.einsum("ek,kor->eor", self.solved(f"{name}.mix"), u)
-        return u @ v
+            return torch.einsum("k,kor->or", self.solved(f"{name}.mix")[expert], u), v
+        return u[expert], v

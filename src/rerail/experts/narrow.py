@@ -10,8 +10,10 @@ act(0) * up is finite in every family (gpt_oss: (0 + 1) * 0).
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from rerail.experts.base import BankSpec, EncodedExperts
+from rerail.experts.base import BankSpec
+from rerail.experts.encoded import EncodedExperts
 from rerail.moe.fused_experts import Dims, ExpertWeights, shell_of
 
 
@@ -35,6 +37,25 @@ class NarrowExperts(EncodedExperts):
     def uniform(self) -> int | None:
         widths = set(self.spec.each("widths"))
         return widths.pop() if len(widths) == 1 else None
+
+    def matrix(self, name: str, expert: int) -> Tensor:
+        rows = self._rows(name, expert)
+        padded = F.pad(rows, (0, 0, 0, self.dims.intermediate - len(rows)))
+        return padded.mT if name == "down" else padded
+
+    def product(self, name: str, expert: int, x: Tensor, shared: Tensor | None) -> Tensor:
+        rows = self._rows(name, expert)
+        return x @ rows if name == "down" else F.linear(x, rows)
+
+    def middle_bias(self, expert: int) -> Tensor | None:
+        if "gate_up_proj_bias" not in self.touched(self.spec):
+            return None
+        return self.layout.join(self._rows("gate_bias", expert), self._rows("up_bias", expert))
+
+    def _rows(self, name: str, expert: int) -> Tensor:
+        """Return the kept channels of an expert."""
+        widths = self.spec.each("widths")
+        return self.solved(name)[sum(widths[:expert]) : sum(widths[: expert + 1])]
 
     def expand(self) -> dict[str, Tensor]:
         return self.fused(self.dims.intermediate)

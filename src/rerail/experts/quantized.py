@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from rerail.experts.base import BankSpec, EncodedExperts, Stored
-from rerail.moe.fused_experts import Dims, ExpertWeights
+from rerail.experts.base import BankSpec, Stored
+from rerail.experts.encoded import EncodedExperts
+from rerail.moe.fused_experts import Dims
 
 DENSE = 16
 
@@ -119,26 +120,13 @@ class QuantizedExperts(EncodedExperts):
     def stored_bits(self, width: int) -> Stored:
         return _bits(self.stored(), width)
 
-    def expand(self) -> dict[str, Tensor]:
-        matrices = (self._matrix(name, shape) for name, shape in self.dims.matrices.items())
-        return self.layout.pack(ExpertWeights(*matrices))
-
-    def _matrix(self, name: str, shape: tuple[int, int]) -> Tensor:
-        """Return all experts' matrices (E, out, in) of one type."""
-        parts, order = [], []
-        for bits, experts in buckets(self.spec).items():
-            parts.append(self._stack(f"{name}.b{bits}", bits, shape))
-            order += experts
-        whole = torch.cat(parts)
-        # stacks lie by bit width: back to the order of experts
-        return whole[torch.tensor(order, device=whole.device).argsort()]
-
-    def _stack(self, key: str, bits: int, shape: tuple[int, int]) -> Tensor:
-        """Return the matrices (n, out, in) of one bit width."""
+    def matrix(self, name: str, expert: int) -> Tensor:
+        bits = self.spec.each("bits")[expert]
+        row, key = buckets(self.spec)[bits].index(expert), f"{name}.b{bits}"
         if bits == DENSE:
-            return self.solved(f"{key}.dense")
-        scale = self.solved(f"{key}.scale")
-        zero = self.solved(f"{key}.zero") if bits > 1 else torch.full_like(scale, 0.5)
-        flat = unpack(self.solved(f"{key}.codes"), bits, shape[0] * shape[1])
-        coded = Coded(flat.reshape(-1, *shape), scale, zero)
+            return self.solved(f"{key}.dense")[row]
+        scale, shape = self.solved(f"{key}.scale")[row], self.dims.matrices[name]
+        zero = self.solved(f"{key}.zero")[row] if bits > 1 else torch.full_like(scale, 0.5)
+        codes = unpack(self.solved(f"{key}.codes")[row], bits, shape[0] * shape[1])
+        coded = Coded(codes.reshape(shape), scale, zero)
         return dequantised(coded, self.spec.integer("group")).to(scale.dtype)

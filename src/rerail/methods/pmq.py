@@ -67,7 +67,7 @@ class PMQ(Compressor):
         exponents, mass: see above.
         min_counts: fewest experts of each width; None is 0, 1, 1 for bits 1, 2, 3 and E <= 16.
         rows, batch: T', and how many of them share a norm.
-        run: `materialised` expands the experts once, `lazy` at every forward.
+        run: `stored` decodes chosen experts in every forward; `materialised` keeps all decoded.
     """
 
     quantiser: Quantiser
@@ -77,7 +77,7 @@ class PMQ(Compressor):
     min_counts: Sequence[int] | None = None
     rows: int = 4096
     batch: int | None = None
-    run: Literal["materialised", "lazy"] = "materialised"
+    run: Literal["stored", "materialised"] = "stored"
 
     paradigm: ClassVar[str] = "quantisation"
     paper: ClassVar[str] = "arXiv 2410.06270"

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
-from torch import nn
+from torch import Tensor, nn
 
 from rerail.errors import InputError
 
@@ -153,6 +153,19 @@ def has_norm_after(experts: nn.Module) -> bool:
     return bool(getattr(experts, "has_post_expert_norm", False))
 
 
+def norm_after(experts: nn.Module) -> nn.Module | None:
+    """Return the norm of experts' outputs before the gate weights, None where there is none."""
+    return cast(nn.Module, experts.post_expert_norm) if has_norm_after(experts) else None
+
+
+def middle_of(experts: nn.Module, gate_up: Tensor) -> Tensor:
+    """Return the middle activations (n, I) of gate and up outputs (n, 2I) in the family's order.
+
+    Activation, clamps and scales are the family's own.
+    """
+    return cast(Tensor, cast(Any, experts)._apply_gate(gate_up))
+
+
 # ---- around the block: decoder layers, attention, body and head
 
 
@@ -265,6 +278,11 @@ def set_implementations(config: Any, chosen: Mapping[str, str | None]) -> None:
 def experts_implementation(config: Any) -> str | None:
     """Return how experts compute (`eager`, `grouped_mm`, ...); None where nobody chose."""
     return implementations(config)["experts_implementation"]
+
+
+def is_eager(experts: nn.Module) -> bool:
+    """Return whether experts run as a loop over experts."""
+    return experts_implementation(experts.config) in (None, "eager")
 
 
 def ignored_patterns(model: Any) -> list[str]:

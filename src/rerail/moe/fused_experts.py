@@ -5,14 +5,15 @@ A stock module holds fused tensors with a leading expert axis, `gate_up_proj` (E
 """
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from rerail.moe.families import is_concatenated, is_transposed
+from rerail.moe.families import is_concatenated, is_eager, is_transposed
 
 # what accelerate puts on a module of a model with a device map: a forward of the original's own
 _DISPATCHED = ("forward", "_old_forward", "_hf_hook")
@@ -42,22 +43,29 @@ class Layout:
         """Split fused tensors (..., 2I, H) and (..., H, I) into gate, up (..., I, H) and down."""
         if self.transposed:
             gate_up, down = gate_up.mT, down.mT
-        if self.concatenated:
-            gate, up = gate_up.chunk(2, dim=-2)
-        else:
-            gate, up = gate_up[..., ::2, :], gate_up[..., 1::2, :]
-        return ExpertWeights(gate, up, down)
+        return ExpertWeights(*self.split(gate_up, dim=-2), down)
 
     def pack(self, weights: ExpertWeights) -> dict[str, Tensor]:
         """Fuse again: the inverse of `unpack`, keyed by transformers' parameter names."""
-        gate, up, down = weights
-        if self.concatenated:
-            gate_up = torch.cat([gate, up], dim=-2)
-        else:
-            gate_up = torch.stack([gate, up], dim=-2).flatten(-3, -2)
+        gate_up, down = self.join(weights.gate, weights.up, dim=-2), weights.down
         if self.transposed:
             gate_up, down = gate_up.mT, down.mT
         return {"gate_up_proj": gate_up.contiguous(), "down_proj": down.contiguous()}
+
+    def split(self, gate_up: Tensor, dim: int = -1) -> tuple[Tensor, Tensor]:
+        """Return the rows or outputs of gate and of up: the inverse of `join`."""
+        if self.concatenated:
+            gate, up = gate_up.chunk(2, dim=dim)
+            return gate, up
+        count = gate_up.shape[dim] // 2
+        gate, up = gate_up.unflatten(dim, (count, 2)).unbind(dim)
+        return gate, up
+
+    def join(self, gate: Tensor, up: Tensor, dim: int = -1) -> Tensor:
+        """Put the rows or outputs of gate and up into the family's order, along one axis."""
+        if self.concatenated:
+            return torch.cat([gate, up], dim=dim)
+        return torch.stack([gate, up], dim=dim).flatten(dim - 1, dim)
 
 
 class Dims(NamedTuple):
@@ -142,3 +150,77 @@ def live_sum(
         slots, gates = index.flatten()[flat, None], weights.flatten()[flat, None]
         out = out.index_copy(0, flat, experts(hidden[flat // k], slots, gates).to(out.dtype))
     return out.view(tokens, k, -1).sum(dim=1)
+
+
+class _Decoded(torch.autograd.Function):
+    """x W^T, where W (out, in) is decoded for this product alone and again for its gradient.
+
+    A graph over a whole model would otherwise hold every matrix that was decoded on the way.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, decode: Callable[[], Tensor]) -> Tensor:
+        """Return x W^T (n, out): x (n, in)."""
+        ctx.decode = decode
+        return F.linear(x, decode())
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        """Return the gradient of x; W gets none."""
+        return grads[0] @ ctx.decode(), None
+
+
+def decoded_product(x: Tensor, decode: Callable[[], Tensor]) -> Tensor:
+    """Return x W^T (n, out) of inputs x (n, in), where `decode` makes W (out, in)."""
+    return cast(Tensor, _Decoded.apply(x, decode))
+
+
+def routed_sum(
+    experts: nn.Module,
+    index: Tensor,
+    weights: Tensor,
+    answer: Callable[[int, Tensor], Tensor],
+) -> Tensor:
+    """Return sum_k weights * answer (T, S), one call of `answer` for each expert that is chosen.
+
+    The order of summation is that of the family's own implementation: to the bit that of its eager
+    loop, or each token's choices in turn.
+
+    Args:
+        experts: the family's module.
+        index: (T, K) stored experts, at least one token.
+        weights: (T, K) gate weights.
+        answer: (expert, tokens (n,) that chose it) -> (n, S), of which every row is one of T.
+    """
+    count, k = index.shape
+    eager = is_eager(experts)
+    # eager goes choice by choice through the tokens of an expert, grouped kernels token by token
+    flat, gates = (t.T.reshape(-1) if eager else t.reshape(-1) for t in (index, weights))
+    order = flat.argsort(stable=True)
+    numbers = torch.bincount(flat).tolist()
+    runs = [(e, pairs) for e, pairs in enumerate(order.split(numbers)) if len(pairs)]
+    if eager:
+        return _added_in_turn(runs, gates, answer, count)
+    parts = [answer(e, pairs // k) * gates[pairs, None] for e, pairs in runs]
+    place = torch.empty_like(order)
+    place[order] = torch.arange(len(order), device=order.device)
+    # a row for each choice, summed at the end: index_add would add in any order on a GPU
+    return torch.cat(parts)[place].view(count, k, -1).sum(dim=1)
+
+
+def _added_in_turn(
+    runs: list[tuple[int, Tensor]],
+    gates: Tensor,
+    answer: Callable[[int, Tensor], Tensor],
+    count: int,
+) -> Tensor:
+    """Return `routed_sum` as eager experts add it up: expert by expert, in the outputs' dtype."""
+    total: Tensor | None = None
+    for expert, pairs in runs:
+        tokens = pairs % count
+        part = answer(expert, tokens)
+        if total is None:
+            total = part.new_zeros(count, part.shape[1])
+        total.index_add_(0, tokens, (part * gates[pairs, None]).to(part.dtype))
+    assert total is not None
+    return total

@@ -9,12 +9,7 @@ from torch.overrides import TorchFunctionMode
 
 from rerail.errors import OutOfReach
 from rerail.experts.base import bank_of
-from rerail.moe.families import experts_implementation, has_norm_after
-
-
-def is_eager(experts: nn.Module) -> bool:
-    """Return whether the experts run as a loop over experts."""
-    return experts_implementation(experts.config) in (None, "eager")
+from rerail.moe.families import experts_implementation, has_norm_after, is_eager
 
 
 def answer(

@@ -27,10 +27,10 @@ class Factoriser(Compressor):
     A layer that may store all of its numbers stays as it is.
 
     Attributes:
-        run: `materialised` expands the experts once, `lazy` at every forward.
+        run: `stored` computes from the solved tensors; `materialised` keeps whole experts too.
     """
 
-    run: Literal["materialised", "lazy"] = "materialised"
+    run: Literal["stored", "materialised"] = "stored"
 
     paradigm: ClassVar[str] = "editing"
     allocations: ClassVar[Literal["any", "fixed", "uniform"]] = "fixed"
@@ -97,6 +97,6 @@ class Factoriser(Compressor):
             return None
         sizes = self.sizes(layer, count, statistics)
         spec = self.spec(layer, sizes)
-        if self.run == "lazy":
-            spec = dataclasses.replace(spec, options={**spec.options, "run": "lazy"})
+        if self.run != "stored":
+            spec = dataclasses.replace(spec, options={**spec.options, "run": self.run})
         return Decision(untouched(layer, spec), self.factor(layer, statistics, sizes))

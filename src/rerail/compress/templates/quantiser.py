@@ -33,11 +33,11 @@ class Quantiser(Compressor):
     """Stores every expert in the same bits; a count is the sum of a layer's experts' bits.
 
     Attributes:
-        run: whether the bank keeps expanded experts in memory or expands them at every forward.
+        run: `stored` decodes chosen experts in every forward; `materialised` keeps all decoded.
         group: G, how many numbers along the input axis share a scale and a zero.
     """
 
-    run: Literal["materialised", "lazy"] = "materialised"
+    run: Literal["stored", "materialised"] = "stored"
     group: int = 128
 
     paradigm: ClassVar[str] = "quantisation"
@@ -88,9 +88,8 @@ def quantised(
     run: str,
 ) -> Decision:
     """Return the decision that stores expert e in bits[e], encoded by a quantiser."""
-    spec = BankSpec(
-        "quantized", len(bits), (), {"bits": bits, "group": quantiser.group}, {"run": run}
-    )
+    sizes, options = {"bits": bits, "group": quantiser.group}, {"run": run}
+    spec = BankSpec("quantized", len(bits), (), sizes, {} if run == "stored" else options)
     moments, solved = quantiser.moments(layer, statistics), dict[str, Tensor]()
     for name, stack in layer.stack()._asdict().items():
         for width, experts in buckets(spec).items():
