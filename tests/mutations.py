@@ -4,6 +4,7 @@ import copy
 import json
 import signal
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,6 @@ from rerail.errors import InputError
 from rerail.moe.source import ModelSource
 
 PATIENCE = 60  # seconds
-
-Change = Callable[[Any], Any]
 
 
 class TooLong(BaseException):
@@ -61,8 +60,10 @@ def changed(content: Any, path: tuple[Any, ...], value: Any, *, drop: bool = Fal
     return made
 
 
-def json_changes(content: Any, below: tuple[Any, ...] = ()) -> Iterator[tuple[str, Any]]:
-    """Every change of every place of a JSON file (below one), with its name."""
+def json_changes(
+    content: Any, below: tuple[Any, ...] = ()
+) -> Iterator[tuple[str, Callable[[], Any]]]:
+    """The name of every change of every place of a JSON file (below one), and what makes it."""
     for path in leaves(content):
         if path[: len(below)] != below:
             continue
@@ -70,10 +71,10 @@ def json_changes(content: Any, below: tuple[Any, ...] = ()) -> Iterator[tuple[st
         for key in path:
             value = value[key]
         place = ".".join(map(str, path))
-        yield f"{place}: missing", changed(content, path, None, drop=True)
+        yield f"{place}: missing", partial(changed, content, path, None, drop=True)
         for name, wrong in wrong_values(value):
             if type(wrong) is not type(value) or wrong != value:
-                yield f"{place}: {name}", changed(content, path, wrong)
+                yield f"{place}: {name}", partial(changed, content, path, wrong)
 
 
 def what_comes_of(folder: Path, ids: torch.Tensor) -> torch.Tensor | str:

@@ -87,6 +87,14 @@ class Compressor(ABC):
         """
         return "one_shot"
 
+    @property
+    def written_out(self) -> Literal["no", "yes", "never"]:
+        """Whether stock experts hold what it leaves only once it is written out as whole experts.
+
+        `never`: not even then. By default `no`: they hold it, or the plan alone can tell.
+        """
+        return "no"
+
     def allocate(
         self, layers: Layers, statistics: Statistics, budget: Budget, allocation: Allocation
     ) -> list[int]:

@@ -12,7 +12,7 @@ from typing import Any
 from transformers import GenerationConfig, PreTrainedModel
 
 from rerail.errors import InputError
-from rerail.files import whole_file, write_json
+from rerail.files import read_json, whole_file, write_json
 from rerail.moe.families import expert_count_aliases
 from rerail.moe.model import MoEModel
 from rerail.plan.plan import Plan
@@ -140,12 +140,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         InputError: there is none, or it is not JSON.
     """
     path = folder / MANIFEST
-    try:
-        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(
-            f"{path} cannot be read ({error}); give a folder that rerail exported"
-        ) from error
+    content = read_json(path)
+    if not isinstance(content, dict):
+        raise InputError(f"{path} holds no JSON object; give a folder that rerail exported")
     return content
 
 
@@ -154,5 +151,5 @@ def is_whole(folder: Path) -> bool:
     try:
         files = read_manifest(folder)["files"].items()
         return all((folder / name).stat().st_size == size for name, size in files)
-    except (InputError, OSError, KeyError):
+    except (InputError, OSError, KeyError, AttributeError, TypeError, ValueError):
         return False

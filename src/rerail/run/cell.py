@@ -16,7 +16,7 @@ from rerail.distill.trainable import check_router_gradients
 from rerail.distill.trainer import check_strategy
 from rerail.errors import InputError
 from rerail.evaluate.scores import score_texts
-from rerail.export.targets import FORMS
+from rerail.export.targets import FORMS, check_method
 from rerail.files import digest
 from rerail.moe.families import experts_implementation
 from rerail.moe.model import MoEModel
@@ -186,6 +186,8 @@ class Cell:
             text.check(meta.config)
         if self.budget.removed != 0:
             self.compressor.check(meta.layers, self.budget, self.allocation)
+            if self.export.form != "none":
+                check_method(self.compressor, self.export.form, self.export.densify)
         if self.distill.enabled:
             check_router_gradients(meta)
             check_arguments(self.trainer, self.schedule, self.distill)
