@@ -7,6 +7,7 @@ from typing import Any
 
 from rerail.config.overrides import forced
 from rerail.config.presets import config_root
+from rerail.config.secrets import guard_streams
 from rerail.errors import InputError
 from rerail.run import task
 
@@ -60,6 +61,7 @@ def _lines(error: Exception) -> list[str]:
 
 def main() -> None:
     """Entry point: exit status 0, 2 where something could not be used or a cell failed."""
+    guard_streams()
     try:
         if sys.argv[1:2] == ["demo"]:
             from rerail.cli.demo import demo

@@ -4,7 +4,6 @@ import copy
 import dataclasses
 import json
 import platform
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -69,7 +68,11 @@ def write_checkpoint(  # noqa: PLR0913
             _as_loaded(tokenizer).save_pretrained(folder)
         for name, source in (companions or {}).items():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(source, folder / name)
+            try:
+                content = source.read_bytes()
+            except OSError as error:
+                raise InputError(f"{source} cannot be read ({error.strerror})") from error
+            (folder / name).write_bytes(content)
         for name, text in (code or {}).items():
             (folder / name).write_text(text, encoding="utf-8")
         _write_manifest(folder, plan, facts)

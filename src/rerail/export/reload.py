@@ -7,7 +7,6 @@ import json
 import os
 import subprocess
 import sys
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from rerail.files import temporary_folder
 from rerail.moe.families import implementations
 from rerail.moe.model import MoEModel
 
@@ -58,8 +58,7 @@ def check_reload(path: Path, ids: Tensor, model: MoEModel, form: str = "native")
     Raises:
         ReloadError: it does not load, tensors are missing or left over, or the logits differ.
     """
-    with tempfile.TemporaryDirectory() as name:
-        exchange = Path(name)
+    with temporary_folder() as exchange:
         write_task(exchange, ids, model, form)
         # transformers copies remote code into a cache before it runs it
         own = {"HF_MODULES_CACHE": str(exchange / "modules")}

@@ -18,7 +18,7 @@ import yaml
 
 from rerail.config.secrets import guard_streams, redacted
 from rerail.errors import InputError
-from rerail.files import refusals
+from rerail.files import read_text, refusals
 from rerail.parallel import is_first
 
 
@@ -63,8 +63,16 @@ class SweepCell:
 
     @classmethod
     def load(cls, path: Path) -> "SweepCell":
-        """Read what `save` wrote."""
-        return cls(**yaml.safe_load(path.read_text(encoding="utf-8")))
+        """Read what `save` wrote.
+
+        Raises:
+            InputError: it is something else.
+        """
+        try:
+            return cls(**yaml.safe_load(read_text(path)))
+        except (TypeError, yaml.YAMLError, RecursionError, ValueError) as error:
+            reason = str(error).splitlines()[0]
+            raise InputError(f"{path} is no cell of a sweep ({reason})") from error
 
 
 def _speaks() -> bool:
