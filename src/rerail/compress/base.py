@@ -96,6 +96,14 @@ class Compressor(ABC):
         """What a method that searches judges students by: measure, and leading blocks of text."""
         return None
 
+    @property
+    def written_out(self) -> Literal["no", "yes", "never"]:
+        """Whether stock experts hold what it leaves only once it is written out as whole experts.
+
+        `never`: not even then. By default `no`: they hold it, or the plan alone can tell.
+        """
+        return "no"
+
     def allocate(
         self, layers: Layers, statistics: Statistics, budget: Budget, allocation: Allocation
     ) -> list[int]:

@@ -67,29 +67,13 @@ def check_processes(trainer: Mapping[str, Any]) -> None:
             f"{'one' if size > 1 else 'several'}; trainer=ddp and trainer=fsdp2 are for several "
             "(torchrun --nproc-per-node=2 -m rerail, or a Slurm profile), the others for one"
         )
-    devices, nodes = trainer.get("devices", "auto"), int(trainer.get("num_nodes", 1))
-    if size > 1 and isinstance(devices, int) and devices * nodes != size:
+    devices, nodes = trainer.get("devices", "auto"), trainer.get("num_nodes", 1)
+    counted = isinstance(devices, int) and isinstance(nodes, int)
+    if size > 1 and counted and devices * nodes != size:
         raise InputError(
             f"trainer.devices={devices} on trainer.num_nodes={nodes} needs {devices * nodes} "
             f"processes and {size} started; leave both out: they follow what was started"
         )
-
-
-def check_accelerator(trainer: Mapping[str, Any]) -> None:
-    """Check that this machine has the accelerator that was asked for by name.
-
-    Raises:
-        InputError: it has none.
-    """
-    asked = trainer.get("accelerator", "auto")
-    if asked in ("gpu", "cuda"):
-        import torch
-
-        if not torch.cuda.is_available():
-            raise InputError(
-                f"trainer.accelerator={asked!r} needs a GPU and this machine shows none to torch; "
-                "use trainer=cpu, or trainer=default, which takes what is there"
-            )
 
 
 def strategy_arguments(trainer: Mapping[str, Any]) -> dict[str, Any]:

@@ -4,7 +4,6 @@ import copy
 import dataclasses
 import json
 import platform
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from rerail.errors import InputError
 from rerail.export.carried import carry_over, with_towers
 from rerail.export.classes import is_stock
-from rerail.files import whole_file, write_json
+from rerail.files import read_json, whole_file, write_json
 from rerail.moe.families import expert_count_aliases
 from rerail.moe.left_out import NOTHING, LeftOut
 from rerail.moe.model import MoEModel
@@ -75,7 +74,11 @@ def write_checkpoint(  # noqa: PLR0913
             _as_loaded(tokenizer).save_pretrained(folder)
         for name, source in (companions or {}).items():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(source, folder / name)
+            try:
+                content = source.read_bytes()
+            except OSError as error:
+                raise InputError(f"{source} cannot be read ({error.strerror})") from error
+            (folder / name).write_bytes(content)
         for name, text in (code or {}).items():
             (folder / name).write_text(text, encoding="utf-8")
         _write_manifest(folder, plan, facts)
@@ -149,12 +152,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         InputError: there is none, or it is not JSON.
     """
     path = folder / MANIFEST
-    try:
-        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(
-            f"{path} cannot be read ({error}); give a folder that rerail exported"
-        ) from error
+    content = read_json(path)
+    if not isinstance(content, dict):
+        raise InputError(f"{path} holds no JSON object; give a folder that rerail exported")
     return content
 
 
@@ -163,5 +163,5 @@ def is_whole(folder: Path) -> bool:
     try:
         files = read_manifest(folder)["files"].items()
         return all((folder / name).stat().st_size == size for name, size in files)
-    except (InputError, OSError, KeyError):
+    except (InputError, OSError, KeyError, AttributeError, TypeError, ValueError):
         return False

@@ -7,7 +7,6 @@ import json
 import os
 import subprocess
 import sys
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from rerail.export.checkpoint import read_manifest
+from rerail.files import temporary_folder
 from rerail.moe.families import implementations, own_names
 from rerail.moe.model import MoEModel
 
@@ -59,8 +59,7 @@ def check_reload(path: Path, ids: Tensor, model: MoEModel, form: str = "native")
     Raises:
         ReloadError: it does not load, tensors are missing or left over, or the logits differ.
     """
-    with tempfile.TemporaryDirectory() as name:
-        exchange = Path(name)
+    with temporary_folder() as exchange:
         write_task(exchange, ids, model, form)
         # transformers copies remote code into a cache before it runs it
         own = {"HF_MODULES_CACHE": str(exchange / "modules")}

@@ -17,10 +17,11 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from rerail.compress.base import Compressor
 from rerail.errors import InputError
 from rerail.export.checkpoint import check_target, sizes_of, write_checkpoint
 from rerail.export.classes import family_of
-from rerail.export.native import check_native, stock_model
+from rerail.export.native import WRITTEN_OUT, check_native, stock_model
 from rerail.export.package import check_packaged, packaged_model
 from rerail.export.remote import auto_map, modelling_file, module_name
 from rerail.moe.families import always_float32
@@ -48,6 +49,26 @@ def check_form(form: str) -> None:
     """
     if form not in FORMS:
         raise InputError(f"export.form={form!r} is not one of {', '.join(FORMS)}")
+
+
+def check_method(method: Compressor, form: str = "native", densify: bool = False) -> None:
+    """Check that a target can hold what a method leaves, as far as its choices tell: it costs none.
+
+    Raises:
+        InputError: it cannot.
+    """
+    check_form(form)
+    stock, name = form == "native" or densify, type(method).__name__
+    if stock and method.written_out == "never":
+        raise InputError(
+            f"export.form={form!r} with densify={densify} writes whole experts, and what {name} "
+            "leaves is more than these can compute; use export.form=package without densify"
+        )
+    if form == "native" and not densify and method.written_out == "yes":
+        raise InputError(
+            f"export.form='native' cannot hold what {name} leaves: its experts are no whole "
+            f"experts, one for each router row; {WRITTEN_OUT}"
+        )
 
 
 def check_student(student: MoEModel, form: str = "native", densify: bool = False) -> None:

@@ -63,6 +63,10 @@ class MoNE(Compressor):
     paper: ClassVar[str] = "arXiv 2507.00390"
 
     @property
+    def written_out(self) -> Literal["no", "yes", "never"]:
+        return "yes"
+
+    @property
     def requires(self) -> tuple[Statistic, ...]:
         base = (Count(), Moment(1, 0), OutputSumRouted(), OutputSquares())
         gated = (Moment(2, 0), GatedOutput(2))

@@ -121,6 +121,11 @@ def _check_rows(layer: MoELayer, family: str) -> None:
             f"model family {family!r} is not supported: its router has {rows} rows for {experts} "
             "routed experts"
         )
+    if not 1 <= layer.top_k <= rows:
+        raise InputError(
+            f"{layer.name} chooses {layer.top_k} experts for a token, and its router has {rows} "
+            "rows; repair config.json"
+        )
 
 
 class MoEModel:

@@ -33,6 +33,7 @@ from rerail.moe.tokenizer import FILE, true_to_file
 log = logging.getLogger(__name__)
 
 _HASHED_WHOLE = 2**31
+_DEEPEST = 10_000  # layers of a model whose weights are not here yet
 _HASHED_KINDS = (".json", ".safetensors", ".bin", ".model", ".txt", ".py")
 _NAME = re.compile(r"[^\W_][\w.-]{0,63}", re.ASCII)
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -116,6 +117,7 @@ class ModelSource:
         check_family(config.model_type)
         folder = self.folder()
         tensors = stored_tensors(folder) if folder else {}
+        _check_depth(config, tensors, self.path_or_id)
         check_number_format(config, tensors, folder, self.path_or_id)
         return config
 
@@ -175,7 +177,13 @@ class ModelSource:
                 f"model {self.path_or_id!r} lacks {len(absent)} of its tensors, {absent[0]} for "
                 "one; load a complete checkpoint of this family"
             )
-        self._note_left_out(model, report["unexpected_keys"])
+        extra = sorted(report["unexpected_keys"])
+        if extra and getattr(config, "rerail", None):  # of a package every tensor has its place
+            raise InputError(
+                f"model {self.path_or_id!r} holds {len(extra)} tensors for which its config has no "
+                f"place, {extra[0]} for one; fetch it again"
+            )
+        self._note_left_out(model, extra)
         if self.device_map is None:
             model.to(device)
         elif outside := [name for name, p in model.named_parameters() if p.is_meta]:
@@ -215,15 +223,7 @@ class ModelSource:
         folder = Path(self.location)
         if not folder.is_dir():
             return digest([self.path_or_id, getattr(self.config(), "_commit_hash", self.revision)])
-        files = sorted(p for p in folder.iterdir() if p.suffix in _HASHED_KINDS)
-        stats = [p.stat() for p in files]
-        if sum(s.st_size for s in stats) >= _HASHED_WHOLE:
-            marks = [f"{s.st_size}.{s.st_mtime_ns}" for s in stats]
-        else:
-            marks = [
-                _hash_of(p, (s.st_size, s.st_mtime_ns)) for p, s in zip(files, stats, strict=True)
-            ]
-        return digest([(p.name, mark) for p, mark in zip(files, marks, strict=True)])
+        return cast(str, self._readable(_fingerprint, folder))
 
     def folder(self) -> Path | None:
         """Return the folder of the checkpoint's files, also in the hub's cache; None for none."""
@@ -319,15 +319,31 @@ class ModelSource:
             return read(*args, **options)
         except (InputError, MemoryError):
             raise
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError as error:
-            if "above report" not in str(error):
+            if "out of memory" in str(error):
                 raise
+            if "above report" not in str(error):
+                raise InputError(f"model {self.path_or_id!r} {_complaint(error)}") from error
             raise InputError(
                 f"model {self.path_or_id!r} does not fit its config: tensors are lacking or have "
                 "other shapes (the load report above names them); load a complete checkpoint"
             ) from error
         except Exception as error:  # files of another shape than expected fail anywhere
             raise InputError(f"model {self.path_or_id!r} {_complaint(error)}") from error
+
+
+def _check_depth(config: Any, tensors: Iterable[str], name: str) -> None:
+    """Check that the checkpoint has layers as the config counts them: building them takes time."""
+    count = getattr(config.get_text_config(), "num_hidden_layers", None)
+    numbers = [int(n) for path in tensors for n in re.findall(r"\.(\d{1,9})\.", path)]
+    most = max(numbers, default=_DEEPEST - 1) + 1  # layers, or experts of a layer
+    if isinstance(count, int) and not 1 <= count <= most:
+        raise InputError(
+            f"model {name!r} has num_hidden_layers={str(count)[:20]} in its config.json, and its "
+            f"weights count to {most}; fetch it again"
+        )
 
 
 def _complaint(error: Exception) -> str:
@@ -355,6 +371,16 @@ def _complaint(error: Exception) -> str:
 
 def _zoo() -> Path:
     return Path(str(importlib.resources.files("rerail.zoo")))
+
+
+def _fingerprint(folder: Path) -> str:
+    files = sorted(p for p in folder.iterdir() if p.suffix in _HASHED_KINDS and p.is_file())
+    stats = [p.stat() for p in files]
+    if sum(s.st_size for s in stats) >= _HASHED_WHOLE:
+        marks = [f"{s.st_size}.{s.st_mtime_ns}" for s in stats]
+    else:
+        marks = [_hash_of(p, (s.st_size, s.st_mtime_ns)) for p, s in zip(files, stats, strict=True)]
+    return digest([(p.name, mark) for p, mark in zip(files, marks, strict=True)])
 
 
 @functools.cache

@@ -8,6 +8,7 @@ import rerail.auto  # noqa: F401  (package checkpoints load like any other)
 from rerail.code_version import code_version
 from rerail.compress.base import Compressor, make_plan
 from rerail.compress.sequential import sequential
+from rerail.distill.making import check_arguments
 from rerail.distill.repair import repair
 from rerail.distill.ridge import check_ridge
 from rerail.distill.schedule import Schedule
@@ -17,7 +18,7 @@ from rerail.distill.trainer import check_strategy
 from rerail.errors import InputError
 from rerail.evaluate.fitness import plan_fitness
 from rerail.evaluate.scores import score_texts
-from rerail.export.targets import FORMS
+from rerail.export.targets import FORMS, check_method
 from rerail.files import digest
 from rerail.moe.families import experts_implementation
 from rerail.moe.model import MoEModel
@@ -160,6 +161,15 @@ class Cell:
         runs = [experts, str(weight.dtype), weight.device.type]
         return digest([self.model.fingerprint(), runs, *what])
 
+    @property
+    def schedule(self) -> Schedule:
+        """The steps of the repair, for as many processes as were started.
+
+        Raises:
+            InputError: there is too little text for them.
+        """
+        return Schedule.of(self.calibration.samples, self.distill, rank_and_size()[1])
+
     def check(self) -> None:
         """Check everything against the model's config, before weights load (run step 2).
 
@@ -179,6 +189,8 @@ class Cell:
             text.check(meta.config)
         if self.budget.removed != 0:
             self.compressor.check(meta.layers, self.budget, self.allocation)
+            if self.export.form != "none":
+                check_method(self.compressor, self.export.form, self.export.densify)
         if self.distill.enabled:
             self._check_repair(meta, processes)
 
@@ -187,4 +199,4 @@ class Cell:
             check_ridge(meta.layers, self.distill, self.calibration.samples)
         else:
             check_router_gradients(meta)
-            Schedule.of(self.calibration.samples, self.distill, processes)
+            check_arguments(self.trainer, self.schedule, self.distill)

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from rerail import api
 from rerail.config.secrets import redacted
-from rerail.distill.trainer import check_accelerator, check_processes
+from rerail.distill.making import check_machine
+from rerail.distill.trainer import check_processes
 from rerail.errors import InputError
 from rerail.files import cache_dir, is_folder, make_folder, whole_file
 from rerail.parallel import (
@@ -53,7 +54,7 @@ def run_cell(cell: Cell, out: Path, mirror: Mirror | None = None) -> list[Row]:
     make_folder(cache_dir())
     check_processes(cell.trainer)
     if cell.distill.enabled:
-        check_accelerator(cell.trainer)
+        check_machine(cell.trainer, cell.schedule, cell.distill)
     join()
     freeze_imports()
     with only_process(folder):

@@ -35,6 +35,10 @@ class Factoriser(Compressor):
     paradigm: ClassVar[str] = "editing"
     allocations: ClassVar[Literal["any", "fixed", "uniform"]] = "fixed"
 
+    @property
+    def written_out(self) -> Literal["no", "yes", "never"]:
+        return "yes"
+
     def sizes(
         self, layer: MoELayer, max_numbers: int, statistics: LayerStatistics | None = None
     ) -> Integers:

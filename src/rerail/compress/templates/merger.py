@@ -59,6 +59,10 @@ class Merger(Compressor):
     paradigm: ClassVar[str] = "merging"
     around_dominants: ClassVar[bool] = False
 
+    @property
+    def written_out(self) -> Literal["no", "yes", "never"]:
+        return "yes" if self.router == "remap" else "no"
+
     @abstractmethod
     def group(self, layer: MoELayer, statistics: LayerStatistics, num_stored: int) -> Tensor:
         """Return int64 labels (E,) in 0..num_stored-1, every label used."""

@@ -44,6 +44,10 @@ class Quantiser(Compressor):
     budget: ClassVar[type[Budget]] = Bits
     allocations: ClassVar[Literal["any", "fixed", "uniform"]] = "uniform"
 
+    @property
+    def written_out(self) -> Literal["no", "yes", "never"]:
+        return "yes"
+
     def __post_init__(self) -> None:
         if self.group < 1:
             raise InputError(f"compressor.group={self.group} must be at least 1")

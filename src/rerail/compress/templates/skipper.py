@@ -62,6 +62,10 @@ class Skipper(Compressor):
 
     requires = (GateTails(),)
 
+    @property
+    def written_out(self) -> Literal["no", "yes", "never"]:
+        return "never"
+
     def threshold(self, tails: Tensor) -> float:
         """Return the method's own threshold, for where no share is asked for: the median tail.
 
