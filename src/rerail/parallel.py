@@ -110,10 +110,10 @@ def join() -> None:
         from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 
         # the properties set MASTER_ADDR and MASTER_PORT: the first node, a port from the job's id
-        slurm = SLURMEnvironment(auto_requeue=False)
         try:
+            slurm = SLURMEnvironment(auto_requeue=False)
             _ = slurm.main_address, slurm.main_port
-        except (KeyError, ValueError) as error:
+        except (KeyError, ValueError, RuntimeError) as error:
             raise InputError(
                 f"Slurm's variables name no place where the processes meet ({error}); set "
                 "MASTER_ADDR and MASTER_PORT"

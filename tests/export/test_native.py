@@ -189,7 +189,7 @@ def narrowed(*widths):
 
 
 NARROW = {
-    "widths by expert": ("qwen3_moe", narrowed(*WIDE[1:], 9), "form 'narrow'.*=package or"),
+    "widths by expert": ("qwen3_moe", narrowed(*WIDE[1:], 9), "form 'narrow'.*=package, or"),
     "widths by layer": ("qwen3_moe", widths_by_layer, "layer 1: .*width 8 .*layer 0 16.*=package"),
     "shared experts": ("deepseek_v3", narrowed(*WIDE), "no entry .*width 16; .*densify=true"),
     "skip_policy": ("qwen3_moe", lambda t: skipping(), "form 'skip_policy'.*=package$"),

@@ -31,7 +31,9 @@ def test_a_ratio_of_something_else_is_refused() -> None:
 
 
 def experts(count: int) -> MoELayer:
-    return tiny("qwen3_moe", num_experts=count, num_hidden_layers=1).layers[0]
+    return tiny("qwen3_moe", num_experts=count, num_experts_per_tok=1, num_hidden_layers=1).layers[
+        0
+    ]
 
 
 @pytest.mark.parametrize(

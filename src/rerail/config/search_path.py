@@ -80,7 +80,8 @@ def _typed(result: ConfigResult) -> ConfigResult:
     if OmegaConf.is_dict(grid):
         plain: Any = OmegaConf.to_container(grid, resolve=False)
         words = [forced(f"{name}={value}").partition("=") for name, value in plain.items()]
-        result.config.hydra.sweeper.params = {name: value for name, _, value in words}
+        made = {name: value for name, _, value in words}
+        OmegaConf.update(result.config, "hydra.sweeper.params", made, merge=False)
     return result
 
 

@@ -45,7 +45,7 @@ class Compressed:
                 f"config.rerail of {type(self).__name__} is not of version {VERSION}; fetch the "
                 "checkpoint again"
             )
-        restructure(self, stored.get("layers"))
+        restructure(self, stored.get("layers", ()))
 
     @classmethod
     def stock_class(cls) -> Any:
