@@ -22,8 +22,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
-from torch import Tensor
-
 import rerail.auto  # noqa: F401  (package checkpoints load like any other)
 from rerail.arguments import (
     Method,
@@ -41,8 +39,7 @@ from rerail.compress.sequential import sequential
 from rerail.compress.templates.skipper import Skipper, check_fitted, without_policies
 from rerail.config.presets import preset
 from rerail.distill import repair as fitting
-from rerail.distill.ridge import ridge_repair
-from rerail.distill.settings import Ridge, RouterKD, Settings
+from rerail.distill.settings import Ridge, Settings
 from rerail.errors import InputError
 from rerail.evaluate.fitness import plan_fitness
 from rerail.evaluate.scores import Scores, score_texts
@@ -108,6 +105,8 @@ def load(path_or_id: str | ModelSource, **options: Any) -> LanguageModel:
 def text(
     teacher: LanguageModel | Any,
     calibration: str | Calibration | Sequence[str] = "mix",
+    *,
+    recorder: Recorder = SILENT,
     **fields: Any,
 ) -> TokenBlocks:
     """Return blocks of text, e.g. `text(teacher, samples=64, split="heldout")`.
@@ -126,7 +125,8 @@ def text(
     if isinstance(calibration, str):
         calibration = cast(Calibration, preset("calibration", calibration, **fields))
     if isinstance(calibration, Calibration):
-        return calibration.blocks(tokenizer, model)
+        make = partial(calibration.blocks, tokenizer, model)
+        return recorder.text(calibration, tokenizer, make)
     return as_blocks(tokenizer, calibration, **fields)
 
 
@@ -186,26 +186,9 @@ def plan(  # noqa: PLR0913
     """
     compressor = as_method(method)
     asked, shares = as_budget(budget, compressor), as_allocation(allocation)
-    layers = teacher.model.layers
 
     def make() -> Plan | None:
-        measured, remeasure, fitness = StatisticSet(), None, None
-        if asked.removed != 0:
-            compressor.check(layers, asked, shares)  # before anything is measured
-            measured, remeasure = _measure(
-                teacher, compressor, text, statistics, batch_size, recorder
-            )
-            how = compressor.judged_by
-            if isinstance(shares, Search):
-                how = shares.measure, shares.blocks
-            if how is not None:
-                fitness = _fitness(teacher, compressor, how, text, batch_size, recorder)
-                known = measured
-                measured = broadcast_from_first(lambda: known)  # all must ask for the same plans
-        decide = partial(make_plan, compressor, layers, measured, asked, shares, remeasure)
-        decide = partial(decide, fitness=fitness)
-        # in a group all processes measure and judge together; a plan alone is the first one's task
-        made = decide() if remeasure or fitness else run_on_first(decide)
+        made = _plan(teacher, compressor, asked, shares, text, statistics, batch_size, recorder)
         if made is not None and is_first():
             for note in made.lineage.get("notes", ()):
                 log.warning("%s", note)
@@ -288,17 +271,6 @@ def repair(  # noqa: PLR0913
     blocks = blocks_for(teacher, text)
 
     def make() -> fitting.Repair:
-        if isinstance(settings, Ridge):
-            return ridge_repair(
-                student.model.with_shared_parameters(),
-                teacher.model,
-                _states(teacher, blocks, teacher_batch_size, recorder),
-                blocks,
-                settings,
-                teacher_batch_size,
-                recorder.progress,
-                recorder.point,
-            )
         return fitting.repair(
             student.model.with_shared_parameters(),  # it trains in place
             _teacher_of(settings, teacher, blocks, teacher_batch_size, recorder),
@@ -392,6 +364,35 @@ def save(
     )
 
 
+def _plan(  # noqa: PLR0913
+    teacher: LanguageModel,
+    method: Compressor,
+    budget: Budget,
+    allocation: Allocation,
+    text: Text | None,
+    statistics: StatisticSet | None,
+    batch_size: int,
+    recorder: Recorder,
+) -> Plan | None:
+    """Measure what is wanted, and plan; in a group the first process at least returns the plan."""
+    layers, measured = teacher.model.layers, StatisticSet()
+    remeasure, fitness = None, None
+    if budget.removed != 0:
+        method.check(layers, budget, allocation)  # before anything is measured
+        measured, remeasure = _measure(teacher, method, text, statistics, batch_size, recorder)
+        how = method.judged_by
+        if isinstance(allocation, Search):
+            how = allocation.measure, allocation.blocks
+        if how is not None:
+            fitness = _fitness(teacher, method, how, text, batch_size, recorder)
+            known = measured
+            measured = broadcast_from_first(lambda: known)  # all must ask for the same plans
+    decide = partial(make_plan, method, layers, measured, budget, allocation, remeasure)
+    decide = partial(decide, fitness=fitness)
+    # in a group all processes measure and judge together; a plan alone is the first one's task
+    return decide() if remeasure or fitness else run_on_first(decide)
+
+
 def _measure(
     teacher: LanguageModel,
     method: Compressor,
@@ -453,26 +454,19 @@ def _fitness(
 
 
 def _teacher_of(
-    settings: RouterKD,
+    settings: Settings,
     teacher: LanguageModel,
     blocks: TokenBlocks,
     batch_size: int,
     recorder: Recorder,
 ) -> Teacher:
     """Return what a fit learns from: the live model, or its final hidden states on the text."""
-    if settings.teacher == "live":
+    if isinstance(settings, Ridge) or settings.teacher == "live":
         return LiveTeacher(teacher.model)
-    return CachedTeacher(_states(teacher, blocks, batch_size, recorder))
-
-
-def _states(
-    teacher: LanguageModel, blocks: TokenBlocks, batch_size: int, recorder: Recorder
-) -> Tensor:
-    """Return the teacher's final hidden states (N, S, H) on a text."""
     batches = list(blocks.batches(batch_size))
     bar = recorder.progress("teacher")
     states = partial(final_hidden_states, teacher.model, batches, bar)
-    return recorder.states(teacher, blocks, states)
+    return CachedTeacher(recorder.states(teacher, blocks, states))
 
 
 def _with_policies(

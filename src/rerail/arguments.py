@@ -15,7 +15,7 @@ from rerail.plan.allocation import Allocation, Uniform
 from rerail.plan.budget import Bits, Budget, Ratio, Skip
 from rerail.statistics.statistic import StatisticSet
 from rerail.text.calibration import TokenBlocks
-from rerail.text.tokens import check_block, plain_ids, prefix_ids
+from rerail.text.tokens import check_block, first_ids, prefix_ids
 
 BLOCK = 256  # tokens, where text is plain strings
 
@@ -77,7 +77,7 @@ def as_blocks(tokenizer: Any, text: Text, block: int = BLOCK) -> TokenBlocks:
     if isinstance(text, str):
         raise InputError(f"text={text!r} is one string; give api.text(teacher, 'mix') or a list")
     prefix = prefix_ids(tokenizer)
-    rows = [[*prefix, *plain_ids(tokenizer, string)][:block] for string in text]
+    rows = [[*prefix, *first_ids(tokenizer, string, block)][:block] for string in text]
     rows = [row for row in rows if len(row) >= 2]
     if not rows:
         raise InputError(

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from rerail.distill.repair import Repair
 from rerail.evaluate.scores import Scores
@@ -13,7 +14,7 @@ from rerail.parallel import broadcast_from_first
 from rerail.plan.plan import Plan
 from rerail.statistics.collect import Progress
 from rerail.statistics.statistic import Statistic, StatisticSet
-from rerail.text.calibration import TokenBlocks
+from rerail.text.calibration import Calibration, TokenBlocks
 
 
 class Recorder:
@@ -36,6 +37,15 @@ class Recorder:
 
         It is {step, batch_kl} or {step, train_kl, val_kl}, nats a token.
         """
+
+    def text(
+        self,
+        calibration: Calibration,
+        tokenizer: PreTrainedTokenizerBase,
+        make: Callable[[], TokenBlocks],
+    ) -> TokenBlocks:
+        """Return the blocks of a text; in a group the first process calls this alone."""
+        return make()
 
     def statistics(
         self,

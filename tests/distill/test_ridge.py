@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from families import CONFIGS, tiny
+from rerail.distill.repair import repair
 from rerail.distill.ridge import (
     check_ridge,
     input_moments,
-    ridge_repair,
     router_inputs_of,
     solve,
     solved_rows,
@@ -18,7 +18,7 @@ from rerail.evaluate.perplexity import score_blocks
 from rerail.moe.router_scores import _Watch
 from rerail.plan.apply import apply_plan
 from rerail.plan.plan import Plan
-from rerail.teacher.hidden_states import final_hidden_states
+from rerail.teacher.hidden_states import LiveTeacher, final_hidden_states
 from stored_forms import aliased
 from students import blocks, kept_of, masked, merged, sliced
 
@@ -36,13 +36,8 @@ def alias(teacher):
 
 
 def repaired(student, teacher, settings=PLAIN, text=TEXT):
-    states = final_hidden_states(teacher, list(text.batches(8)))
     copy = student.with_shared_parameters()
-    return copy, ridge_repair(copy, teacher, states, text, settings, 8)
-
-
-def quiet(_label):
-    return lambda batches: batches
+    return copy, repair(copy, LiveTeacher(teacher), text, settings, {}, seed=0)
 
 
 def inputs(model, layer):
@@ -151,7 +146,7 @@ def test_layers_are_solved_in_their_order_on_what_repaired_ones_leave():
     teacher = tiny("qwen3_moe", num_hidden_layers=3)
     student, after = merged(teacher), merged(teacher)
     first, second = (f"layers.{i}.router.weight" for i in (1, 2))
-    in_order = solve(after, teacher, BATCHES, Ridge(ridge=1e-3), quiet)
+    in_order = solve(after, teacher, BATCHES, Ridge(ridge=1e-3))
     for layer in (1, 2):  # `after` has all layers solved, and only earlier ones count
         found = in_order[f"layers.{layer}.router.weight"].double()
         assert torch.equal(after.layers[layer].router_rows, found.float())
@@ -160,7 +155,7 @@ def test_layers_are_solved_in_their_order_on_what_repaired_ones_leave():
         level = 1e-3 * float(x.square().sum() / 16)
         gradient = (x @ found.T - target).T @ x + level * (found - rows)
         assert float(gradient.abs().max()) < 1e-4 * float((target.T @ x).abs().max())
-    at_once = solve(student, teacher, BATCHES, Ridge(ridge=1e-3, sequential=False), quiet)
+    at_once = solve(student, teacher, BATCHES, Ridge(ridge=1e-3, sequential=False))
     assert torch.equal(at_once[first], in_order[first])
     assert not torch.allclose(at_once[second], in_order[second], atol=1e-4)
 

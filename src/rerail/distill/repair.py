@@ -14,7 +14,7 @@ from torch import Tensor
 
 from rerail.code_version import code_version
 from rerail.distill.schedule import Schedule
-from rerail.distill.settings import RouterKD
+from rerail.distill.settings import Ridge, RouterKD, Settings
 from rerail.distill.sharding import private_copy
 from rerail.distill.trainable import master_copies, select_parameters
 from rerail.distill.trainer import check_strategy, strategy_arguments
@@ -23,7 +23,7 @@ from rerail.files import digest
 from rerail.moe.model import MoEModel
 from rerail.parallel import barrier, broadcast_from_first, group_rank_and_size, is_first, join
 from rerail.store import is_sound, remove_sealed
-from rerail.teacher.hidden_states import Teacher
+from rerail.teacher.hidden_states import LiveTeacher, Teacher
 from rerail.text.calibration import TokenBlocks
 
 if TYPE_CHECKING:  # Lightning takes seconds to import: functions that train import it
@@ -80,17 +80,17 @@ def repair(  # noqa: PLR0913
     student: MoEModel,
     teacher: Teacher,
     blocks: TokenBlocks,
-    settings: RouterKD,
+    settings: Settings,
     trainer: Mapping[str, Any],
     seed: int,
     folder: Path | None = None,
     report: "Report | None" = None,
 ) -> Repair:
-    """Train the student's routers in place on calibration blocks, by Lightning.
+    """Train the student's routers in place on calibration blocks, by Lightning, or solve for them.
 
     Args:
         student: the compressed model; only its router rows change.
-        teacher: the source of the teacher's hidden states for these blocks.
+        teacher: the source of the teacher's hidden states for these blocks; a live one for `Ridge`.
         blocks: calibration text; its last share validates.
         settings: hyper-parameters.
         trainer: further arguments of lightning.Trainer.
@@ -102,11 +102,29 @@ def repair(  # noqa: PLR0913
         InputError: too few blocks, constant gate weights, a trainer argument or precision that the
             settings rule out, or a KL that is not finite.
     """
+    check_strategy(trainer, settings)
+    join()
+    if isinstance(settings, Ridge):
+        from rerail.distill.ridge import ridge_repair  # it reads this module
+
+        assert isinstance(teacher, LiveTeacher)
+        return ridge_repair(student, teacher.model, blocks, settings, report)
+    return _train(student, teacher, blocks, settings, trainer, seed, folder, report)
+
+
+def _train(  # noqa: PLR0913
+    student: MoEModel,
+    teacher: Teacher,
+    blocks: TokenBlocks,
+    settings: RouterKD,
+    trainer: Mapping[str, Any],
+    seed: int,
+    folder: Path | None,
+    report: "Report | None",
+) -> Repair:
     from rerail.distill.batches import Rounds
     from rerail.distill.router_distillation import RouterDistillation
 
-    check_strategy(trainer, settings)
-    join()
     rank, ranks = group_rank_and_size()
     schedule = Schedule.of(len(blocks), settings, ranks)
     student.model.train(False)

@@ -20,6 +20,7 @@ common (arXiv 2606.03391 for merged models), and this form of it is the plainest
 """
 
 import contextlib
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
@@ -35,11 +36,13 @@ from rerail.evaluate.perplexity import score_blocks
 from rerail.moe.model import MoELayer, MoEModel
 from rerail.moe.router_scores import router_inputs
 from rerail.parallel import is_first, my_share, reduce_in_rank_order
-from rerail.statistics.collect import Batch, Progress
+from rerail.statistics.collect import Batch
 from rerail.text.calibration import TokenBlocks
 
 if TYPE_CHECKING:  # its module imports Lightning, which takes seconds
     from rerail.distill.curve import Report
+
+log = logging.getLogger(__name__)
 
 Sums = dict[int, tuple[Tensor, Tensor]]
 
@@ -65,14 +68,11 @@ def check_ridge(layers: Sequence[MoELayer], settings: Ridge, blocks: int) -> Non
             )
 
 
-def ridge_repair(  # noqa: PLR0913
+def ridge_repair(
     student: MoEModel,
     teacher: MoEModel,
-    states: Tensor,
     blocks: TokenBlocks,
     settings: Ridge,
-    batch_size: int,
-    bar: Callable[[str], Progress] = lambda _: lambda batches: batches,
     report: "Report | None" = None,
 ) -> Repair:
     """Solve for the student's routers in place on the leading calibration blocks.
@@ -82,22 +82,21 @@ def ridge_repair(  # noqa: PLR0913
     Args:
         student: the compressed model.
         teacher: the original one.
-        states: the teacher's final hidden states (N, S, H) on these blocks.
         blocks: calibration text; its last share validates.
         settings: of the fit.
-        batch_size: blocks a forward.
-        bar: from a label to what wraps batches, to show how far it is.
         report: called with the points before (step 0) and after (step 1).
 
     Raises:
         InputError: as `check_ridge`, or a router has no logits.
     """
     check_ridge(student.layers, settings, len(blocks))
-    batches = list(blocks.batches(batch_size))
+    batches = list(blocks.batches(settings.batch_size))
+    states = score_blocks(teacher, batches).hidden
+    assert states is not None
     before = {n: r for la in student.layers for n, r in _rows(la, settings.trains).items()}
     curve = [_point(0, student, states, batches, settings)]
-    fitted = list(blocks.first(settings.train_blocks(len(blocks))).batches(batch_size))
-    after = solve(student, teacher, fitted, settings, bar)
+    fitted = list(blocks.first(settings.train_blocks(len(blocks))).batches(settings.batch_size))
+    after = solve(student, teacher, fitted, settings)
     curve.append(_point(1, student, states, batches, settings))
     best = int(curve[1]["val_kl"] < curve[0]["val_kl"])
     # tensors of their own, as a file of both must have
@@ -115,16 +114,15 @@ def solve(
     teacher: MoEModel,
     batches: Sequence[Batch],
     settings: Ridge,
-    bar: Callable[[str], Progress],
 ) -> dict[str, Tensor]:
     """Put the solved rows into a student layer by layer, and return them as in `Repair.after`."""
     layers, rows = student.layers, dict[str, Tensor]()
     for group in [[la] for la in layers] if settings.sequential else [layers]:
-        label = f"block inputs of layers {group[0].index}-{group[-1].index}"
-        sums = input_moments(student, teacher, [la.index for la in group], batches, bar(label))
+        sums = input_moments(student, teacher, [la.index for la in group], batches)
         for layer in group:
             rows |= solved_rows(layer, *sums[layer.index], settings)
         set_router_rows(student, rows)
+        log.info("solved the routers of layers %d-%d", group[0].index, group[-1].index)
     return rows
 
 
@@ -156,11 +154,10 @@ def input_moments(
     teacher: MoEModel,
     layers: Sequence[int],
     batches: Sequence[Batch],
-    progress: Progress = lambda batches: batches,
 ) -> Sums:
     """Return, for each layer, the sums over real tokens that `solved_rows` reads, float64."""
     sums: Sums = {}
-    for ids, mask in progress(my_share(batches)[1]):
+    for ids, mask in my_share(batches)[1]:
         inputs, targets = (router_inputs_of(m, layers, ids, mask) for m in (student, teacher))
         for i, x in inputs.items():
             # a column of ones at the end stands for the bias

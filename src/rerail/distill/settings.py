@@ -90,13 +90,16 @@ class Ridge(_Settings):
             routers add one to their logits.
         sequential: whether each layer is solved on the inputs that earlier repaired layers leave;
             else all in one pass on those of the unrepaired student.
+        batch_size: blocks a forward.
     """
 
     ridge: float = 1e-2
     trains: Literal["router_rows", "router_rows+bias", "bias"] = "router_rows"
     sequential: bool = True
+    batch_size: int = 16
 
     def __post_init__(self) -> None:
+        self._require("batch_size", self.batch_size > 0, "must be greater than 0")
         self._require("ridge", self.ridge >= 0, "must be at least 0")
         self._check("trains")
 

@@ -70,14 +70,14 @@ class EEP(SetSearcher):
         sets = self.judging(lambda gone: fitness(self.keeping(layers, evolution.kept_of(gone))))
         sets.judge([evolution.removed_of(pools, kept)])
         sets.judge(tuple(pool.random(1)[0] for pool in pools) for _ in range(self.population))
-        sets.run(lambda *pair: evolution.varied_sets(pools, *pair, self.mutation), self.iterations)
+        sets.run(lambda a, b: evolution.varied_sets(pools, a, b, self.mutation), self.iterations)
         best = evolution.kept_of(sets.best)
         if not self.merging:
             return self.keeping(layers, best), sets.summary()
         made = self.judging(lambda matrices: fitness(self.made_of(layers, best, matrices)))
         made.judge([evolution.one_hot(pools, best)])
         steps = generator, self.mutation, self.scale, self.normalise
-        made.run(lambda *pair: evolution.varied_matrices(*pair, *steps), self.merging)
+        made.run(lambda a, b: evolution.varied_matrices(a, b, *steps), self.merging)
         return self.made_of(layers, best, made.best), {**sets.summary(), "merged": made.summary()}
 
     def judging(self, fitness: Callable[[evolution.Genome], float]) -> evolution.Evolution:

@@ -32,7 +32,7 @@ _PACKED_NAMES = (
     ".SCB",
 )
 _ALL_SCALES = (".weight_scale", ".weight_scale_inv", ".input_scale", ".scales", ".qzeros")
-_PACKED_DTYPES = ("F8", "F6", "F4")
+_PACKED_DTYPES = ("F8", "F6_", "F4")
 
 
 def check_number_format(

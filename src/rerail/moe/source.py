@@ -4,6 +4,7 @@ import functools
 import importlib.resources
 import json
 import logging
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +34,7 @@ log = logging.getLogger(__name__)
 
 _HASHED_WHOLE = 2**31
 _HASHED_KINDS = (".json", ".safetensors", ".bin", ".model", ".txt", ".py")
+_NAME = re.compile(r"[^\W_][\w.-]{0,63}", re.ASCII)
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
 # what stands beside the weights and does not change with them
 _COMPANIONS = (
@@ -69,6 +71,7 @@ class ModelSource:
         experts_implementation: by default `eager` on a CPU, and the model's own elsewhere.
         remote_code: run the repository's own code; off unless asked for.
         refuse: a reason for which this model is not supported.
+        name: in rows and folders; by default that of the preset, or made from the path.
     """
 
     path_or_id: str
@@ -79,9 +82,15 @@ class ModelSource:
     experts_implementation: str | None = None
     remote_code: bool = False
     refuse: str | None = None
+    name: str | None = None
 
     def __post_init__(self) -> None:
         """Check the words."""
+        if self.name is not None and not _NAME.fullmatch(self.name):
+            raise InputError(
+                f"model.name={self.name!r} names folders: allowed are 1 to 64 letters, digits and "
+                "any of _ . -, of which the first is a letter or a digit"
+            )
         if self.dtype not in _DTYPES:
             raise InputError(f"model.dtype={self.dtype!r} is not one of {', '.join(_DTYPES)}")
 
@@ -180,10 +189,11 @@ class ModelSource:
         _check_finite(model, self.path_or_id)
         return MoEModel(model)
 
-    def stored_dtype(self) -> torch.dtype | None:
-        """Return the dtype of the checkpoint, not the one to load in; None where it names none.
+    def stored_dtype(self) -> torch.dtype:
+        """Return the dtype of the checkpoint, not the one to load in: an export is written in it.
 
-        Most of the stored numbers decide; the config does where they are packed or not there yet.
+        Most of the stored numbers decide; the config does where they are packed or not there yet,
+        and where it names none they load as float32.
         """
         config, folder = self.config(), self.folder()
         if folder and (dtype := main_dtype(stored_tensors(folder))) and not is_packed(config):
@@ -191,12 +201,11 @@ class ModelSource:
         for owner in (config, config.get_text_config()):
             if isinstance(dtype := getattr(owner, "dtype", None), torch.dtype):
                 return dtype
-        return torch.bfloat16 if is_packed(config) else None
+        return torch.bfloat16 if is_packed(config) else torch.float32
 
     def itemsize(self) -> int:
-        """Return the bytes of a number in the checkpoint's dtype; 2 where no dtype is stated."""
-        dtype = self.stored_dtype()
-        return 2 if dtype is None else dtype.itemsize
+        """Return the bytes of a number in the checkpoint's dtype."""
+        return self.stored_dtype().itemsize
 
     def fingerprint(self) -> str:
         """Return a hash of the files of a folder, or of hub id and commit.
@@ -238,7 +247,7 @@ class ModelSource:
             return cast(torch.dtype, getattr(torch, self.dtype))
         if device == "cpu" and self.device_map is None:
             return torch.float32
-        return self.stored_dtype() or torch.float32
+        return self.stored_dtype()
 
     def _note_left_out(self, model: Any, unexpected: Iterable[str]) -> None:
         """Say which tensors of the checkpoint the model has no place for.
@@ -267,7 +276,7 @@ class ModelSource:
         path = Path(self.location)
         if path.is_dir():
             return path / name if (path / name).is_file() else None
-        found = cached_file(
+        cached = cached_file(
             self.location,
             name,
             revision=self.revision,
@@ -275,7 +284,7 @@ class ModelSource:
             _raise_exceptions_for_missing_entries=False,
             _raise_exceptions_for_connection_errors=False,
         )
-        return None if found is None else Path(found)
+        return None if cached is None else Path(cached)
 
     def _device(self) -> str:
         gpu = torch.cuda.is_available()

@@ -43,14 +43,14 @@ def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
 
     What is broken is left to the loader, which names it.
     """
-    found: dict[str, StoredTensor] = {}
+    tensors: dict[str, StoredTensor] = {}
     for path in _files(folder):
         try:
             state = path.stat()
-            found |= _header(path, state.st_size, state.st_mtime_ns)
+            tensors |= _header(path, state.st_size, state.st_mtime_ns)
         except (OSError, ValueError, TypeError, KeyError, AttributeError):
             return {}
-    return found
+    return tensors
 
 
 def main_dtype(tensors: Mapping[str, StoredTensor]) -> torch.dtype | None:

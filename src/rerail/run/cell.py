@@ -9,7 +9,7 @@ from rerail.code_version import code_version
 from rerail.compress.base import Compressor, make_plan
 from rerail.compress.sequential import sequential
 from rerail.distill.repair import repair
-from rerail.distill.ridge import check_ridge, ridge_repair
+from rerail.distill.ridge import check_ridge
 from rerail.distill.schedule import Schedule
 from rerail.distill.settings import Ridge, Settings
 from rerail.distill.trainable import check_router_gradients
@@ -146,7 +146,6 @@ class Cell:
                 plan_fitness,
                 apply_plan,
                 repair,
-                ridge_repair,
                 score_texts,
             ),
         }

@@ -1,5 +1,6 @@
 """Run one cell, one line a step: `rerail.api` behind a recorder, and the rows."""
 
+import functools
 import logging
 import traceback
 from dataclasses import asdict
@@ -89,7 +90,7 @@ def _run_or_return(cell: Cell, folder: Path, mirror: Mirror | None) -> list[Row]
 def _run(cell: Cell, recorder: CellRecorder) -> list[Row]:
     step, batch_size = recorder.step, cell.calibration.batch_size
     step("text")
-    heldout, text = broadcast_from_first(lambda: _texts(cell))
+    heldout, text = broadcast_from_first(lambda: _texts(cell, recorder))
     step("load")
     teacher = api.load(cell.model)
     if text is None:
@@ -137,7 +138,7 @@ def _run(cell: Cell, recorder: CellRecorder) -> list[Row]:
     return stages.rows
 
 
-def _texts(cell: Cell) -> tuple[dict[str, TokenBlocks], TokenBlocks | None]:
+def _texts(cell: Cell, recorder: CellRecorder) -> tuple[dict[str, TokenBlocks], TokenBlocks | None]:
     """Return the held-out texts, and the calibration text unless the teacher must write it.
 
     Raises:
@@ -145,9 +146,9 @@ def _texts(cell: Cell) -> tuple[dict[str, TokenBlocks], TokenBlocks | None]:
     """
     tokenizer = cell.model.tokenizer()
     check_vocabulary(tokenizer, cell.model.meta().vocab_size)
-    heldout = {name: api.text(tokenizer, text) for name, text in cell.evaluation.texts.items()}
-    written = cell.calibration.needs_model
-    return heldout, None if written else api.text(tokenizer, cell.calibration)
+    blocks = functools.partial(api.text, tokenizer, recorder=recorder)
+    heldout = {name: blocks(text) for name, text in cell.evaluation.texts.items()}
+    return heldout, None if cell.calibration.needs_model else blocks(cell.calibration)
 
 
 def _live(cell: Cell, folder: Path, mirror: Mirror | None) -> Live:

@@ -11,9 +11,10 @@ from typing import Any
 
 from torch import Tensor
 from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
 
+from rerail.code_version import code_version
 from rerail.distill.repair import Repair, repair
-from rerail.distill.ridge import ridge_repair
 from rerail.evaluate.continuation import continuation
 from rerail.evaluate.fitness import plan_fitness
 from rerail.evaluate.scores import Scores, score_texts
@@ -31,7 +32,7 @@ from rerail.statistics.collect import Batch, Progress
 from rerail.statistics.statistic import Statistic, StatisticSet
 from rerail.store import Artefact, Code, get, read, write
 from rerail.teacher.hidden_states import final_hidden_states
-from rerail.text.calibration import TokenBlocks
+from rerail.text.calibration import Calibration, TokenBlocks
 
 log = logging.getLogger(__name__)
 
@@ -74,6 +75,26 @@ class CellRecorder(Recorder):
         self.live.point(point)
         if "batch_kl" in point:
             self.status.progress("step", int(point["step"]), steps)
+
+    def text(
+        self,
+        calibration: Calibration,
+        tokenizer: PreTrainedTokenizerBase,
+        make: Callable[[], TokenBlocks],
+    ) -> TokenBlocks:
+        """Keep the blocks in the cache, where nothing but their key decides them."""
+        key = calibration.store_key(tokenizer)
+        if key is None:
+            return make()
+        path = cache_dir() / "text" / f"{key}.json"
+        # not `get`, which all processes of a group would have to call
+        version = code_version(Calibration, *map(type, calibration.sources))
+        stored = read(path, version)
+        if stored is None:
+            blocks = make()
+            tensors = {"input_ids": blocks.input_ids, "mask": blocks.mask}
+            stored = write(path, Artefact(blocks.fingerprint, tensors), version)
+        return TokenBlocks(**stored.tensors, fingerprint=stored.data)
 
     def statistics(
         self,
@@ -132,7 +153,7 @@ class CellRecorder(Recorder):
             made = make()
             return Artefact(made.plain(), made.tensors)
 
-        artefact = get(self.folder / "repair.json", with_cost(plain), [repair, ridge_repair])
+        artefact = get(self.folder / "repair.json", with_cost(plain), [repair])
         return Repair.from_plain(*self._without_cost("repair", artefact))
 
     def policies(self, make: Callable[[], Plan]) -> Plan:

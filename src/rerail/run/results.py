@@ -117,6 +117,7 @@ class Row(Mapping[str, Any]):
     )
     reason: Text = _column("why a cell is not done")
     model: Text = _column("name of the model")
+    fingerprint: Text = _column("hash of the model's files; equal only for the same model")
     granularity: Literal["fine", "coarse"] | None = _column("fine (I <= H) or coarse")
     compressor: Text = _column("name of the compression method")
     paradigm: Text = _column("pruning, merging, editing ...")

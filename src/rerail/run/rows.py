@@ -12,11 +12,13 @@ from omegaconf import OmegaConf
 
 from rerail.config.secrets import without_secrets
 from rerail.distill.repair import Repair
+from rerail.errors import InputError
 from rerail.evaluate.estimates import mean_and_se, recovery_of
 from rerail.evaluate.scores import LayerRouting, Scores
 from rerail.files import digest
 from rerail.language_model import LanguageModel
 from rerail.moe.model import MoEModel
+from rerail.moe.source import ModelSource
 from rerail.plan.budget import Bits
 from rerail.run.cell import Cell
 from rerail.run.cost import Cost
@@ -29,6 +31,7 @@ def identity(cell: Cell) -> dict[str, Any]:
     groups = ("model", "compressor", "allocation", "calibration", "distill")
     return {
         **{group: cell.names.get(group) for group in groups},
+        "fingerprint": fingerprint_of(cell.model),
         "key": cell.key,
         "paradigm": cell.compressor.paradigm,
         "paper": cell.compressor.paper,
@@ -42,6 +45,14 @@ def identity(cell: Cell) -> dict[str, Any]:
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "revision": revision(),
     }
+
+
+def fingerprint_of(model: ModelSource) -> str | None:
+    """Return the hash of a model's files; None where they cannot be read."""
+    try:
+        return model.fingerprint()
+    except (InputError, OSError):
+        return None
 
 
 def failed_row(cell: Cell, status: str, reason: str) -> Row:

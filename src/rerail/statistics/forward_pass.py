@@ -62,25 +62,20 @@ class _Recorder(StandIn):
 
     def forward(self, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         """Compute as the experts do, and keep what is needed."""
-        found = {}
+        answers = {}
         if self.needs & {"norms", "middle", "outputs"}:
-            found = answer(self.inner, hidden, index, weights, self.needs)
+            answers = answer(self.inner, hidden, index, weights, self.needs)
         if self.routed:
-            self._update_routed({"hidden": hidden, "index": index, "gates": weights, **found})
+            self._update_routed({"hidden": hidden, "index": index, "gates": weights, **answers})
         if self.dense:
             self._update_dense(hidden, index, weights)
         # nothing behind the last layer is asked for, so the rest of the forward is saved
         if self.last:
             raise _Enough
-        return found["routed"] if found else cast(Tensor, self.inner(hidden, index, weights))
+        return answers["routed"] if answers else cast(Tensor, self.inner(hidden, index, weights))
 
     def _update_routed(self, tensors: dict[str, Tensor]) -> None:
-        if "logits" in self.needs:
-            tensors["logits"] = self.surroundings.logits()
-        if "scores" in self.needs:
-            tensors["scores"] = self.surroundings.scores()
-        if "residual" in self.needs:
-            tensors["residual"] = self.surroundings.residual()
+        tensors |= self.surroundings.take()
         assert self.text.position is not None
         tensors["position"] = self.text.position
         valid = {name: self.text.valid(tensor) for name, tensor in tensors.items()}
