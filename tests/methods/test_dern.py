@@ -315,9 +315,9 @@ def test_no_expert_removed_is_the_model_to_the_bit() -> None:
 
 
 def test_settings_and_ratios_out_of_range_are_refused() -> None:
-    with pytest.raises(InputError, match=r"alpha=1.5 is outside \[-1, 1\]"):
+    with pytest.raises(InputError, match=r"alpha=1.5 .* alpha in \[-1, 1\]"):
         DERN(alpha=1.5)
-    with pytest.raises(InputError, match="router=mask: DERN adds rows"):
+    with pytest.raises(InputError, match=r"router=mask .* router=slice, since rows are added"):
         DERN(router="mask")
     with pytest.raises(OutOfReach, match=r"allowed ratios: 0 to 0\.75"):
         LOOSE.check(tiny("qwen3_moe").layers, Ratio(0.875), Uniform())

@@ -9,11 +9,10 @@
    weights s of where they come from, started from its own (`init=own`) or from those of the largest
    max g + |min g| among all (`magnitude`). A mean has the mean norm of its members.
 
-The paper's text was not read: alpha (0.4 to 0.6 is told of), norms, the start, and the addition of
-rows (not of scores) are second-hand. Ours: segments are compared and averaged up to the sign that
-(g, -u, -d) = (g, u, d) leaves free (`signs`; not in gpt_oss, whose product is no odd function of
-u); `multiplicity=scaled` multiplies d by the number of r's own segments in the mean, which the
-plain mean loses. Without anything received (alpha = 1) this is pruning.
+The paper's text was not read: alpha (0.4 to 0.6), norms, the start, and that rows are added and not
+scores are second-hand. Ours: segments are compared and averaged up to the sign that (g, -u, -d) =
+(g, u, d) leaves free (`signs`; not in gpt_oss, whose product is no odd function of u x), and
+`multiplicity=scaled`, d times the number of r's own segments in a mean. alpha = 1 is pruning.
 """
 
 from dataclasses import dataclass
@@ -24,18 +23,9 @@ from torch import Tensor
 
 from rerail.compress.base import Decision
 from rerail.compress.router_rows import sliced
+from rerail.compress.solvers import segments
 from rerail.compress.solvers.grouping import whole_experts, wide
-from rerail.compress.solvers.segments import (
-    Absorption,
-    Features,
-    Start,
-    fused_segments,
-    nearest,
-    redistributed,
-    segments_of,
-    signs_are_free,
-)
-from rerail.compress.templates.pruner import Pruner
+from rerail.compress.templates.pruner import Kept, Pruner
 from rerail.errors import InputError
 from rerail.moe.model import MoELayer
 from rerail.plan.plan import ROWS, LayerPlan
@@ -52,8 +42,8 @@ class DERN(Pruner):
     """
 
     alpha: float = 0.6
-    features: Features = "up_down"
-    init: Start = "own"
+    features: segments.Features = "up_down"
+    init: segments.Start = "own"
     signs: bool = True
     multiplicity: Literal["mean", "scaled"] = "mean"
 
@@ -61,10 +51,11 @@ class DERN(Pruner):
     paper: ClassVar[str] = "arXiv 2509.10377"
 
     def __post_init__(self) -> None:
-        if not -1 <= self.alpha <= 1:
-            raise InputError(f"compressor.alpha={self.alpha} is outside [-1, 1]")
-        if self.router != "slice":
-            raise InputError(f"compressor.router={self.router}: DERN adds rows; allowed: slice")
+        if not -1 <= self.alpha <= 1 or self.router != "slice":
+            raise InputError(
+                f"compressor.alpha={self.alpha} with router={self.router} cannot be; allowed: "
+                "alpha in [-1, 1] and router=slice, since rows are added"
+            )
 
     @property
     def measures(self) -> tuple[Statistic, ...]:
@@ -73,22 +64,22 @@ class DERN(Pruner):
     def score(self, layer: MoELayer, statistics: LayerStatistics) -> Tensor:
         return statistics[Moment(1, 0)]
 
-    def formed(
-        self, layer: MoELayer, statistics: LayerStatistics, kept: tuple[int, ...]
-    ) -> Decision:
+    def formed(self, layer: MoELayer, statistics: LayerStatistics, kept: Kept) -> Decision:
         """Return the plan of whole experts and pooled rows."""
         dropped = [e for e in range(layer.num_experts) if e not in kept]
-        segments, signs = segments_of(layer), self.signs and signs_are_free(layer)
-        stay, go = segments.at(list(kept)), segments.at(dropped)
-        index, cosine = nearest(go.flat(), stay.flat(), self.features, signs)
+        every = segments.segments_of(layer)
+        signs = self.signs and segments.signs_are_free(layer)
+        stay, go = every.at(list(kept)), every.at(dropped)
+        index, cosine = segments.nearest(go.flat(), stay.flat(), self.features, signs)
         to = torch.where(cosine > self.alpha, index // layer.intermediate_size, -1)
         if not (to >= 0).any():
             return Decision(sliced(layer, kept))
-        how = Absorption(self.init, signs, self.multiplicity == "scaled")
+        how = segments.Absorption(self.init, signs, self.multiplicity == "scaled")
         score = self.score(layer, statistics)
-        joined, shares = redistributed(stay, go, to, (score[list(kept)], score[dropped]), how)
-        spec, tensors = whole_experts(layer, fused_segments(layer, joined, list(kept)))
-        rows = layer.router_rows.detach().cpu()
-        pooled = rows[list(kept)].double() + shares @ rows[dropped].double()
+        weights = score[list(kept)], score[dropped]
+        joined, shares = segments.redistributed(stay, go, to, weights, how)
+        spec, tensors = whole_experts(layer, segments.fused_segments(layer, joined, list(kept)))
+        rows = layer.router_rows.detach().cpu().double()
+        pooled = rows[list(kept)] + shares @ rows[dropped]
         plan = LayerPlan(layer.index, kept, tuple(range(len(kept))), "pooled", spec)
-        return Decision(plan, {**tensors, ROWS: pooled.to(wide(rows.dtype))})
+        return Decision(plan, {**tensors, ROWS: pooled.to(wide(layer.router_rows.dtype))})

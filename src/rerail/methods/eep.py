@@ -3,12 +3,12 @@
 Students are judged as a whole: by -KL to the teacher on a few blocks of the calibration text (or
 ESAP, `measure`; the paper has task accuracy). Layers of a group share all choices (4 groups).
 
-Phase 1: W_RM = W_EM = one-hot rows (M, E): a kept set for each group. Random sets are judged, then
-in each iteration one child of one or two (`crossover`) of the best so far: drawn from the union of
-its parents' sets, with one member exchanged at probability `mutation`. The plan is a pruner's.
+Phase 1: W_RM = W_EM = one-hot rows (M, E), a kept set for each group. Random sets are judged, then
+in each iteration a child of one or two (`crossover`) parents: drawn from the union of their sets,
+with one member exchanged at probability `mutation`. The plan is a pruner's.
 
 Phase 2 (`merging` iterations): W_EM becomes real, expert j is sum_i W_EM[j, i] expert_i, every
-matrix alike. A child has for each group one parent's W_EM; an entry moves by a normal step of
+matrix alike. A child has one parent's W_EM for each group; an entry moves by a normal step of
 `scale` at probability `mutation`; rows are brought to the sum 1 at probability `normalise`.
 
 Not as in the paper: the router matrix W_RM (p' = W_RM softmax(z) before top-k) stays one-hot in
@@ -25,16 +25,7 @@ from typing import Any, ClassVar
 import torch
 
 from rerail.compress.base import Fitness, Layers
-from rerail.compress.solvers.evolution import (
-    Evolution,
-    Genome,
-    kept_of,
-    one_hot,
-    removals_of,
-    removed_of,
-    varied_matrices,
-    varied_sets,
-)
+from rerail.compress.solvers import evolution
 from rerail.compress.templates.set_searcher import SetSearcher
 from rerail.errors import InputError
 from rerail.plan.plan import Plan
@@ -73,21 +64,23 @@ class EEP(SetSearcher):
         scopes = self.scopes(layers)
         kept = [first.layers[scope[0]].kept for scope in scopes]
         pools = [
-            removals_of(layers[s[0]], own, generator) for s, own in zip(scopes, kept, strict=True)
+            evolution.removals_of(layers[s[0]], own, generator)
+            for s, own in zip(scopes, kept, strict=True)
         ]
-        sets = self.evolution(lambda gone: fitness(self.keeping(layers, kept_of(gone))))
-        sets.judge([removed_of(pools, kept)])
+        sets = self.judging(lambda gone: fitness(self.keeping(layers, evolution.kept_of(gone))))
+        sets.judge([evolution.removed_of(pools, kept)])
         sets.judge(tuple(pool.random(1)[0] for pool in pools) for _ in range(self.population))
-        sets.run(lambda *pair: varied_sets(pools, *pair, self.mutation), self.iterations)
-        best = kept_of(sets.best)
+        sets.run(lambda a, b: evolution.varied_sets(pools, a, b, self.mutation), self.iterations)
+        best = evolution.kept_of(sets.best)
         if not self.merging:
             return self.keeping(layers, best), sets.summary()
-        made = self.evolution(lambda matrices: fitness(self.made_of(layers, best, matrices)))
-        made.judge([one_hot(pools, best)])
+        made = self.judging(lambda matrices: fitness(self.made_of(layers, best, matrices)))
+        made.judge([evolution.one_hot(pools, best)])
         steps = generator, self.mutation, self.scale, self.normalise
-        made.run(lambda *pair: varied_matrices(*pair, *steps), self.merging)
-        found = {**sets.summary(), "merged": made.summary()}
-        return self.made_of(layers, best, made.best), found
+        made.run(lambda a, b: evolution.varied_matrices(a, b, *steps), self.merging)
+        return self.made_of(layers, best, made.best), {**sets.summary(), "merged": made.summary()}
 
-    def evolution(self, fitness: Callable[[Genome], float]) -> Evolution:
-        return Evolution(fitness, self.crossover, self.from_front, random.Random(self.seed))
+    def judging(self, fitness: Callable[[evolution.Genome], float]) -> evolution.Evolution:
+        return evolution.Evolution(
+            fitness, self.crossover, self.from_front, random.Random(self.seed)
+        )

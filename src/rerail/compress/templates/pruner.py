@@ -28,6 +28,8 @@ from rerail.plan.allocation import Allocation, removed_shares
 from rerail.plan.budget import Budget
 from rerail.statistics.statistic import LayerStatistics, Statistic
 
+Kept = tuple[int, ...]  # slots, ascending
+
 
 @dataclass(frozen=True, kw_only=True)
 class Pruner(Compressor):
@@ -124,8 +126,6 @@ class Pruner(Compressor):
             decisions.append(self.formed(layer, view, self.choose(layer, view, count, slots)))
         return decisions
 
-    def formed(
-        self, layer: MoELayer, statistics: LayerStatistics, kept: tuple[int, ...]
-    ) -> Decision:
+    def formed(self, layer: MoELayer, statistics: LayerStatistics, kept: Kept) -> Decision:
         """Return the decision once it is known which experts stay; they stay as they are."""
         return Decision((sliced if self.router == "slice" else masked)(layer, kept))
