@@ -4,15 +4,15 @@ Symbols (for each factorised matrix, oriented p x d = I x H): A (E, p, r), alpha
 the simplex, B (m, r, d), f the activation. `down` (H, I) is factorised on its transpose.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from rerail.experts.base import BankSpec
+from rerail.experts.base import BankParts, BankSpec
 from rerail.experts.encoded import EncodedExperts
-from rerail.moe.fused_experts import Dims
+from rerail.moe.fused_experts import Dims, decoded_product
 
 
 def _identity(values: Tensor) -> Tensor:
@@ -26,9 +26,14 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+def inner(alpha: Tensor, b: Tensor, activation: str) -> Tensor:
+    """Return f(sum_j alpha_ij B_j): (E, m), (m, r, d) -> (E, r, d)."""
+    return ACTIVATIONS[activation](torch.einsum("em,mrd->erd", alpha, b))
+
+
 def mixed(a: Tensor, alpha: Tensor, b: Tensor, activation: str) -> Tensor:
     """Return A_i f(sum_j alpha_ij B_j): (E, p, r), (E, m), (m, r, d) -> (E, p, d)."""
-    return a @ ACTIVATIONS[activation](torch.einsum("em,mrd->erd", alpha, b))
+    return a @ inner(alpha, b, activation)
 
 
 class BasisExperts(EncodedExperts):
@@ -52,8 +57,36 @@ class BasisExperts(EncodedExperts):
     def common(spec: BankSpec, name: str) -> bool:  # noqa: ARG004
         return name.endswith(".B")
 
+    def __init__(self, parts: BankParts):
+        self._ready: dict[tuple[str, int], Tensor] = {}
+        super().__init__(parts)
+
     def matrix(self, name: str, expert: int) -> Tensor:
-        a, alpha, b = (self.solved(f"{name}.{part}") for part in ("A", "alpha", "B"))
-        own = slice(expert, expert + 1)
-        [matrix] = mixed(a[own], alpha[own], b, self.spec.options["activation"])
+        matrix = self.solved(f"{name}.A")[expert] @ self._inner(name, expert)
         return matrix.mT if name == "down" else matrix
+
+    def product(self, name: str, expert: int, x: Tensor, shared: Tensor | None) -> Tensor | None:
+        """Return A_i f(...) x; r (p + d) products for each token, where the matrix takes p d."""
+        if f"{name}.A" not in self.shapes(self.spec, self.dims):
+            return None
+        a = self.solved(f"{name}.A")[expert]
+        if name == "down":  # factorised on its transpose
+            return decoded_product(x @ a, lambda: self._inner(name, expert).mT)
+        return F.linear(decoded_product(x, lambda: self._inner(name, expert)), a)
+
+    def prepare(self, experts: Sequence[int]) -> None:
+        """Mix the bases of some experts together, so that they are read once for all of these."""
+        self._ready = {}
+        with torch.no_grad():
+            for name in self.spec.options["matrices"].split("+") if experts else ():
+                mixed = self._mixed(name, list(experts))
+                self._ready |= {(name, e): m for e, m in zip(experts, mixed, strict=True)}
+
+    def _inner(self, name: str, expert: int) -> Tensor:
+        ready = self._ready.get((name, expert))
+        return self._mixed(name, [expert])[0] if ready is None else ready
+
+    def _mixed(self, name: str, experts: list[int]) -> Tensor:
+        """Return f(sum_j alpha_ij B_j) of some experts (n, r, d)."""
+        alpha, b = self.solved(f"{name}.alpha")[experts], self.solved(f"{name}.B")
+        return inner(alpha, b, self.spec.options["activation"])

@@ -2,12 +2,13 @@
 
 import math
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from rerail.experts.base import BankParts, BankSpec, ExpertBank, Stored, StoredForm
 from rerail.moe.families import middle_of, norm_after
@@ -60,6 +61,10 @@ class EncodedExperts(ExpertBank):
         """Whether whole experts are in memory."""
         return self.spec.options.get("run", "stored") == "materialised"
 
+    @property
+    def computes(self) -> bool:
+        return not self.materialised
+
     @staticmethod
     def touched(spec: BankSpec) -> frozenset[str]:  # noqa: ARG004
         """Return the stock parameter names that solved tensors replace; the others stay."""
@@ -104,6 +109,13 @@ class EncodedExperts(ExpertBank):
         It is applied once, to the gated sum, where neither a bias nor a norm comes between.
         """
         return total
+
+    def prepare(self, experts: Sequence[int]) -> None:
+        """Make ready together what the next few chosen experts need; drop what was made before.
+
+        It is called again and again in a forward, and last for no expert. A form that makes
+        nothing ready leaves it out.
+        """
 
     # ---- what follows
 
@@ -189,13 +201,16 @@ class EncodedExperts(ExpertBank):
                 hidden[tokens],
                 {n: s if s is None else s[tokens] for n, s in shared.items()},
             )
-            out = self._down(expert, middle_of(self.shell, gate_up))
+            middle = middle_of(self.shell, gate_up)
+            if self.middles is not None:
+                self.middles.append(self.spread(middle))
+            out = self._down(expert, middle)
             if bias is not None or norm is not None:
                 out = self.finish(out)
             out = out if bias is None else out + bias[expert]
             return out if norm is None else norm(out)
 
-        total = routed_sum(self.shell, rows, weights, answer)
+        total = routed_sum(self.shell, rows, weights, answer, self.prepare)
         return total if bias is not None or norm is not None else self.finish(total)
 
     def _gate_up(self, expert: int, x: Tensor, shared: Mapping[str, Tensor | None]) -> Tensor:
@@ -218,6 +233,10 @@ class EncodedExperts(ExpertBank):
         """Return the rows of gate and up (2I, H) as the family orders them."""
         gate, up = self.decoded("gate", expert), self.decoded("up", expert)
         return self.layout.join(gate, up, dim=-2)
+
+    def spread(self, middle: Tensor) -> Tensor:
+        """Return middle activations of all I channels; those beyond the stored ones are 0."""
+        return F.pad(middle, (0, self.dims.intermediate - middle.shape[1]))
 
     def middle_bias(self, expert: int) -> Tensor | None:
         """Return the bias (2I,) of gate and up as the family orders them; None for none."""
