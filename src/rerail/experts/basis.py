@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from rerail.experts.base import BankParts, BankSpec
+from rerail.experts.base import BankSpec
 from rerail.experts.encoded import EncodedExperts
 from rerail.moe.fused_experts import Dims, decoded_product
 
@@ -57,34 +57,34 @@ class BasisExperts(EncodedExperts):
     def common(spec: BankSpec, name: str) -> bool:  # noqa: ARG004
         return name.endswith(".B")
 
-    def __init__(self, parts: BankParts):
-        self._ready: dict[tuple[str, int], Tensor] = {}
-        super().__init__(parts)
-
     def matrix(self, name: str, expert: int) -> Tensor:
         matrix = self.solved(f"{name}.A")[expert] @ self._inner(name, expert)
         return matrix.mT if name == "down" else matrix
 
     def product(self, name: str, expert: int, x: Tensor, shared: Tensor | None) -> Tensor | None:
-        """Return A_i f(...) x; r (p + d) products for each token, where the matrix takes p d."""
-        if f"{name}.A" not in self.shapes(self.spec, self.dims):
+        if name not in self.spec.options["matrices"].split("+"):
             return None
         a = self.solved(f"{name}.A")[expert]
+        (p, r), d = a.shape, self.dims.hidden
+        if len(x) * (r * (p + d) - p * d) > p * r * d:
+            return None  # so many tokens that making the matrix pays
         if name == "down":  # factorised on its transpose
             return decoded_product(x @ a, lambda: self._inner(name, expert).mT)
         return F.linear(decoded_product(x, lambda: self._inner(name, expert)), a)
 
-    def prepare(self, experts: Sequence[int]) -> None:
+    def prepared(self, experts: Sequence[int]) -> dict[tuple[str, int], Tensor]:
         """Mix the bases of some experts together, so that they are read once for all of these."""
-        self._ready = {}
-        with torch.no_grad():
-            for name in self.spec.options["matrices"].split("+") if experts else ():
-                mixed = self._mixed(name, list(experts))
-                self._ready |= {(name, e): m for e, m in zip(experts, mixed, strict=True)}
+        made: dict[tuple[str, int], Tensor] = {}
+        for name in self.spec.options["matrices"].split("+"):
+            keys = [(name, e) for e in experts]
+            made.update(zip(keys, self._mixed(name, list(experts)), strict=True))
+        return made
 
     def _inner(self, name: str, expert: int) -> Tensor:
-        ready = self._ready.get((name, expert))
-        return self._mixed(name, [expert])[0] if ready is None else ready
+        """Return f(sum_j alpha_ij B_j) of an expert (r, d)."""
+        if (name, expert) in self.ready:
+            return self.ready[name, expert]
+        return self._mixed(name, [expert])[0]
 
     def _mixed(self, name: str, experts: list[int]) -> Tensor:
         """Return f(sum_j alpha_ij B_j) of some experts (n, r, d)."""

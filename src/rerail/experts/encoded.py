@@ -32,13 +32,22 @@ class EncodedExperts(ExpertBank):
 
     Option `run`: `stored` (the default, not written) as above, or `materialised`, where the whole
     experts are made once and stay in memory beside the stored tensors, for the family's own
-    kernels. Solved tensors are stored in the dtype of the experts that they replace.
+    kernels. A compressed model is made to be small, and over the tokens of a prompt factors are
+    faster than what they stand for and decoding costs less than a third; but where every token is a
+    forward of its own, as in generation, a decoded matrix serves one product: who has the memory of
+    the whole experts generates several times faster with `materialised` (quantised, basis).
+
+    Solved tensors are stored in the dtype of the experts that they replace.
+
+    Attributes:
+        ready: what `prepared` made for the experts that are being computed.
     """
 
     whole = False
 
     def __init__(self, parts: BankParts):
         super().__init__(parts)
+        self.ready: dict[tuple[str, int], Tensor] = {}
         spec, like = parts.spec, parts.like
         for name, tensor in parts.tensors.items():
             solved = nn.Parameter(self.cast(tensor.detach(), like), requires_grad=False)
@@ -110,12 +119,13 @@ class EncodedExperts(ExpertBank):
         """
         return total
 
-    def prepare(self, experts: Sequence[int]) -> None:
-        """Make ready together what the next few chosen experts need; drop what was made before.
+    def prepared(self, experts: Sequence[int]) -> dict[tuple[str, int], Tensor]:
+        """Return what the next few chosen experts need and is better made together; by default {}.
 
-        It is called again and again in a forward, and last for no expert. A form that makes
-        nothing ready leaves it out.
+        It stands in `ready`, by matrix and expert, while these experts are computed and no longer;
+        in a backward pass nothing is ready.
         """
+        return {}
 
     # ---- what follows
 
@@ -210,8 +220,12 @@ class EncodedExperts(ExpertBank):
             out = out if bias is None else out + bias[expert]
             return out if norm is None else norm(out)
 
-        total = routed_sum(self.shell, rows, weights, answer, self.prepare)
+        total = routed_sum(self.shell, rows, weights, answer, self._prepare)
         return total if bias is not None or norm is not None else self.finish(total)
+
+    def _prepare(self, experts: Sequence[int]) -> None:
+        with torch.no_grad():
+            self.ready = self.prepared(experts) if experts else {}
 
     def _gate_up(self, expert: int, x: Tensor, shared: Mapping[str, Tensor | None]) -> Tensor:
         """Return gate and up outputs (n, 2I) of inputs (n, H), as the family orders them."""

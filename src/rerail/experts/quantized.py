@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from rerail.experts.base import BankParts, BankSpec, Stored
+from rerail.experts.base import BankSpec, Stored
 from rerail.experts.encoded import EncodedExperts
 from rerail.moe.fused_experts import Dims
 
@@ -131,37 +131,31 @@ class QuantizedExperts(EncodedExperts):
     def stored_bits(self, width: int) -> Stored:
         return _bits(self.stored(), width)
 
-    def __init__(self, parts: BankParts):
-        self._ready: dict[tuple[str, int], Tensor] = {}
-        super().__init__(parts)
-
     def matrix(self, name: str, expert: int) -> Tensor:
-        ready = self._ready.get((name, expert))
-        if ready is None:
-            _, [ready] = self._decoded(name, self.spec.each("bits")[expert], [expert])
-        return ready
+        if (name, expert) in self.ready:
+            return self.ready[name, expert]
+        return self._decoded(name, self.spec.each("bits")[expert], [expert])[0]
 
-    def prepare(self, experts: Sequence[int]) -> None:
+    def prepared(self, experts: Sequence[int]) -> dict[tuple[str, int], Tensor]:
         """Decode the matrices of some experts together: fewer and longer operations."""
-        self._ready = {}
-        with torch.no_grad():
-            for bits, known in buckets(self.spec).items():
-                if chosen := [e for e in experts if e in known]:
-                    for name in self.dims.matrices:
-                        self._ready |= {
-                            (name, e): m
-                            for e, m in zip(*self._decoded(name, bits, chosen), strict=True)
-                        }
+        made: dict[tuple[str, int], Tensor] = {}
+        for bits, known in buckets(self.spec).items():
+            if chosen := [e for e in experts if e in known]:
+                for name in self.dims.matrices:
+                    keys = [(name, e) for e in chosen]
+                    made.update(zip(keys, self._decoded(name, bits, chosen), strict=True))
+        return made
 
-    def _decoded(self, name: str, bits: int, experts: list[int]) -> tuple[list[int], Tensor]:
-        """Return experts of one width and their matrices (n, out, in)."""
+    def _decoded(self, name: str, bits: int, experts: list[int]) -> Tensor:
+        """Return the matrices (n, out, in) of some experts of one width."""
         known, key = buckets(self.spec)[bits], f"{name}.b{bits}"
         at = [known.index(e) for e in experts]
-        rows = slice(at[0], at[-1] + 1) if at == list(range(at[0], at[-1] + 1)) else at
+        # neighbours are read where they lie; others are gathered
+        rows = slice(at[0], at[-1] + 1) if at[-1] - at[0] == len(at) - 1 else at
         if bits == DENSE:
-            return experts, self.solved(f"{key}.dense")[rows]
+            return self.solved(f"{key}.dense")[rows]
         scale, shape = self.solved(f"{key}.scale")[rows], self.dims.matrices[name]
         zero = self.solved(f"{key}.zero")[rows] if bits > 1 else torch.full_like(scale, 0.5)
         codes = unpack(self.solved(f"{key}.codes")[rows], bits, shape[0] * shape[1])
         coded = Coded(codes.unflatten(-1, shape), scale, zero)
-        return experts, dequantised(coded, self.spec.integer("group")).to(scale.dtype)
+        return dequantised(coded, self.spec.integer("group")).to(scale.dtype)
