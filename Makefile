@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 GPU_PYTHON = $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help env demo test check format bench bench-sweep bench-gpu torture zoo slurm-up slurm-down clean
+.PHONY: help env demo test check format families bench bench-sweep bench-gpu torture zoo slurm-up slurm-down clean
 
 help: ## show the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
@@ -33,6 +33,9 @@ check: ## format, lint, types, import contracts, tests, house rules
 format: ## rewrite files in the house format
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+families: env ## every MoE family of transformers the whole way, to docs/families.md; ten minutes
+	OMP_NUM_THREADS=1 $(BIN)/python tests/family_table.py
 
 bench: env ## speed and memory as ratios of one run, to bench.json
 	$(BIN)/python experiments/bench/bench.py --out bench.json

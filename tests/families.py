@@ -1,7 +1,15 @@
-"""Tiny random models of many families: 2 MoE layers, 8 experts, top 2, hidden 16, 64 words."""
+"""Tiny random models of many families: 2 MoE layers, 8 experts, top 2, hidden 16, 64 words.
+
+`CONFIGS` are those that every test runs on. Of every other MoE family of transformers a tiny model
+is made by `tiny_config`, from the names of its config's entries.
+"""
+
+import dataclasses
+from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING, CONFIG_MAPPING_NAMES
 
 from rerail.moe.model import MoEModel
 
@@ -95,19 +103,113 @@ CONFIGS: dict[str, dict[str, object]] = {
 }
 
 
+# families whose routers are not like any of those: tests of routers run on them too
+ROUTERS = (*CONFIGS, "gemma4_text", "inkling_text")
+
+# a small value for each entry that a family's config may have
+_SMALL: dict[str, object] = {
+    **_COMMON,
+    **_SHARED,
+    **dict.fromkeys(("num_experts", "num_local_experts", "moe_num_experts"), 8),
+    **dict.fromkeys(("moe_topk", "moe_k", "top_k_experts", "moe_top_k"), 2),
+    **dict.fromkeys(("num_shared_experts", "moe_num_shared_experts", "n_group"), 1),
+    **dict.fromkeys(("num_dense_layers", "moe_layer_start_index"), 0),
+    "topk_group": 1,
+    "head_dim": 8,
+    "q_lora_rank": 8,
+    "kv_lora_rank": 8,
+    "qk_rope_head_dim": 4,
+    "qk_nope_head_dim": 4,
+    "v_head_dim": 8,
+    "index_head_dim": 8,
+    "index_n_heads": 2,
+    "shared_expert_intermediate_size": 24,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+    "mlp_layer_types": ["sparse"] * 2,
+}
+_GEMMA = {
+    "enable_moe_block": True,
+    "global_head_dim": 8,
+    "num_global_key_value_heads": 2,
+    "hidden_size_per_layer_input": 0,
+    "vocab_size_per_layer_input": 0,
+    "layer_types": ["sliding_attention", "full_attention"],
+    "num_kv_shared_layers": 0,
+}
+_ODD: dict[str, dict[str, object]] = {
+    "lfm2_moe": CONFIGS["lfm2_moe"],
+    "gemma4_text": _GEMMA,
+    "deepseek_v4": {"mlp_layer_types": ["moe", "moe"]},
+    "flint": {"mlp_only_layers": []},
+    "granitemoehybrid": {"layer_types": ["attention"] * 2, "mamba_n_heads": 4},
+    "jamba": {"expert_layer_period": 1, "expert_layer_offset": 0},
+    "mimo_v2_flash": {"head_dim": 12, "v_head_dim": 12, "layer_types": ["full_attention"] * 2},
+    "dots3_note_audio_encoder": {"adapter_input_size": 16, "adapter_out_dim": 16},
+    "dots3_note_vision_encoder": {
+        "adapter_in_dim": 16,
+        "adapter_out_dim": 16,
+        "per_layer_config": None,
+    },
+}
+
+
+def moe_types() -> tuple[str, ...]:
+    """Return the model types of transformers whose config, or a part of it, counts experts."""
+    types = {name: CONFIG_MAPPING[name] for name in CONFIG_MAPPING_NAMES}
+    return tuple(sorted(name for name, cls in types.items() if _counts_experts(cls)))
+
+
+def _counts_experts(cls: Any) -> bool:
+    parts = (getattr(cls, "sub_configs", None) or {}).values()
+    return any(name.endswith("experts") for name in _entries(cls)) or any(
+        map(_counts_experts, parts)
+    )
+
+
+def _entries(cls: Any) -> set[str]:
+    own = (
+        {field.name for field in dataclasses.fields(cls)}
+        if dataclasses.is_dataclass(cls)
+        else set()
+    )
+    return own | set(getattr(cls, "attribute_map", ()))
+
+
+def tiny_config(family: str) -> Any:
+    """Return the config of a tiny model of any MoE family of transformers."""
+    cls = CONFIG_MAPPING[family]
+    return cls(**_small(cls))
+
+
+def _small(cls: Any) -> dict[str, object]:
+    names, aliases = _entries(cls), getattr(cls, "attribute_map", {})
+    # an alias would say a second time what the entry behind it says
+    names -= {alias for alias, name in aliases.items() if name in names}
+    values = {name: value for name, value in _SMALL.items() if name in names}
+    parts = {name: _small(part) for name, part in cls.sub_configs.items() if _entries(part)}
+    return {**values, **parts, **_ODD.get(cls.model_type, {})}
+
+
 def tiny(family: str, seed: int = 0, **changes: object) -> MoEModel:
     """Return a tiny random frozen float32 model in eval mode, its biases made non-zero."""
-    config = AutoConfig.for_model(family, **{**_COMMON, **CONFIGS[family], **changes})
+    own = {**_COMMON, **CONFIGS[family]} if family in CONFIGS else _small(CONFIG_MAPPING[family])
+    config = AutoConfig.for_model(family, **{**own, **changes})
+    return MoEModel(random_model(AutoModelForCausalLM, config, seed))
+
+
+def random_model(auto: Any, config: Any, seed: int = 0) -> Any:
+    """Return a random frozen float32 model of transformers in eval mode."""
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    model = auto.from_config(config, dtype=torch.float32).eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
             if tensor.dim() >= 2 or name.endswith("bias"):
                 tensor.copy_(torch.randn(tensor.shape, generator=generator) * 0.3)
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)
-    return MoEModel(model)
+    return model.requires_grad_(False)
 
 
 def tokens(count: int = 4, length: int = 12, seed: int = 0) -> torch.Tensor:

@@ -4,15 +4,20 @@ import torch
 
 from families import tokens
 from rerail.compress.guard import MaxOutput
-from rerail.methods.camera import MiddleEnergy, MiddlePeak
 from rerail.methods.easy_ep import Deviation
-from rerail.methods.m_smoe import LogitGram
-from rerail.methods.mone import GatedOutput, OutputSquares
+from rerail.methods.mone import OutputSquares
 from rerail.moe.model import MoEModel
 from rerail.statistics.collect import Batch
 from rerail.statistics.dense import OutputSum, TokenCount
-from rerail.statistics.moments import InputMoment, MiddleMoment
-from rerail.statistics.routed import Count, Moment, OutputSumRouted
+from rerail.statistics.moments import (
+    InputMoment,
+    LayerMoment,
+    LogitGram,
+    MiddleMoment,
+    PooledMiddleMoment,
+)
+from rerail.statistics.routed import Count, GatedOutput, Moment, OutputSumRouted
+from rerail.statistics.squares import InputSquares, MiddleEnergy, MiddlePeak, MiddleSquares
 from rerail.statistics.statistic import Statistic
 from rerail.statistics.token_sample import TokenSample
 
@@ -27,8 +32,12 @@ ROUTED = (
     InputMoment(),
     MiddleMoment(),
     MiddleMoment(2),
+    LayerMoment(),
+    PooledMiddleMoment(),
     MiddleEnergy(),
     MiddlePeak(),
+    InputSquares(),
+    MiddleSquares(),
     LogitGram(),
     TokenSample(20),
 )

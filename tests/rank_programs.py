@@ -152,6 +152,7 @@ def measures(folder: Path) -> dict[str, Any]:
         "states": final_hidden_states(model, text),
         "nll": student.nll,
         "kl": student.kl,
+        "esap": student.esap,
         "agree": student.agree,
         "tokens": student.tokens,
         "hidden": scores.hidden,

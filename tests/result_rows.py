@@ -92,6 +92,8 @@ def _stage(
         "perplexity": math.exp(nll),
         "kl": kl,
         "kl_se": 0.02 * (stage != "teacher"),
+        "esap": math.exp(-kl),
+        "esap_se": 0.003,
         "agreement": 1.0 - kl / 3,
         "agreement_se": 0.004,
         "bytes": round(4e6 + 11.6e6 * left),

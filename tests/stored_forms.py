@@ -3,6 +3,7 @@
 import torch
 
 from rerail.experts.base import BankSpec, bank_class
+from rerail.experts.residual import largest
 from rerail.plan.plan import LayerPlan, Plan
 
 UNEVEN = ((0, 1, 2), (0, 1, 2, 3))
@@ -65,6 +66,7 @@ def factored():
 
 
 BITS = (1, 2, 3, 4, 8, 16, 2, 4)
+GROUPS = (1, 0, 0, 1, 1, 0, 1, 0)
 WIDTHS = (3, 8, 5, 1, 8, 2, 4, 6)
 KINDS = {
     "basis": ({"rank": 4, "bases": 2}, {"matrices": "gate+up", "activation": "silu"}),
@@ -73,8 +75,33 @@ KINDS = {
     "delta": ({"gate": 3, "up": 2, "down": 4}, {"rows": "shared"}),
     "narrow": ({"widths": WIDTHS}, {}),
     "quantized": ({"bits": BITS, "group": 5}, {}),
+    "residual": ({"values": 90}, {"residual": "sparse"}),
+    "residual of low rank": ({"rank": BITS}, {"residual": "low_rank"}),
+    "grouped_basis": (
+        {"gate": (3, 2), "up": (1, 4), "groups": GROUPS, "bases": 1, "buckets": 9, "seed": 3},
+        {"activation": "silu"},
+    ),
+    "grouped_basis of two": (
+        {"gate": (3, 2), "up": (1, 4), "groups": GROUPS, "bases": 2, "buckets": 0, "seed": 0},
+        {"activation": "tanh"},
+    ),
+    "tucker": ({"gate": (8, 3, 5), "up": (3, 2, 4), "down": (8, 1, 2)}, {}),
     "novice": ({"kept": (1, 4, 6)}, {}),
+    "packed_channels": (
+        {
+            "bits": (16, 3, 1),
+            "widths": (1, 0, 2, 0, 1, 0, 0, 3, 2, 4, 0, 0, 3, 0, 8, 1, 5, 1, 3, 0, 2, 1, 0, 0),
+            "group": 5,
+        },
+        {},
+    ),
+    "puzzle": ({"pairs": (6, 1, 3, 4)}, {"store": "words"}),
+    "puzzle of codes": (
+        {"pairs": (6, 1, 3, 4, 0, 2, 7, 5), "bits": 3, "group": 5},
+        {"store": "codes"},
+    ),
 }
+BYTES = {"codes": 256, "signs": 256, "masks": 243}  # values that a stored byte can have
 
 
 def solved(teacher, name, **changed):
@@ -84,14 +111,21 @@ def solved(teacher, name, **changed):
     generator = torch.Generator().manual_seed(0)
     parts, tensors = [], {}
     for layer in teacher.layers:
-        if kind == "narrow" and "gate_up_proj_bias" in layer.dims.numbers:
-            options = {"biases": "gate+up"}
+        biased = kind in ("narrow", "packed_channels", "residual")
+        if biased and "gate_up_proj_bias" in layer.dims.numbers:
+            options = {**options, "biases": "gate+up"}
         rows = tuple(range(layer.num_experts))
         spec = BankSpec(kind, len(rows), (), integers, options)
         for key, shape in bank_class(kind).shapes(spec, layer.dims).items():
             numbers = torch.randn(shape, generator=generator) * 0.3
-            if key.endswith(".codes"):
-                numbers = (numbers * 300).to(torch.int64).remainder(256).to(torch.uint8)
+            part = key.rpartition(".")[2]
+            if part in BYTES:
+                numbers = (numbers * 300).to(torch.int64).remainder(BYTES[part]).to(torch.uint8)
+            if part == "words":
+                numbers = (numbers * 10_000).to(torch.int16)
+            if key == "mask":
+                entries = torch.rand(8, 3, *layer.dims[1:3], generator=generator)
+                numbers = largest(entries, 90)[0]
             tensors[f"layers.{layer.index}.{key}"] = numbers
         parts.append(LayerPlan(layer.index, rows, rows, "untouched", spec))
     return Plan(tuple(parts), {}, tensors)

@@ -171,3 +171,19 @@ def test_the_readme_uses_what_there_is():
     assert used == {"load", "text", "compress", "repair", "evaluate", "save"}
     compile(example, "README.md", "exec")
     assert len([line for line in example.splitlines() if line.strip()]) <= 8
+
+
+@pytest.mark.parametrize("method", ["reap", "hc_smoe"])
+def test_a_router_is_solved_for_by_name_also_where_its_rows_are_pooled(teacher, text, method):
+    named = api.preset("compressor", method)
+    pooled = replace(named, router="pooled") if method == "hc_smoe" else named
+    student = api.compress(teacher, pooled, 0.5, text)
+    rows = rows_of(student)
+    repaired = api.repair(student, teacher, text, distill="ridge", ridge=0.1)
+    assert repaired.fit.steps == 1
+    assert all(map(torch.equal, rows, rows_of(student))), "the student keeps its own router"
+    changed = [not torch.equal(a, b) for a, b in zip(rows, rows_of(repaired.student), strict=True)]
+    # what enters the first router is what it was
+    assert changed == [False, repaired.fit.best_step == 1]
+    with pytest.raises(InputError, match=r"distill\.ridge=-1"):
+        api.repair(student, teacher, text, distill="ridge", ridge=-1)

@@ -10,6 +10,8 @@ from hydra.core.global_hydra import GlobalHydra
 from checkpoints import checkpoint
 from rerail import api
 from rerail.config.presets import config_root
+from rerail.errors import InputError
+from rerail.export.targets import check_method, check_student
 from rerail.run.compose import to_cell
 from rerail.run.pipeline import run_cell
 from rerail.store import read
@@ -18,7 +20,7 @@ PRESETS = sorted(path.stem for path in (config_root() / "conf/compressor").glob(
 BUDGETS = {"Ratio": 0.5, "Bits": 4, "Skip": 0.25}
 REACHED = {"mobe_paper": 0.125, "pmq": 2.25, "pmq_repo": 2.25}  # by so small a model
 COST = ("seconds", "peak_memory")  # what the command line notes beside a plan
-SHORTER = {"mobe": 20, "mobe_paper": 20}  # steps of a fit
+SHORTER = {"mobe": 20, "mobe_paper": 20, "rfid_moe": 20}  # steps of a fit
 
 
 class Planned(Exception):
@@ -59,6 +61,25 @@ def cache(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("cache")
 
 
+def refusal(check, *arguments) -> str:
+    try:
+        check(*arguments)
+    except InputError as error:
+        return str(error)
+    return ""
+
+
+def check_written_out(compressor, student):
+    """What a method says of its form before it plans is what comes of its plan."""
+    for form, densify in (("native", False), ("native", True), ("package", True)):
+        early = refusal(check_method, compressor, form, densify)
+        late = refusal(check_student, student, form, densify)
+        assert not early or late, early
+        # what the plan alone decides: counts and widths of layers, and constants that need biases
+        assert early or not late or "width" in late or "keeps" in late or "novices" in late, late
+        assert "densify=true" not in late + early or "nothing is saved any more" in late + early
+
+
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_plan_is_the_same_from_python_and_from_the_command_line(
     name, teacher, calibration, cell, cache, tmp_path, monkeypatch
@@ -69,7 +90,9 @@ def test_a_plan_is_the_same_from_python_and_from_the_command_line(
         compressor = replace(compressor, steps=SHORTER[name])
     kind = compressor.budget
     number = REACHED.get(name, BUDGETS[kind.__name__])
-    api.plan(teacher, compressor, number, calibration).save(tmp_path / "plan.json")
+    plan = api.plan(teacher, compressor, number, calibration)
+    plan.save(tmp_path / "plan.json")
+    check_written_out(compressor, api.apply(teacher, plan).model)
 
     def planned(_: object, plan: api.Plan, *__: object) -> None:
         assert plan.layers

@@ -11,9 +11,11 @@ from safetensors import SafetensorError
 
 from rerail.errors import InputError
 from rerail.files import (
+    append_line,
     cache_dir,
     digest,
     file_digest,
+    temporary_folder,
     whole_file,
     write_json,
 )
@@ -213,3 +215,26 @@ def test_writers_of_the_same_folder_do_not_stop_each_other(tmp_path):
     texts = [(tmp_path / "model" / name).read_text() for name in ("config.json", "weights")]
     assert texts[0] == texts[1]
     assert [p.name for p in tmp_path.iterdir()] == ["model"]
+
+
+def test_lines_are_added_to_a_regular_file_alone(tmp_path):
+    for line in "ab":
+        append_line(tmp_path / "new" / "lines", line)
+    assert (tmp_path / "new" / "lines").read_text() == "a\nb\n"
+    (tmp_path / "link").symlink_to("elsewhere")
+    with pytest.raises(InputError, match="is a link"):
+        append_line(tmp_path / "link", "a")
+    assert not (tmp_path / "elsewhere").exists()
+
+
+def test_a_temporary_folder_is_gone_afterwards_or_a_sentence(monkeypatch):
+    with temporary_folder() as folder:
+        (folder / "a").write_text("a")
+    assert not folder.exists()
+
+    def refused(*_):
+        raise FileNotFoundError(errno.ENOENT, "No usable temporary directory found")
+
+    monkeypatch.setattr("tempfile.mkdtemp", refused)
+    with pytest.raises(InputError, match="set TMPDIR"), temporary_folder():
+        pass

@@ -15,27 +15,34 @@ import pytest
 import torch
 
 from families import CONFIGS, tiny, tokens
-from rerail.compress.base import Compressor, extended, make_plan
+from rerail.compress.base import Compressor, Fitness, extended, make_plan
+from rerail.compress.solvers import bases
+from rerail.compress.solvers.bases import start
 from rerail.compress.templates.narrower import micro_size
 from rerail.distill.router_distillation import RouterDistillation
 from rerail.distill.settings import RouterKD
 from rerail.distill.trainable import master_copies
 from rerail.errors import OutOfReach
+from rerail.evaluate.fitness import plan_fitness
 from rerail.experts.base import BankSpec, bank_class
 from rerail.experts.encoded import EncodedExperts
 from rerail.export.package import packaged_model
 from rerail.methods.aimer import AIMER
 from rerail.methods.camera import Camera
+from rerail.methods.camera_q import CameraQ
 from rerail.methods.cfes import CFES
 from rerail.methods.conmoe import ConMoE
 from rerail.methods.d2_moe import D2MoE
+from rerail.methods.dern import DERN
 from rerail.methods.easy_ep import EasyEP
+from rerail.methods.eep import EEP
 from rerail.methods.gptq import GPTQ
 from rerail.methods.hc_smoe import HCSMoE
 from rerail.methods.hqq import HQQ
 from rerail.methods.m_smoe import MSMoE
 from rerail.methods.merge_moe import MergeMoE
-from rerail.methods.mobe import MoBE, start
+from rerail.methods.mobe import MoBE
+from rerail.methods.mode_gpt import MoDeGPT
 from rerail.methods.moe_i2 import InterExpert, IntraExpert, MoEI2
 from rerail.methods.moe_svd import MoESVD
 from rerail.methods.mone import MoNE
@@ -43,9 +50,16 @@ from rerail.methods.naee import NAEE
 from rerail.methods.naee_skip import NAEESkip
 from rerail.methods.odp import ODP
 from rerail.methods.pmq import PMQ
+from rerail.methods.puzzle_moe import PuzzleMoE
+from rerail.methods.ream import REAM
 from rerail.methods.reap import MomentScore
+from rerail.methods.res_moe import ResMoE
+from rerail.methods.rfid_moe import RFIDMoE
 from rerail.methods.rtn import RTN
+from rerail.methods.sub_moe import SubMoE
+from rerail.methods.sub_moe_low_rank import SubMoELowRank
 from rerail.methods.svd import WhitenedSVD
+from rerail.methods.td_moe import TDMoE
 from rerail.moe.model import MoELayer, MoEModel
 from rerail.plan.allocation import Uniform
 from rerail.plan.apply import apply_plan
@@ -55,6 +69,7 @@ from rerail.plan.sizes import Sizes
 from rerail.statistics.collect import collect
 from rerail.statistics.statistic import LayerStatistics, StatisticSet
 from rerail.teacher.hidden_states import LiveTeacher
+from students import blocks
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -64,6 +79,15 @@ class ExactMoBE(MoBE):
 
     def fit(self, stack: torch.Tensor, bases: int, rank: int) -> tuple[torch.Tensor, ...]:
         return start(stack, bases, rank)
+
+
+class ExactRFID(RFIDMoE):
+    """RFID-MoE where one basis a group, of full rank, makes the start exact."""
+
+    def factor(self, *given: Any) -> Any:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(bases, "fit_bases", lambda stack, m, r, _: start(stack, m, r))
+            return super().factor(*given)
 
 
 class ExactIntraExpert(IntraExpert):
@@ -89,6 +113,10 @@ def sixteen_bits(layer: MoELayer) -> int:
 
 def no_limit(layer: MoELayer) -> int:
     return 10 * layer.expert_size * layer.num_experts
+
+
+def all_bits(layer: MoELayer) -> int:
+    return 16 * layer.expert_size * layer.num_experts
 
 
 def none_skipped(layer: MoELayer) -> int:
@@ -123,6 +151,7 @@ class Method:
 
 
 _EXACT = {"bases": 8, "rank": "full", "activation": "identity"}
+EXACT_RFID = ExactRFID(activation="identity", residual="none")
 PMQ_16 = PMQ(quantiser=RTN(), bits=(1, 2, 3, 16))
 METHODS = [
     Method("reap_slice", MomentScore()),
@@ -156,6 +185,32 @@ METHODS = [
         MergeMoE(inputs=96, tokens="gated", router="pooled"),
         families=("qwen3_moe", "deepseek_v3"),
     ),
+    Method("sub_moe", SubMoE(rows=96)),
+    Method("sub_moe_output", SubMoE(rows=96, kernel="output"), families=("qwen3_moe",)),
+    Method("sub_moe_projected", SubMoE(rows=96, energy=0.9), families=("mixtral",)),
+    Method(
+        "sub_moe_low_rank",
+        SubMoELowRank(merger=SubMoE(rows=96)),
+        exact=SubMoELowRank(merger=SubMoE(rows=96), each=1e9),
+        unreachable=frozenset({"gpt_oss"}),
+    ),
+    Method("ream", REAM(rows=96)),
+    Method("ream_token", REAM(rows=96, outputs="token", align="none"), families=("mixtral",)),
+    Method("ream_small", REAM(rows=96, size=2, sequential=False), families=("qwen3_moe",)),
+    # segments of random experts are hardly alike: few would move at the paper's alpha
+    Method("dern", DERN(alpha=0.1)),
+    Method(
+        "dern_scaled",
+        DERN(alpha=0.1, init="magnitude", features="all", multiplicity="scaled"),
+        families=("mixtral",),
+    ),
+    # half of lfm2_moe's tiny experts are never chosen, so that nothing changes without them
+    Method(
+        "eep",
+        EEP(population=3, iterations=3, measure="esap"),
+        families=all_but("lfm2_moe"),
+    ),
+    Method("eep_merge", EEP(population=3, iterations=3, merging=6), families=("mixtral",)),
     Method("mobe", MoBE(steps=20), no_limit, exact=ExactMoBE(**_EXACT)),
     Method(
         "mobe_paper",
@@ -179,8 +234,32 @@ METHODS = [
         exact=D2MoE(weights="mean"),
         families=("qwen3_moe", "gpt_oss"),
     ),
+    Method("td_moe", TDMoE(), no_limit),
+    Method(
+        "td_moe_output",
+        TDMoE(whiten_output=True, expert_rank="search", iterations=2),
+        no_limit,
+        families=("qwen3_moe",),
+    ),
+    Method("res_moe", ResMoE(), no_limit),
+    Method("res_moe_svd", ResMoE(kind="svd"), no_limit),
+    Method("rfid_moe", RFIDMoE(steps=20), no_limit, exact=EXACT_RFID),
+    Method(
+        "rfid_moe_bases",
+        RFIDMoE(bases=2, residual="none", steps=20),
+        no_limit,
+        exact=EXACT_RFID,
+        families=("qwen3_moe",),
+    ),
     Method("camera", Camera(), all_channels),
     Method("camera_sum", Camera(alpha=0), all_channels, families=("qwen3_moe",)),
+    Method("mode_gpt", MoDeGPT(), all_channels),
+    Method(
+        "mode_gpt_influence",
+        MoDeGPT(spread="influence", epsilon=0.1),
+        all_channels,
+        families=("qwen3_moe",),
+    ),
     Method("moe_i2", MoEI2(first=InterExpert(rows=96)), no_limit, exact=ExactIntraExpert()),
     Method(
         "moe_i2_loss",
@@ -201,6 +280,23 @@ METHODS = [
         budget=Bits(1.75),
         families=("qwen3_moe",),
     ),
+    Method("puzzle_moe", PuzzleMoE()),
+    Method("puzzle_moe_3bit", PuzzleMoE(store="codes"), families=("qwen3_moe", "gpt_oss")),
+    Method(
+        "camera_q",
+        CameraQ(quantiser=GPTQ(group=8)),
+        all_bits,
+        exact=CameraQ(quantiser=RTN(), bits=(16,)),
+        budget=Bits(6.5),
+    ),
+    Method(
+        "camera_q_paper",
+        CameraQ(quantiser=HQQ(), bits=(3, 2, 1)),
+        all_bits,
+        exact=CameraQ(quantiser=RTN(), bits=(16,)),
+        budget=Bits(4),
+        families=("qwen3_moe",),
+    ),
     Method("conmoe", ConMoE()),
     Method("conmoe_output", ConMoE(distance="mean_output"), families=("qwen3_moe",)),
     # half of lfm2_moe's tiny experts are never chosen: MoNE finds them, and nothing changes
@@ -215,13 +311,22 @@ METHODS = [
 FORMS = (
     *("reap_slice", "reap_mask", "hc_smoe", "hc_smoe_pooled", "m_smoe", "m_smoe_centroid"),
     *("merge_moe_gated", "mobe", "mobe_paper", "svd", "moe_svd", "d2_moe", "d2_moe_shared"),
-    *("d2_moe_static", "camera", "moe_i2", "rtn", "pmq", "mone", "naee_skip", "odp"),
+    *("d2_moe_static", "td_moe", "res_moe", "res_moe_svd", "camera", "moe_i2", "rtn", "pmq"),
+    *("rfid_moe", "mone", "naee_skip", "odp", "puzzle_moe", "puzzle_moe_3bit", "camera_q"),
 )
+PACKED = (
+    "quantized",
+    "puzzle",
+    "packed_channels",
+)  # codes stand for as many numbers as the expert has
 CASES = [(method, family) for method in METHODS for family in method.families]
 COUNTED = [
     m
     for m in METHODS
-    if m.compressor.paradigm not in ("editing", "sequence") and m.compressor.budget is Ratio
+    if m.compressor.paradigm not in ("editing", "sequence")
+    and m.compressor.budget is Ratio
+    and not isinstance(m.compressor, SubMoELowRank)  # ranks use up what is between integers
+    and m.name != "puzzle_moe_3bit"
 ]
 REACHED = [(m, family) for m, family in CASES if family not in m.unreachable]
 FIRST = [(method, next(f for m, f in REACHED if m is method)) for method in METHODS]
@@ -246,8 +351,20 @@ def filled(family: str) -> StatisticSet:
 
 def plan_of(method: Method, family: str, removed: float | None = None) -> Plan:
     ratio = method.asked if removed is None else Ratio(removed)
-    layers = tiny(family).layers
-    return make_plan(method.compressor, layers, filled(family), ratio, Uniform())
+    teacher = tiny(family)
+    fitness = judge_of(method.compressor, teacher)
+    statistics = filled(family)
+    return make_plan(
+        method.compressor, teacher.layers, statistics, ratio, Uniform(), fitness=fitness
+    )
+
+
+def judge_of(compressor: Compressor, teacher: MoEModel) -> Fitness | None:
+    """Return what judges the students of a method that searches."""
+    if compressor.judged_by is None:
+        return None
+    measure, count = compressor.judged_by
+    return plan_fitness(teacher, blocks().first(count), measure, 8, list)
 
 
 planned = functools.cache(plan_of)
@@ -368,14 +485,15 @@ def test_a_token_reads_no_more_than_the_teacher_and_edits_count_what_they_store(
     rows = Sizes.of(teacher, 2).active - plan.rows_removed(teacher.layers)
     for layer in student.layers:
         bank = layer.experts
-        if isinstance(bank, EncodedExperts) and bank.spec.kind != "quantized":
+        if isinstance(bank, EncodedExperts) and bank.spec.kind not in PACKED:
             assert layer.used(bank.spec.stored) == pytest.approx(sum(layer.stored().values()))
         else:
             assert layer.used(1) == layer.expert_size
     forms = {part.bank.kind for part in plan.stages[-1].layers}
     if forms <= {"narrow", "low_rank"}:
         assert student.parameters_active() < rows
-    elif not forms & {"delta", "basis"}:  # what all experts share, every token reads
+    elif not forms & {"delta", "basis", "tucker", "residual", "grouped_basis"}:
+        # what all experts share, every token reads
         assert student.parameters_active() == rows
 
 
@@ -384,12 +502,26 @@ def test_the_ratio_is_met_as_far_as_integers_allow(method: Method, family: str) 
     teacher, plan = tiny(family), planned(method, family)
     before, after = Sizes.of(teacher, 2), Sizes.predicted(teacher, plan, 2)
     assert plan.lineage["achieved"] == pytest.approx(after.removed_of_experts(before), abs=1e-12)
-    if method.compressor.paradigm in ("editing", "sequence"):
+    ranks = plan.stages[-1].layers[0].bank.kind == "low_rank"
+    if method.compressor.paradigm in ("editing", "sequence") or ranks:
         allowed = sum(numbers_kept(dense_numbers(la), method.removed) for la in teacher.layers)
         slack = sum(quantum(method, plan, la) for la in teacher.layers)
         channels = plan.layers[0].bank.kind == "narrow"  # of these, what goes is rounded down
         assert after.routed < allowed + (slack if channels else 1)
         assert after.routed > allowed - slack
+    elif plan.layers[0].bank.kind == "puzzle":  # whole pairs, of which biases are no part
+        layer = teacher.layers[0]
+        biases = 1 - 3 * layer.hidden_size * layer.intermediate_size / layer.expert_size
+        one = method.compressor.saved(layer) / layer.num_experts
+        assert (method.removed - one) * (1 - biases) < plan.lineage["achieved"] <= method.removed
+    elif plan.layers[0].bank.kind == "packed_channels":
+        layer = teacher.layers[0]
+        matrices = 3 * layer.hidden_size * layer.intermediate_size * layer.num_experts
+        biases = 16 * (dense_numbers(layer) - matrices)
+        stored = plan.stored_bits([layer], 16) - biases
+        channel = max(method.compressor.costs(layer).values())
+        assert method.asked.average * matrices - channel < stored
+        assert stored <= method.asked.average * matrices
     elif method.compressor.budget is Bits:
         for part in plan.layers:
             assert sum(part.bank.integers["bits"]) == method.asked.average * len(part.kept)
@@ -415,7 +547,17 @@ def quantum(method: Method, plan: Plan, layer: MoELayer) -> int:
     """Return what one more unit (a rank, or the next number of bases) would have cost."""
     [part] = [p for p in plan.stages[-1].layers if p.layer == layer.index]
     if part.bank.kind == "narrow":
-        return micro_size(layer)
+        uniform = getattr(method.compressor, "widths", "ragged") == "uniform"
+        return micro_size(layer) * (layer.num_experts if uniform else 1)
+    if part.bank.kind == "grouped_basis":
+        m, size = part.bank.integers["bases"], method.compressor.group_size
+        return size * layer.intermediate_size + m * layer.hidden_size
+    if part.bank.kind == "tucker":
+        each = [(*part.bank.integers[m], *side) for m, side in layer.dims.matrices.items()]
+        return sum(max(a * b + inner, a * c + out) for a, b, c, out, inner in each)
+    if part.bank.kind == "residual":
+        low_rank = layer.intermediate_size + 3 * layer.hidden_size
+        return layer.num_experts if "values" in part.bank.integers else low_rank
     if part.bank.kind in ("low_rank", "delta"):
         more = [one_rank_more(part.bank, layer, name) for name in ("gate", "up", "down")]
         return sum(more) if method.compressor.paradigm == "sequence" else max(more)
@@ -475,8 +617,9 @@ class Watched(StatisticSet):
 @pytest.mark.parametrize("method", METHODS, ids=lambda m: m.name)
 def test_declared_statistics_are_read_statistics(method: Method) -> None:
     compressor, watched = method.compressor, Watched(filled("qwen3_moe").tensors)
-    layers = tiny("qwen3_moe").layers
-    make_plan(compressor, layers, watched, method.asked, Uniform())
+    teacher = tiny("qwen3_moe")
+    fitness = judge_of(compressor, teacher)
+    make_plan(compressor, teacher.layers, watched, method.asked, Uniform(), fitness=fitness)
     read = [view.read for view in watched.views]
     assert set().union(*read) == set(compressor.requires)
 

@@ -52,6 +52,23 @@ def test_torchrun_and_slurm_say_which_process_this_is(environment):
     assert parallel.node_rank_and_size() == (1, 2)
 
 
+@pytest.mark.parametrize("names", [("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_NTASKS")])
+@pytest.mark.parametrize("words", [(2, 2), (0, 0), (5, 2)])
+def test_a_rank_beyond_the_number_of_processes_is_refused(environment, names, words):
+    environment(**dict(zip(names, words, strict=True)))
+    with pytest.raises(InputError, match="contradict each other"):
+        parallel.rank_and_size()
+
+
+def test_a_place_to_meet_that_slurm_does_not_name_is_refused(environment, monkeypatch):
+    environment(SLURM_NTASKS=2, SLURM_PROCID=0, SLURM_JOB_ID="abc", SLURM_NODELIST="n1")
+    for name in ("MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "")  # so that it is put back afterwards
+        monkeypatch.delenv(name)
+    with pytest.raises(InputError, match="set MASTER_ADDR and MASTER_PORT"):
+        parallel.join()
+
+
 def test_an_interactive_allocation_is_one_process(environment):
     environment(SLURM_NTASKS=4, SLURM_PROCID=0, SLURM_JOB_NAME="interactive")
     assert parallel.rank_and_size() == (0, 1)
@@ -181,7 +198,7 @@ def test_scores_and_teacher_states_of_two_processes_are_those_of_one_to_the_bit(
     assert torch.equal(measured[0]["states"], final_hidden_states(model, text))
     for process in measured:
         assert torch.equal(process["hidden"], teacher.hidden)
-        for name in ("nll", "kl", "agree", "tokens"):
+        for name in ("nll", "kl", "esap", "agree", "tokens"):
             assert torch.equal(process[name], getattr(scores, name))
         assert process["active"] == scores.routing.mean_active_experts
         for layer, chosen in process["chosen"].items():

@@ -50,3 +50,10 @@ def test_the_job_is_named_as_slurm_names_it(monkeypatch):
     monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "12")
     monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "3")
     assert processes.slurm_job() == "12_3"
+
+
+def test_half_of_an_array_is_no_job(monkeypatch):
+    for name in ("SLURM_JOB_ID", "SLURM_ARRAY_TASK_ID"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "7")
+    assert processes.slurm_job() is None

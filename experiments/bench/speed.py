@@ -16,7 +16,6 @@ from rerail.config.presets import preset
 from rerail.distill.router_distillation import RouterDistillation
 from rerail.distill.settings import RouterKD
 from rerail.distill.trainable import master_copies
-from rerail.methods.camera import MiddleEnergy, MiddlePeak
 from rerail.methods.d2_moe import Fisher
 from rerail.methods.easy_ep import Deviation
 from rerail.methods.m_smoe import LogitGram
@@ -30,6 +29,7 @@ from rerail.statistics.collect import collect
 from rerail.statistics.dense import OutputSum, TokenCount
 from rerail.statistics.moments import InputMoment, MiddleMoment
 from rerail.statistics.routed import Count, Moment, OutputSumRouted
+from rerail.statistics.squares import MiddleEnergy, MiddlePeak
 from rerail.statistics.statistic import Statistic
 from rerail.teacher.hidden_states import CachedTeacher, LiveTeacher, final_hidden_states
 from rerail.teacher.kl import Head, chunked_kl

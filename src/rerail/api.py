@@ -34,22 +34,24 @@ from rerail.arguments import (
     blocks_for,
     check_statistics,
 )
-from rerail.compress.base import Compressor, Remeasure, make_plan
+from rerail.compress.base import Compressor, Fitness, Remeasure, make_plan
 from rerail.compress.sequential import sequential
 from rerail.compress.templates.skipper import Skipper, check_fitted, without_policies
 from rerail.config.presets import preset
 from rerail.distill import repair as fitting
-from rerail.distill.settings import RouterKD
+from rerail.distill.settings import Ridge, Settings
 from rerail.errors import InputError
+from rerail.evaluate.fitness import plan_fitness
 from rerail.evaluate.scores import Scores, score_texts
 from rerail.language_model import LanguageModel, Repaired
 from rerail.moe.model import MoEModel
 from rerail.moe.source import ModelSource
-from rerail.parallel import is_first, run_on_first
+from rerail.parallel import broadcast_from_first, is_first, run_on_first
 from rerail.plan.allocation import Allocation
 from rerail.plan.apply import apply_plan
 from rerail.plan.budget import Bits, Budget, Ratio, Skip
 from rerail.plan.plan import Plan
+from rerail.plan.search import Search
 from rerail.recorder import SILENT, Recorder
 from rerail.statistics.collect import collect as collect_statistics
 from rerail.statistics.statistic import Statistic, StatisticSet
@@ -103,6 +105,8 @@ def load(path_or_id: str | ModelSource, **options: Any) -> LanguageModel:
 def text(
     teacher: LanguageModel | Any,
     calibration: str | Calibration | Sequence[str] = "mix",
+    *,
+    recorder: Recorder = SILENT,
     **fields: Any,
 ) -> TokenBlocks:
     """Return blocks of text, e.g. `text(teacher, samples=64, split="heldout")`.
@@ -121,7 +125,8 @@ def text(
     if isinstance(calibration, str):
         calibration = cast(Calibration, preset("calibration", calibration, **fields))
     if isinstance(calibration, Calibration):
-        return calibration.blocks(tokenizer, model)
+        make = partial(calibration.blocks, tokenizer, model)
+        return recorder.text(calibration, tokenizer, make)
     return as_blocks(tokenizer, calibration, **fields)
 
 
@@ -181,18 +186,9 @@ def plan(  # noqa: PLR0913
     """
     compressor = as_method(method)
     asked, shares = as_budget(budget, compressor), as_allocation(allocation)
-    layers = teacher.model.layers
 
     def make() -> Plan | None:
-        measured, remeasure = StatisticSet(), None
-        if asked.removed != 0:
-            compressor.check(layers, asked, shares)  # before anything is measured
-            measured, remeasure = _measure(
-                teacher, compressor, text, statistics, batch_size, recorder
-            )
-        decide = partial(make_plan, compressor, layers, measured, asked, shares, remeasure)
-        # in a group all processes measure again together; a plan alone is the first one's task
-        made = run_on_first(decide) if remeasure is None else decide()
+        made = _plan(teacher, compressor, asked, shares, text, statistics, batch_size, recorder)
         if made is not None and is_first():
             for note in made.lineage.get("notes", ()):
                 log.warning("%s", note)
@@ -247,7 +243,7 @@ def repair(  # noqa: PLR0913
     student: LanguageModel,
     teacher: LanguageModel,
     text: Text,
-    distill: str | RouterKD = "router_kd",
+    distill: str | Settings = "router_kd",
     *,
     trainer: Mapping[str, Any] | None = None,
     seed: int = 0,
@@ -256,6 +252,8 @@ def repair(  # noqa: PLR0913
     **fields: Any,
 ) -> Repaired:
     """Fit router rows by Router KD (the best step is kept), and a skipper's policies after it.
+
+    With distill="ridge" they are solved for instead, see `rerail.distill.ridge`.
 
     Args:
         student: the compressed model; it is left as it is.
@@ -366,6 +364,35 @@ def save(
     )
 
 
+def _plan(  # noqa: PLR0913
+    teacher: LanguageModel,
+    method: Compressor,
+    budget: Budget,
+    allocation: Allocation,
+    text: Text | None,
+    statistics: StatisticSet | None,
+    batch_size: int,
+    recorder: Recorder,
+) -> Plan | None:
+    """Measure what is wanted, and plan; in a group the first process at least returns the plan."""
+    layers, measured = teacher.model.layers, StatisticSet()
+    remeasure, fitness = None, None
+    if budget.removed != 0:
+        method.check(layers, budget, allocation)  # before anything is measured
+        measured, remeasure = _measure(teacher, method, text, statistics, batch_size, recorder)
+        how = method.judged_by
+        if isinstance(allocation, Search):
+            how = allocation.measure, allocation.blocks
+        if how is not None:
+            fitness = _fitness(teacher, method, how, text, batch_size, recorder)
+            known = measured
+            measured = broadcast_from_first(lambda: known)  # all must ask for the same plans
+    decide = partial(make_plan, method, layers, measured, budget, allocation, remeasure)
+    decide = partial(decide, fitness=fitness)
+    # in a group all processes measure and judge together; a plan alone is the first one's task
+    return decide() if remeasure or fitness else run_on_first(decide)
+
+
 def _measure(
     teacher: LanguageModel,
     method: Compressor,
@@ -395,15 +422,46 @@ def _measure(
     return collect(teacher, blocks, method, batch_size=batch_size, recorder=recorder), None
 
 
+def _fitness(
+    teacher: LanguageModel,
+    method: Compressor,
+    how: tuple[str, int],
+    text: Text | None,
+    batch_size: int,
+    recorder: Recorder,
+) -> Fitness:
+    """Return what judges the plans of a search on calibration text, by measure and blocks.
+
+    Raises:
+        InputError: there is no text.
+    """
+    if text is None:
+        raise InputError(
+            "a search judges students on calibration text and there is none; give text, e.g. "
+            "api.text(teacher)"
+        )
+    measure, count = how
+    blocks = blocks_for(teacher, text).first(count)
+    bar = recorder.progress("a plan of the search")
+    fitness = plan_fitness(teacher.model, blocks, measure, batch_size, bar)
+    known = (measure, repr(method), batch_size)
+
+    def judge(plan: Plan) -> float:
+        what = (*known, plan.fingerprint())
+        return recorder.fitness(teacher, blocks, what, lambda: fitness(plan))
+
+    return judge
+
+
 def _teacher_of(
-    settings: RouterKD,
+    settings: Settings,
     teacher: LanguageModel,
     blocks: TokenBlocks,
     batch_size: int,
     recorder: Recorder,
 ) -> Teacher:
     """Return what a fit learns from: the live model, or its final hidden states on the text."""
-    if settings.teacher == "live":
+    if isinstance(settings, Ridge) or settings.teacher == "live":
         return LiveTeacher(teacher.model)
     batches = list(blocks.batches(batch_size))
     bar = recorder.progress("teacher")

@@ -7,7 +7,7 @@ import torch
 
 from rerail.compress.base import Compressor
 from rerail.config.presets import preset
-from rerail.distill.settings import RouterKD
+from rerail.distill.settings import Settings
 from rerail.errors import InputError, OutOfReach
 from rerail.files import digest
 from rerail.language_model import LanguageModel
@@ -15,7 +15,7 @@ from rerail.plan.allocation import Allocation, Uniform
 from rerail.plan.budget import Bits, Budget, Ratio, Skip
 from rerail.statistics.statistic import StatisticSet
 from rerail.text.calibration import TokenBlocks
-from rerail.text.tokens import check_block, plain_ids, prefix_ids
+from rerail.text.tokens import check_block, first_ids, prefix_ids
 
 BLOCK = 256  # tokens, where text is plain strings
 
@@ -54,7 +54,7 @@ def as_allocation(allocation: Allocation | str | None) -> Allocation:
     return allocation or Uniform()
 
 
-def as_settings(distill: str | RouterKD, **fields: Any) -> RouterKD:
+def as_settings(distill: str | Settings, **fields: Any) -> Settings:
     """Return the settings of a repair, by the name of their preset or as they are.
 
     Raises:
@@ -63,7 +63,7 @@ def as_settings(distill: str | RouterKD, **fields: Any) -> RouterKD:
     settings = preset("distill", distill, **fields) if isinstance(distill, str) else distill
     if not settings.enabled:
         raise InputError(f"distill={distill!r} repairs nothing; name other settings")
-    return cast(RouterKD, settings)
+    return cast(Settings, settings)
 
 
 def as_blocks(tokenizer: Any, text: Text, block: int = BLOCK) -> TokenBlocks:
@@ -77,7 +77,7 @@ def as_blocks(tokenizer: Any, text: Text, block: int = BLOCK) -> TokenBlocks:
     if isinstance(text, str):
         raise InputError(f"text={text!r} is one string; give api.text(teacher, 'mix') or a list")
     prefix = prefix_ids(tokenizer)
-    rows = [[*prefix, *plain_ids(tokenizer, string)][:block] for string in text]
+    rows = [[*prefix, *first_ids(tokenizer, string, block)][:block] for string in text]
     rows = [row for row in rows if len(row) >= 2]
     if not rows:
         raise InputError(

@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import stat
+import tempfile
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -120,6 +121,33 @@ def make_folder(path: Path) -> Path:
 
 
 @contextlib.contextmanager
+def temporary_folder() -> Iterator[Path]:
+    """Yield a folder that is gone afterwards.
+
+    Raises:
+        InputError: none can be made, or it cannot be written.
+    """
+    try:
+        made = tempfile.TemporaryDirectory()
+    except OSError as error:
+        raise InputError(f"no temporary folder can be made ({error}); set TMPDIR") from error
+    with made as name, refusals(Path(name)):
+        yield Path(name)
+
+
+def append_line(path: Path, line: str) -> None:
+    """Add a line to a file in one write, so that a killed process cuts off at most the last one.
+
+    Raises:
+        InputError: it cannot be written, or is no regular file.
+    """
+    make_folder(path.parent)
+    check_replaceable(path)
+    with refusals(path), path.open("a", encoding="utf-8") as out:
+        out.write(f"{line}\n")
+
+
+@contextlib.contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path` that takes its name only when the block succeeds.
 
@@ -189,11 +217,11 @@ def write_json(path: Path, value: Any) -> None:
         )
 
 
-def read_json(path: Path) -> Any:
-    """Return the content of a JSON file that anybody may have written.
+def read_text(path: Path) -> str:
+    """Return the text of a file that anybody may have written.
 
     Raises:
-        InputError: it is no regular file, cannot be read, is too large or too deep, or no JSON.
+        InputError: it is no regular file, cannot be read, or is too large.
     """
     try:
         status = path.stat()
@@ -201,15 +229,27 @@ def read_json(path: Path) -> Any:
             raise InputError(f"{path} is no regular file")
         if status.st_size > LARGEST:
             raise InputError(f"{path} has more than {LARGEST:,} bytes, too many to read")
-        text = path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8")
+    except InputError:
+        raise
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} cannot be read ({error})") from error
+
+
+def read_json(path: Path) -> Any:
+    """Return the content of a JSON file that anybody may have written.
+
+    Raises:
+        InputError: as `read_text`, or it is too deep, or no JSON.
+    """
+    text = read_text(path)
+    try:
         content = json.loads(text)
         if "\\ud" in text.lower():  # half a character can be read, and never written again
             json.dumps(content, ensure_ascii=False).encode()
     except RecursionError as error:
         raise InputError(f"{path} cannot be read (it is nested too deeply)") from error
-    except InputError:
-        raise
-    except (OSError, ValueError) as error:
+    except ValueError as error:
         raise InputError(f"{path} cannot be read ({error})") from error
     if _is_deep(content):
         raise InputError(f"{path} cannot be read (it is nested too deeply)")

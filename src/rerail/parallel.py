@@ -32,11 +32,16 @@ def in_slurm() -> bool:
 
 def launched_rank_and_size() -> tuple[int, int]:
     """Return (rank, size) from the environment: torchrun's variables first, then Slurm's."""
-    if _in_torchrun():
-        return _count("RANK"), _count("WORLD_SIZE")
-    if in_slurm():
-        return _count("SLURM_PROCID"), _count("SLURM_NTASKS")
-    return 0, 1
+    names = ("RANK", "WORLD_SIZE") if _in_torchrun() else ("SLURM_PROCID", "SLURM_NTASKS")
+    if not (_in_torchrun() or in_slurm()):
+        return 0, 1
+    rank, size = map(_count, names)
+    if rank >= size:  # it would wait for the others for ever
+        raise InputError(
+            f"the environment variables {names[0]}={rank} and {names[1]}={size} contradict each "
+            "other; a launcher (srun, torchrun) sets them, so unset what a shell has left there"
+        )
+    return rank, size
 
 
 def _in_torchrun() -> bool:
@@ -106,7 +111,13 @@ def join() -> None:
 
         # the properties set MASTER_ADDR and MASTER_PORT: the first node, a port from the job's id
         slurm = SLURMEnvironment(auto_requeue=False)
-        _ = slurm.main_address, slurm.main_port
+        try:
+            _ = slurm.main_address, slurm.main_port
+        except (KeyError, ValueError) as error:
+            raise InputError(
+                f"Slurm's variables name no place where the processes meet ({error}); set "
+                "MASTER_ADDR and MASTER_PORT"
+            ) from error
     backend = "gloo"
     if torch.cuda.is_available():
         # before the group exists: NCCL binds to the current device

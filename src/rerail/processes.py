@@ -23,8 +23,9 @@ def this_process() -> dict[str, Any]:
 
 def slurm_job() -> str | None:
     """Return the Slurm job that this process runs in, as `12_3` for a task of an array."""
-    if array := os.environ.get("SLURM_ARRAY_JOB_ID"):
-        return f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}"
+    array, number = (os.environ.get(f"SLURM_ARRAY_{name}_ID") for name in ("JOB", "TASK"))
+    if array and number:
+        return f"{array}_{number}"
     return os.environ.get("SLURM_JOB_ID")
 
 

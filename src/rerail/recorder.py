@@ -2,9 +2,10 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from rerail.distill.repair import Repair
 from rerail.evaluate.scores import Scores
@@ -13,7 +14,7 @@ from rerail.parallel import broadcast_from_first
 from rerail.plan.plan import Plan
 from rerail.statistics.collect import Progress
 from rerail.statistics.statistic import Statistic, StatisticSet
-from rerail.text.calibration import TokenBlocks
+from rerail.text.calibration import Calibration, TokenBlocks
 
 
 class Recorder:
@@ -37,6 +38,15 @@ class Recorder:
         It is {step, batch_kl} or {step, train_kl, val_kl}, nats a token.
         """
 
+    def text(
+        self,
+        calibration: Calibration,
+        tokenizer: PreTrainedTokenizerBase,
+        make: Callable[[], TokenBlocks],
+    ) -> TokenBlocks:
+        """Return the blocks of a text; in a group the first process calls this alone."""
+        return make()
+
     def statistics(
         self,
         teacher: LanguageModel,
@@ -51,6 +61,16 @@ class Recorder:
         """Return the plan, the same on all processes; `make` returns it on the first at least."""
         made = make()
         return cast(Plan, broadcast_from_first(lambda: made))
+
+    def fitness(
+        self,
+        teacher: LanguageModel,
+        text: TokenBlocks,
+        what: Sequence[Any],
+        make: Callable[[], float],
+    ) -> float:
+        """Return how good a student of a search is on a text; `what` names it in plain data."""
+        return make()
 
     def states(
         self, teacher: LanguageModel, text: TokenBlocks, make: Callable[[], Tensor]

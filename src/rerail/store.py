@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from rerail.code_version import code_version
 from rerail.config.secrets import redacted
 from rerail.errors import InputError
-from rerail.files import digest, file_digest, read_json, whole_file, write_json
+from rerail.files import digest, file_digest, read_json, refusals, whole_file, write_json
 from rerail.parallel import read_or_make
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ def read(path: Path, version: str = "") -> Artefact | None:
     from safetensors.torch import load_file
 
     beside = path.with_suffix(".safetensors")
-    if not beside.exists() or file_digest(beside) != seal:
+    if not beside.is_file() or file_digest(beside) != seal:
         _warn_of_damage(beside)
         return None
     return Artefact(data, load_file(beside))
@@ -117,7 +117,7 @@ def sealed_file(path: Path) -> Iterator[Path]:
 
 def is_sound(path: Path) -> bool:
     """Return whether a file is as `sealed_file` left it; damage is logged."""
-    if not path.exists():
+    if not path.is_file():
         return False
     if file_digest(path) in _seals(path):
         return True
@@ -127,8 +127,9 @@ def is_sound(path: Path) -> bool:
 
 def remove_sealed(path: Path) -> None:
     """Remove a file of `sealed_file` and its seal."""
-    path.unlink(missing_ok=True)
-    _seal_path(path).unlink(missing_ok=True)
+    with refusals(path, _seal_path(path)):
+        path.unlink(missing_ok=True)
+        _seal_path(path).unlink(missing_ok=True)
 
 
 def _seal_path(path: Path) -> Path:

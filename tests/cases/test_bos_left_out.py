@@ -44,6 +44,11 @@ def test_every_block_begins_as_the_tokenizer_begins_a_text(teacher, mode):
     assert torch.equal(ids[0, 1:], without.input_ids[0, :-1])
 
 
+def test_text_of_the_model_begins_so_too(teacher):
+    ids = api.text(teacher, "self", samples=4, block=16).input_ids
+    assert ids[:, 0].tolist() == [BOS] * 4
+
+
 def test_the_fingerprint_knows_it(teacher):
     options = {"samples": 4, "block": 64}
     prints = {

@@ -32,9 +32,12 @@ def ids_of_file(folder) -> list[int]:
     "kind",
     ["PreTrainedTokenizerFast", "GPT2Tokenizer", "GPTNeoXTokenizerFast", "CohereTokenizer"],
 )
-def test_the_ids_in_use_are_those_of_the_file(digits, kind):
+def test_the_ids_in_use_and_of_an_export_are_those_of_the_file(digits, tmp_path, kind):
     edit(digits, "tokenizer_config.json", drop=("backend",), tokenizer_class=kind)
-    tokenizer = ModelSource(str(digits)).tokenizer()
+    teacher = api.load(str(digits))
+    student = api.compress(teacher, "aimer", 0.5)
+    assert ids_of_file(api.save(student, tmp_path / "saved")) == ids_of_file(digits)
+    tokenizer = student.tokenizer
     assert tokenizer(TEXT, add_special_tokens=False)["input_ids"] == ids_of_file(digits)
     assert tokenizer.eos_token_id == tokenizer.pad_token_id == 0
     assert tokenizer.decode(tokenizer(TEXT)["input_ids"]) == TEXT

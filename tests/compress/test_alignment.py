@@ -4,7 +4,13 @@ import pytest
 import torch
 
 from families import tiny
-from rerail.compress.solvers.alignment import channel_features, permuted, weight_matching
+from rerail.compress.solvers.alignment import (
+    barycentre,
+    channel_features,
+    ordered,
+    permuted,
+    weight_matching,
+)
 from rerail.moe.fused_experts import expert_parameters
 from rerail.moe.model import MoELayer
 
@@ -74,3 +80,36 @@ def test_the_match_is_the_best_of_all_bijections_and_stays_when_repeated() -> No
     assert cost(found) == pytest.approx(min(map(cost, everything)))
     assert cost(found) < cost(torch.arange(6))
     assert torch.equal(weight_matching(reference, other[found]), torch.arange(6))
+
+
+def clouds(seed: int = 0, noise: float = 0.6) -> torch.Tensor:
+    """Return (6, 9, 5): noisy copies of the same channels, each in an order of its own."""
+    generator = torch.Generator().manual_seed(seed)
+    same = torch.randn(9, 5, generator=generator, dtype=torch.float64)
+    copies = [same[torch.randperm(9, generator=generator)] for _ in range(6)]
+    return torch.stack(copies) + noise * torch.randn(6, 9, 5, generator=generator).double()
+
+
+def test_every_round_brings_the_centre_nearer_until_nothing_changes() -> None:
+    features, distances = clouds(noise=1.5), []
+    for rounds in range(12):
+        centre, orders = barycentre(features, rounds)
+        distances.append(float((ordered(features, orders) - centre).square().sum()))
+        torch.testing.assert_close(centre, ordered(features, orders).mean(dim=0))
+    assert all(b <= a + 1e-12 for a, b in itertools.pairwise(distances[1:]))
+    assert distances[-1] == distances[-2] < distances[1]
+    matched = torch.stack([weight_matching(centre, f) for f in features])
+    assert torch.equal(matched, orders)
+
+
+def test_copies_in_any_order_have_one_centre() -> None:
+    centre, orders = barycentre(clouds(noise=0.0), 100)
+    same = ordered(clouds(noise=0.0), orders)
+    torch.testing.assert_close(same, centre.expand(6, 9, 5), atol=1e-12, rtol=0)
+    torch.testing.assert_close(centre, clouds(noise=0.0)[0], atol=1e-12, rtol=0)
+
+
+def test_no_round_is_the_mean_of_channels_as_they_lie() -> None:
+    centre, orders = barycentre(clouds(), 0)
+    torch.testing.assert_close(centre, clouds().mean(dim=0))
+    assert torch.equal(orders, torch.arange(9).expand(6, 9))

@@ -279,3 +279,24 @@ def test_mixtures_are_the_best_and_exact_when_there_are_enough() -> None:
         return float((made - columns).square().sum(dim=(1, 2)) @ count.double())
 
     assert gap(*mixtures(columns, count, 2)) <= gap(*most_used(columns, count, 2))
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.5, 1.0, 2.0, 4.0])
+@pytest.mark.parametrize("shape", [(48, 96), (96, 48)])
+def test_weights_in_float32_lose_no_more_than_in_float64(
+    shape: tuple[int, int], decay: float
+) -> None:
+    """Whether the spectrum is flat or falls by 8 orders of magnitude, at every rank."""
+    out, inner = shape
+    x = draw(3000, inner) * torch.logspace(0, -decay, inner).double()
+    moments = Moments((x.T @ x).unsqueeze(0), torch.tensor([3000]), inner, 0.0, 1e-6)
+    weight = draw(1, out, inner, seed=5)
+    moment = moments.of(0, weight.device)
+    whole = loss(weight[0], torch.zeros(shape).double(), moment)
+    for rank in (1, 7, 24, 40, 47):
+        errors = []
+        for stack in (weight.float(), weight.float().double()):
+            u, v = low_rank(stack, moments, [rank])
+            made = u.double() @ v.double()
+            errors.append((loss(weight[0].float().double(), made, moment) / whole) ** 0.5)
+        assert abs(errors[0] - errors[1]) < 1e-6, (rank, errors)

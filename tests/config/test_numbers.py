@@ -7,6 +7,8 @@ from hydra.core.global_hydra import GlobalHydra
 from rerail.config import numbers
 from rerail.config.presets import config_root, model_name
 from rerail.config.search_path import register
+from rerail.errors import InputError
+from rerail.moe.source import ModelSource
 from rerail.run.compose import to_cell
 from rerail.run.task import _chosen
 
@@ -70,3 +72,35 @@ def test_a_model_is_named_by_what_is_loaded():
     assert first != second
     other = model_name("tiny_fine", {"path_or_id": "zoo:tiny_fine", "revision": "x"})
     assert other != "tiny_fine"
+
+
+def test_a_folder_has_one_name_however_its_path_is_written(tmp_path, monkeypatch):
+    (tmp_path / "a" / "olmoe").mkdir(parents=True)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path / "a" / "olmoe")
+    paths = (
+        str(tmp_path / "a" / "olmoe"),
+        f"{tmp_path}/a/../a/olmoe/",
+        "~/a/olmoe",
+        ".",
+        "../olmoe",
+    )
+    [name] = {model_name("local", {"path_or_id": path}) for path in paths}
+    assert name.startswith("olmoe_")
+
+
+def test_a_name_that_is_set_wins_and_is_fit_for_a_folder():
+    node = {"path_or_id": "zoo:tiny_fine", "name": "mine"}
+    assert model_name("tiny_fine", node) == "mine"
+    assert ModelSource("zoo:tiny_fine", name="olmoe-1b_v2.0").name == "olmoe-1b_v2.0"
+    for name in ("", "../up", "a b", ".hidden", "-x", "x" * 65, "a/b"):
+        with pytest.raises(InputError, match=r"model\.name=.* names folders"):
+            ModelSource("zoo:tiny_fine", name=name)
+
+
+@pytest.mark.parametrize("name", sorted(p.stem for p in (config_root() / "conf/model").glob("*")))
+def test_every_model_can_be_named(name):
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(config_root() / "conf"), version_base="1.3"):
+        config = compose("config", [f"model={name}", "model.path_or_id=x", "model.name=mine"])
+    assert model_name(name, config.model) == "mine"

@@ -30,6 +30,7 @@ def test_the_teacher_agrees_with_itself_and_returns_its_states(text):
     model = tiny("qwen3_moe")
     scores = score_blocks(model, list(text.batches(2)))
     assert not scores.kl.any()
+    assert torch.equal(scores.esap, scores.tokens)
     assert torch.equal(scores.agree, scores.tokens)
     assert scores.hidden is not None
     torch.testing.assert_close(
@@ -42,7 +43,7 @@ def test_the_teacher_agrees_with_itself_and_returns_its_states(text):
 
 @pytest.mark.parametrize("chunk", [1, 6, 1000])
 @pytest.mark.parametrize("make", [sliced, merged])
-def test_kl_and_agreement_are_those_of_full_logits(text, make, chunk):
+def test_kl_esap_and_agreement_are_those_of_full_logits(text, make, chunk):
     teacher = tiny("granitemoe")
     student = make(teacher)
     states = score_blocks(teacher, list(text.batches(2))).hidden
@@ -52,8 +53,11 @@ def test_kl_and_agreement_are_those_of_full_logits(text, make, chunk):
         p, q = z_t.log_softmax(-1), z_s.log_softmax(-1)
         kl = (p.exp() * (p - q)).sum()
         assert float(scores.kl[i]) == pytest.approx(float(kl), rel=1e-3, abs=1e-6)
+        esap = torch.minimum(p.exp(), q.exp()).sum()
+        assert float(scores.esap[i]) == pytest.approx(float(esap), rel=1e-5)
         assert int(scores.agree[i]) == int((z_t.argmax(-1) == z_s.argmax(-1)).sum())
     assert float(scores.kl.min()) > 0
+    assert bool((scores.esap < scores.tokens).all())
     assert 0 < float(scores.agree.sum()) < float(scores.tokens.sum())
 
 
@@ -62,7 +66,7 @@ def test_batches_change_nothing(text):
     student = sliced(teacher)
     states = score_blocks(teacher, list(text.batches(5))).hidden
     singles, together = (score_blocks(student, list(text.batches(n)), states) for n in (1, 5))
-    for field in dataclasses.fields(singles)[:4]:
+    for field in dataclasses.fields(singles)[:5]:
         torch.testing.assert_close(
             getattr(singles, field.name), getattr(together, field.name), rtol=1e-5, atol=1e-5
         )

@@ -216,6 +216,14 @@ def test_a_policy_is_refused_on_another_router():
     assert biased.layers[0].router_hash() != before
 
 
+@pytest.mark.parametrize(
+    ("tokens", "share", "count"), [(50, 0.3, 15), (100, 0.07, 7), (25, 0.28, 7), (50, 0.31, 16)]
+)
+def test_a_protected_share_that_is_a_whole_number_of_tokens_is_not_rounded_up(tokens, share, count):
+    received, valid = torch.rand(1, tokens), torch.ones(1, tokens, dtype=torch.bool)
+    assert int(protected(torch.ones(tokens, 3), received, valid, share).sum()) == count
+
+
 def test_attention_received_protects_tokens_that_rows_would_not():
     """Token 1 receives most, though each row of the map sums to one."""
     received = torch.tensor([[0.30, 0.90, 0.10, 0.05]])

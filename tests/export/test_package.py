@@ -50,7 +50,10 @@ PLANS = {
 ODD = ("mixtral", "gpt_oss", "deepseek_v3", "granitemoe")
 CASES = [
     *[("qwen3_moe", plan) for plan in PLANS],
-    *[("gpt_oss", plan) for plan in ("narrow", "quantized", "novice", "fused")],
+    *[
+        ("gpt_oss", plan)
+        for plan in ("narrow", "quantized", "novice", "fused", "puzzle", "packed_channels")
+    ],
     *[(family, plan) for family in ODD for plan in ("mask", "packed, then skip")],
     ("ernie4_5_moe", "mask"),
 ]
@@ -107,7 +110,10 @@ HEAVY = {"hidden_size": 64, "moe_intermediate_size": 64, "head_dim": 32, "num_ex
 
 @pytest.mark.parametrize(
     "plan",
-    ["counts by layer", "alias", "lent", "basis", "low_rank", "narrow", "quantized", "novice"],
+    [
+        *("counts by layer", "alias", "lent", "basis", "low_rank", "narrow", "quantized", "novice"),
+        *("puzzle", "puzzle of codes", "packed_channels"),
+    ],
 )
 def test_bytes_on_disk_are_the_sizes_that_were_counted(plan, tmp_path):
     teacher = tiny("qwen3_moe", **HEAVY)

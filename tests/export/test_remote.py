@@ -78,6 +78,7 @@ PLANS = {
     "mask": lambda t: forms.masked(),
     "lent": lambda t: forms.lent(),
     "quantized": lambda t: forms.solved(t, "quantized"),
+    "puzzle": lambda t: forms.solved(t, "puzzle"),
     "skip by attention": lambda t: forms.skipping("0.3"),
 }
 

@@ -4,7 +4,7 @@ import torch
 from families import tiny, tokens
 from rerail.compress.base import make_plan
 from rerail.compress.solvers.alignment import permuted
-from rerail.methods.m_smoe import LogitGram, MSMoE
+from rerail.methods.m_smoe import MSMoE
 from rerail.moe.fused_experts import expert_parameters
 from rerail.moe.model import MoEModel
 from rerail.plan.allocation import GlobalScore, Uniform
@@ -12,6 +12,7 @@ from rerail.plan.apply import apply_plan
 from rerail.plan.budget import Ratio
 from rerail.plan.plan import Plan
 from rerail.statistics.collect import collect
+from rerail.statistics.moments import LogitGram
 from rerail.statistics.routed import Count
 from rerail.statistics.statistic import LayerStatistics, StatisticSet
 

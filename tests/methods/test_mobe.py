@@ -6,9 +6,10 @@ from torch.nn import functional as F
 
 from families import CONFIGS, tiny, tokens
 from rerail.compress.base import make_plan
+from rerail.compress.solvers.bases import start
 from rerail.errors import OutOfReach
 from rerail.experts.basis import BasisExperts, mixed
-from rerail.methods.mobe import MoBE, start
+from rerail.methods.mobe import MoBE
 from rerail.moe.fused_experts import expert_parameters
 from rerail.moe.model import MoELayer
 from rerail.plan.allocation import GlobalScore, Uniform

@@ -8,7 +8,6 @@ from rerail.compress.base import make_plan
 from rerail.compress.router_rows import sliced
 from rerail.compress.templates.sequence import TwoStages, restricted, student_layers
 from rerail.errors import InputError, OutOfReach
-from rerail.methods.m_smoe import LogitGram
 from rerail.methods.moe_i2 import InterExpert, IntraExpert, LossIncrease, MoEI2
 from rerail.methods.reap import MomentScore
 from rerail.methods.svd import WhitenedSVD
@@ -17,7 +16,7 @@ from rerail.plan.apply import apply_plan
 from rerail.plan.budget import Ratio, dense_numbers, numbers_kept
 from rerail.plan.plan import LayerPlan, Plan
 from rerail.statistics.collect import collect
-from rerail.statistics.moments import InputMoment
+from rerail.statistics.moments import InputMoment, LogitGram
 from rerail.statistics.routed import Count
 from rerail.statistics.statistic import LayerStatistics, StatisticSet
 from rerail.statistics.token_sample import TokenSample

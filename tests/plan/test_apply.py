@@ -22,10 +22,19 @@ def part(layer: int, kept: tuple[int, ...]) -> LayerPlan:
     return LayerPlan(layer, kept, tuple(range(len(kept))), "slice", bank)
 
 
-def counts(model: MoEModel) -> set[int]:
-    names = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
-    found = {getattr(model.config, name, None) for name in names}
-    return {count for count in found if isinstance(count, int)}
+COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+
+
+def counts(*owners: object) -> set[int]:
+    """Return the numbers of experts that configs or modules claim."""
+    claimed = {getattr(owner, name, None) for owner in owners for name in COUNTS}
+    return {count for count in claimed if isinstance(count, int)}
+
+
+def module_counts(model: MoEModel) -> set[int]:
+    """Return the counts of all modules, but for the stock experts that a bank took the place of."""
+    modules = model.model.named_modules()
+    return counts(*(module for name, module in modules if not name.endswith("shell")))
 
 
 @pytest.mark.parametrize("family", CONFIGS)
@@ -33,15 +42,17 @@ def test_a_uniform_slice_is_written_into_the_students_config_only(family: str) -
     teacher = tiny(family)
     before = teacher.config.to_dict()
     student = apply_plan(teacher, Plan(tuple(part(i, (0, 1, 2, 4, 5, 6)) for i in (0, 1))))
-    assert counts(student) == {6}
-    assert counts(teacher) == {8}
+    assert counts(student.config) == {6}
+    assert counts(teacher.config) == {8}
+    assert {layer.num_experts for layer in student.layers} == module_counts(student) == {6}
+    assert module_counts(teacher) == {8}
     assert teacher.config.to_dict() == before
 
 
 def test_unequal_layers_leave_the_count_and_still_run() -> None:
     teacher = tiny("qwen3_moe")
     student = apply_plan(teacher, Plan((part(1, (1, 3, 4)),)))
-    assert counts(student) == {8}
+    assert counts(student.config) == {8}
     assert [layer.num_experts for layer in student.layers] == [8, 3]
     assert torch.isfinite(student.model(tokens()).logits).all()
 

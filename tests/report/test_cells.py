@@ -8,7 +8,7 @@ import pytest
 
 from rerail.report.cells import cells_of
 from rerail.report.comparison import comparison
-from rerail.report.frame import Results, heads, largest_error, varying
+from rerail.report.frame import Results, by, heads, largest_error, varying
 from rerail.report.words import interval, megabytes, plus_minus, share
 from rerail.run.settings import label_of, short_label
 from result_rows import Row, cell, demo_rows, failed_cell
@@ -281,3 +281,41 @@ def test_numbers_are_written_with_their_errors() -> None:
     assert share(-0.126, 0.034) == "-13 % ± 3"
     assert (interval(0.5, 0.06), interval(0.5, math.nan)) == ("44 % to 56 %", "")
     assert [megabytes(n) for n in (15_600_000, 61_000_000_000)] == ["15.60", "61,000"]
+
+
+def test_two_models_of_one_name_are_two_rows_two_settings_and_two_groups() -> None:
+    """Their folders end in the same word, or one folder held other weights before."""
+    both = [*cell(fingerprint="aaaa1111"), *cell(fingerprint="bbbb2222")]
+    results = Results.of(both)
+    assert [c.head["model"] for c in results.cells] == ["tiny_fine (aaaa)", "tiny_fine (bbbb)"]
+    assert all(c.done and len(c.rows) == 3 for c in results.cells)
+    assert len(results.settings) == 2
+    assert [model for model, _ in by(results.settings, "model")] == [
+        "tiny_fine (aaaa)",
+        "tiny_fine (bbbb)",
+    ]
+    assert {c.head["model"] for c in cells_of(both[:3])} == {"tiny_fine"}
+
+
+def test_a_cell_that_failed_before_its_model_was_read_is_no_other_model() -> None:
+    rows = cell(fingerprint="aaaa1111", time="2026-01-02T00:00:00+00:00")
+    old = failed_cell(key=rows[0]["key"], time="2026-01-01T00:00:00+00:00")
+    (actual,) = cells_of([old, *rows])
+    assert actual.done
+
+
+def test_seeds_of_one_model_are_one_setting_wherever_it_lies() -> None:
+    rows = [*cell(fingerprint="aaaa1111", seed=0), *cell(fingerprint="aaaa1111", seed=1)]
+    for row in rows[3:]:
+        row["model"], row["choices"] = (
+            "copy",
+            {
+                **row["choices"],
+                "names": {**row["choices"]["names"], "model": "copy"},
+                "model": {"path_or_id": "/elsewhere", "name": "copy"},
+            },
+        )
+    assert len(Results.of(rows).settings) == 1
+    for row in rows:
+        row["fingerprint"] = None
+    assert len(Results.of(rows).settings) == 2

@@ -125,6 +125,7 @@ def test_all_numbers_of_all_rows_are_there() -> None:
         assert plus_minus(row["nll"], row["nll_se"]) in text
         assert f"ppl {row['perplexity']:.2f}" in text
         assert row["stage"] == "teacher" or f"{row['kl']:.3f}" in text
+        assert row["stage"] == "teacher" or f"{row['esap']:.3f}" in text
         assert f"{row['bytes'] / 1e6:.2f}" in text
         assert row["samples_text"] in text
         assert row["choices"]["command"] in text

@@ -16,11 +16,13 @@ from families import tiny
 from rerail import api
 from rerail.config.presets import config_root
 from rerail.errors import InputError, OutOfReach
+from rerail.moe.source import ModelSource
 from rerail.plan.plan import Plan
 from rerail.run import pipeline as runner
 from rerail.run import stages
 from rerail.run import status as status_file
 from rerail.run.compose import to_cell
+from rerail.text.calibration import Calibration
 
 SAME = ("host", "time", "seconds", "evaluation_seconds", "peak_memory", "revision")
 
@@ -66,16 +68,19 @@ def comparable(rows):
     return [{k: v for k, v in row.items() if k not in SAME} for row in rows]
 
 
-def test_a_cell_gives_one_row_a_stage_with_the_same_tokens(finished):
+def test_a_cell_gives_one_row_a_stage_with_the_same_tokens(finished, model_folder):
     _, rows = finished
     assert [r["stage"] for r in rows] == ["teacher", "compressed", "repaired"]
     assert len({r["tokens"] for r in rows}) == 1
-    assert rows[0]["kl"] == 0.0
+    assert (rows[0]["kl"], rows[0]["esap"], rows[0]["agreement"]) == (0.0, 1.0, 1.0)
     assert rows[1]["kl"] > 0
+    assert 0 < rows[1]["esap"] < 1
+    assert [r["changed_choices"] for r in rows] == [0.0, 0.0, 0.0]  # kept experts are their own
     assert rows[1]["bytes"] < rows[0]["bytes"]
     assert rows[1]["removed_of_experts"] == pytest.approx(0.5)
     assert rows[2]["kl_best"] <= rows[2]["kl_first"]
     assert rows[1]["seconds"] > 0
+    assert {r["fingerprint"] for r in rows} == {ModelSource(str(model_folder)).fingerprint()}
 
 
 def test_the_rows_follow_the_choices_by_which_a_folder_is_named(cell):
@@ -200,6 +205,25 @@ class Tasks:
         return [{"task": self.name, "metric": "acc", "value": 0.5, "se": None, "n": 1}]
 
 
+def test_a_second_cell_does_not_tokenise_the_text_again(
+    cell, finished, tmp_path, monkeypatch, model_folder
+):
+    shutil.copytree(finished[0] / "cache", tmp_path / "cache")
+    made = []
+    blocks = Calibration.blocks
+    monkeypatch.setattr(
+        Calibration, "blocks", lambda self, *args: (made.append(self), blocks(self, *args))[1]
+    )
+    runner.run_cell(cell("compressor=ean", "distill=none"), tmp_path / "out")
+    assert made == []
+    again = tmp_path / "model"
+    shutil.copytree(model_folder, again)
+    file = again / "tokenizer.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"normalizer": {"type": "NFKC"}}))
+    runner.run_cell(cell("distill=none", f"model.path_or_id={again}"), tmp_path / "out")
+    assert len(made) == 2  # held-out text and calibration
+
+
 def test_the_teachers_tasks_are_scored_once_for_the_same_settings(cell, tmp_path):
     asked: list[str] = []
     for number, (ratio, name) in enumerate([("half", "x"), ("quarter", "x"), ("half", "y")]):
@@ -270,3 +294,63 @@ def test_what_cannot_be_exported_is_refused_before_the_repair(cell, tmp_path, mo
     monkeypatch.setattr(api, "repair", lambda *_: 1 / 0)
     with pytest.raises(InputError, match="densify"):
         runner.run_cell(cell("export=native", "compressor=hc_smoe"), tmp_path / "out")
+
+
+WITHOUT_STEPS = ["++distill.batch_size=16", "~distill.epochs", "~distill.evaluations"]
+
+
+def test_a_router_solved_in_closed_form_leaves_the_same_rows_and_is_used_again(
+    cell, tmp_path, monkeypatch
+):
+    solved = cell("distill=ridge", *WITHOUT_STEPS, "distill.ridge=0.1")
+    rows = runner.run_cell(solved, tmp_path / "out")
+    assert [row["stage"] for row in rows] == ["teacher", "compressed", "repaired"]
+    assert [point["step"] for point in rows[2]["curve"]] == [0, 1]
+    assert rows[2]["kl_best"] == min(rows[2]["kl_first"], rows[2]["kl_last"])
+    assert (rows[2]["nll"] != rows[1]["nll"]) == (rows[2]["kl_last"] < rows[2]["kl_first"])
+    [folder] = (tmp_path / "out").iterdir()
+    (folder / "result.json").unlink()
+    monkeypatch.setattr(api.fitting, "repair", None)  # repair.json is read back
+    assert comparable(runner.run_cell(solved, tmp_path / "out")) == comparable(rows)
+
+
+def test_a_bias_that_no_router_adds_is_a_row_that_is_not_applicable(cell, tmp_path):
+    [row] = runner.run_or_record(cell("distill=ridge_bias", *WITHOUT_STEPS), tmp_path / "out")
+    assert row["status"] == "not_applicable"
+    assert "adds none to its logits" in row["reason"]
+
+
+def test_a_search_that_was_killed_goes_on_from_the_students_that_it_judged(
+    cell, tmp_path, monkeypatch
+):
+    search = ["allocation=search", "allocation.evaluations=4", "allocation.blocks=4"]
+    searched = cell(*search, "++compressor.router=mask", "distill=none")
+    judge, judged = api.plan_fitness, []
+
+    def counting(stop_after):
+        def make(*arguments):
+            fitness = judge(*arguments)
+
+            def judge_and_count(plan):
+                if len(judged) == stop_after:
+                    raise Killed
+                judged.append(plan)
+                return fitness(plan)
+
+            return judge_and_count
+
+        return make
+
+    monkeypatch.setattr(api, "plan_fitness", counting(2))
+    with pytest.raises(Killed):
+        runner.run_cell(searched, tmp_path / "out")
+    monkeypatch.setattr(api, "plan_fitness", counting(100))
+    rows = runner.run_cell(searched, tmp_path / "out")
+    assert len(judged) == 4
+    [folder] = (tmp_path / "out").iterdir()
+    lineage = Plan.load(folder / "plan.json").lineage
+    assert lineage["search"]["evaluations"] == 4
+    assert lineage["search"]["best"] >= lineage["search"]["even"]
+    assert sum(lineage["counts"]) == 8
+    monkeypatch.setattr(api, "plan_fitness", judge)
+    assert comparable(runner.run_cell(searched, tmp_path / "undisturbed")) == comparable(rows)

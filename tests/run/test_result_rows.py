@@ -7,12 +7,12 @@ import pytest
 from beartype.roar import BeartypeCallHintViolation
 
 from rerail.evaluate.scores import LayerRouting, Scores, TextScores
-from rerail.run.rows import layer_column, recovery_columns
+from rerail.run.rows import layer_column, recovery_columns, score_columns
 
 
 def text_scores(nll: list[float], tokens: list[float], layers: list[LayerRouting]) -> TextScores:
     zeros = [0.0] * len(nll)
-    return TextScores(nll, tokens, zeros, zeros, active=2.0, layers=layers)
+    return TextScores(nll, tokens, zeros, zeros, zeros, active=2.0, layers=layers)
 
 
 def scores(shift: float, names: tuple[str, ...]) -> Scores:
@@ -60,13 +60,31 @@ def test_loads_are_weighted_by_tokens_and_none_where_an_expert_is_gone():
     texts = {"a": routed(10, [0.8, 0.2, None]), "b": routed(30, [0.4, 0.6, None])}
     [layer] = Scores(texts).layers()
     assert layer == LayerRouting(3, 0.5, [0.5, 0.5, None])
-    assert layer_column(layer) == {"layer": 3, "load_entropy": 0.5, "load": [0.5, 0.5, None]}
+    assert layer_column(layer) == {
+        "layer": 3,
+        "changed_choices": 0.0,
+        "changed_mass": 0.0,
+        "load_entropy": 0.5,
+        "load": [0.5, 0.5, None],
+    }
 
 
 def test_moved_routing_is_weighted_too():
     [layer] = Scores({"a": routed(10, [1.0], 0.5), "b": routed(30, [1.0], 0.1)}).layers()
     assert layer.routing_changed == pytest.approx(0.2)
     assert layer_column(layer)["routing_changed"] == layer.routing_changed
+
+
+def test_changed_choices_are_weighted_by_tokens_and_average_over_layers():
+    def one(tokens: float, *shares: float) -> TextScores:
+        layers = [LayerRouting(i, 0.5, [1.0], 0.1, s, s / 2) for i, s in enumerate(shares)]
+        return text_scores([1.0], [tokens], layers)
+
+    both = Scores({"a": one(10, 0.8, 0.0), "b": one(30, 0.4, 0.2)})
+    assert [layer.changed_choices for layer in both.layers()] == pytest.approx([0.5, 0.15])
+    columns = score_columns(both)
+    assert columns["changed_choices"] == pytest.approx(0.325)
+    assert columns["changed_mass"] == pytest.approx(0.1625)
 
 
 def test_scores_survive_json_and_a_field_that_does_not_fit_names_itself():

@@ -210,3 +210,10 @@ def test_the_choices_of_rows_and_exports_hide_secrets(composed, monkeypatch):
     assert typed.prompt == "s3cret-value"
     assert typed.choices["prompt"] == "(hidden)"
     assert typed.choices["command"] == "rerail prompt=(hidden)"
+
+
+@pytest.mark.parametrize("text", ["", "[1]", "a: 1", "{" * 3000, "!!python/object:os.system {}"])
+def test_a_file_that_is_no_cell_is_a_sentence(tmp_path, text):
+    (tmp_path / "0.yaml").write_text(text)
+    with pytest.raises(InputError, match=r"0\.yaml is no cell of a sweep"):
+        task.SweepCell.load(tmp_path / "0.yaml")

@@ -1,3 +1,5 @@
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
@@ -8,8 +10,9 @@ from families import CONFIGS, tiny
 from measuring import batches
 from rerail.errors import InputError
 from rerail.methods.d2_moe import Fisher
-from rerail.moe.model import MoEModel
+from rerail.moe.model import MoELayer, MoEModel
 from rerail.statistics.collect import collect
+from rerail.statistics.moments import OutputGradientMoment
 
 
 def reference(model: MoEModel) -> dict[int, Tensor]:
@@ -41,6 +44,71 @@ def test_squares_are_those_of_autograd_on_whole_tensors(family: str) -> None:
             assert held.shape == (8, model.layers[i].dims.numbers["gate_up_proj"] * 3 // 2)
             scale = float(expected.max())
             torch.testing.assert_close(held, expected, atol=1e-5 * scale, rtol=1e-3)
+
+
+OF_OUTPUTS = [OutputGradientMoment(name) for name in ("gate", "up", "down")]
+
+
+def with_zeros(layer: MoELayer, zeros: list[tuple[str, Tensor]]) -> Callable[..., Tensor]:
+    """Return a forward of all experts on all tokens that adds a zero to each matrix's output."""
+    module, (gate, up, down) = layer.experts, layer.stack()
+    biases = [
+        getattr(module, f"{n}_bias", torch.zeros(8, 1)) for n in ("gate_up_proj", "down_proj")
+    ]
+
+    def product(name: str, x: Tensor, weight: Tensor) -> Tensor:
+        zeros.append((name, x.new_zeros(len(x), len(weight), requires_grad=True)))
+        return x @ weight.T + zeros[-1][1]
+
+    def forward(hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+        zeros.clear()
+        out = torch.zeros_like(hidden)
+        for e in range(8):
+            pair = product("gate", hidden, gate[e]), product("up", hidden, up[e])
+            joined = torch.stack(pair, dim=1 if layer.layout.concatenated else 2).flatten(1)
+            middle = module._apply_gate(joined + biases[0][e])
+            made = product("down", middle, down[e]) + biases[1][e]
+            out = out + made * (weights * (index == e)).sum(dim=1, keepdim=True)
+        return out
+
+    return forward
+
+
+def output_reference(model: MoEModel) -> dict[int, dict[str, Tensor]]:
+    """Gradients of the zeros, one sequence after another."""
+    sums = {la.index: {s.matrix: s.empty(la) for s in OF_OUTPUTS} for la in model.layers}
+    zeros: dict[int, list[tuple[str, Tensor]]] = {la.index: [] for la in model.layers}
+    for layer in model.layers:
+        layer.experts.forward = with_zeros(layer, zeros[layer.index])
+    pairs = [pair for batch in batches() for pair in zip(*batch, strict=True)]
+    for ids, valid in pairs:
+        ids = ids[valid]
+        logits = model.model(input_ids=ids[None], use_cache=False).logits[0]
+        F.cross_entropy(logits[:-1], ids[1:]).backward()
+        for i, added in zeros.items():
+            for name, zero in added:
+                sums[i][name] += zero.grad.double().T @ zero.grad.double()
+    return sums
+
+
+@pytest.mark.parametrize("implementation", ["eager", "grouped_mm"])
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss", "mixtral", "deepseek_v3"])
+def test_moments_of_output_gradients_are_those_of_autograd(
+    family: str, implementation: str
+) -> None:
+    model, plain = tiny(family), tiny(family)
+    model.model.set_experts_implementation(implementation)
+    alone = collect(model, batches(), OF_OUTPUTS)
+    beside = collect(model, batches(), [*OF_OUTPUTS, Fisher()])
+    for i, expected in output_reference(plain).items():
+        for name, tensor in expected.items():
+            for found in (alone, beside):
+                held = found.tensors[i][f"output_gradient_moment_{name}"]
+                scale = float(tensor.abs().max())
+                torch.testing.assert_close(held, tensor, atol=1e-5 * scale, rtol=1e-3)
+    fisher = collect(model, batches(), [Fisher()])
+    for i, held in fisher.tensors.items():
+        torch.testing.assert_close(beside.tensors[i]["fisher"], held["fisher"])
 
 
 def test_nothing_keeps_a_gradient_and_flags_come_back() -> None:

@@ -13,10 +13,9 @@ from measuring import batches, everything
 from rerail import code_version
 from rerail.methods.d2_moe import Fisher
 from rerail.methods.moe_i2 import LossIncrease
-from rerail.methods.mone import GatedOutput
 from rerail.statistics.cached import cached_statistics
 from rerail.statistics.collect import collect
-from rerail.statistics.routed import Count, Moment
+from rerail.statistics.routed import Count, GatedOutput, Moment
 from rerail.statistics.statistic import Statistic, StatisticSet, join_sets
 from rerail.statistics.token_sample import TokenSample
 

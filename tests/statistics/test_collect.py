@@ -8,18 +8,17 @@ from measuring import Seen, batches, everything
 from rerail.compress.base import make_plan
 from rerail.compress.guard import MaxOutput
 from rerail.errors import InputError
-from rerail.methods.camera import MiddlePeak
 from rerail.methods.d2_moe import Fisher
 from rerail.methods.hc_smoe import HCSMoE
 from rerail.methods.moe_i2 import LossIncrease
-from rerail.methods.mone import GatedOutput
 from rerail.plan.allocation import Uniform
 from rerail.plan.apply import apply_plan
 from rerail.plan.budget import Ratio
 from rerail.statistics.collect import collect
 from rerail.statistics.dense import OutputSum, TokenCount
 from rerail.statistics.moments import InputMoment, MiddleMoment
-from rerail.statistics.routed import Count, Moment
+from rerail.statistics.routed import Count, GatedOutput, Moment
+from rerail.statistics.squares import MiddlePeak
 from rerail.statistics.statistic import Statistic, StatisticSet
 
 SUMS = (

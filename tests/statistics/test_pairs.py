@@ -8,7 +8,6 @@ from families import CONFIGS, tiny, tokens
 from measuring import batches
 from rerail.errors import InputError
 from rerail.experts.base import BankSpec
-from rerail.methods.camera import MiddleEnergy
 from rerail.methods.d2_moe import Fisher
 from rerail.moe.model import MoEModel
 from rerail.plan.apply import apply_plan
@@ -16,6 +15,7 @@ from rerail.plan.plan import LayerPlan, Plan
 from rerail.statistics.collect import collect
 from rerail.statistics.moments import MiddleMoment
 from rerail.statistics.pairs import answer, pairs_and_middle
+from rerail.statistics.squares import MiddleEnergy
 
 
 def down_again(layer, middle: Tensor, index: Tensor) -> Tensor:

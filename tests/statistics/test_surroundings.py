@@ -5,8 +5,8 @@ from families import tiny
 from measuring import batches
 from rerail.errors import OutOfReach
 from rerail.methods.easy_ep import Deviation
-from rerail.methods.m_smoe import LogitGram
 from rerail.statistics.collect import collect
+from rerail.statistics.moments import LogitGram
 
 
 def test_a_family_that_norms_after_its_block_has_no_residual_to_find() -> None:

@@ -52,7 +52,9 @@ def reference(layer: MoELayer, seen: Around) -> dict[str, Tensor]:
         "gated_output_g2": torch.zeros(8, 16), "input_moment": torch.zeros(8, 16, 16),
         "middle_moment_g0": torch.zeros(8, i, i),
         "middle_moment_g2": torch.zeros(8, i, i), "middle_energy": torch.zeros(8, i),
+        "layer_moment": torch.zeros(16, 16), "pooled_middle_moment": torch.zeros(i, i),
         "middle_peak": torch.zeros(8, i), "logit_gram": torch.zeros(8, 8),
+        "input_squares": torch.zeros(8, 16), "middle_squares": torch.zeros(8, i),
         **{f"moment_g{a}_n{p}": torch.zeros(8) for a in range(3) for p in range(3)},
     }  # fmt: skip
     sums = {name: tensor.double() for name, tensor in sums.items()}
@@ -67,6 +69,7 @@ def reference(layer: MoELayer, seen: Around) -> dict[str, Tensor]:
         for t in mask.flatten().nonzero().flatten().tolist():
             x, z = hidden[t].double(), logits[t].double()
             sums["logit_gram"] += torch.outer(z, z)
+            sums["layer_moment"] += torch.outer(x, x)
             chosen = [(int(e), float(g)) for e, g in zip(index[t], weights[t], strict=True)]
             y = sum(g * outputs[e][t] for e, g in chosen)
             turned = 0.0
@@ -83,8 +86,11 @@ def reference(layer: MoELayer, seen: Around) -> dict[str, Tensor]:
                 sums["output_squares"][e] += f**2
                 sums["gated_output_g2"][e] += g**2 * f
                 sums["input_moment"][e] += torch.outer(x, x)
+                sums["pooled_middle_moment"] += torch.outer(m, m)
                 sums["middle_moment_g0"][e] += torch.outer(m, m)
                 sums["middle_moment_g2"][e] += g**2 * torch.outer(m, m)
+                sums["input_squares"][e] += x**2
+                sums["middle_squares"][e] += m**2
                 sums["middle_energy"][e] += (g * m) ** 2
                 sums["middle_peak"][e] = torch.maximum(sums["middle_peak"][e], (g * m).abs())
                 for a in range(3):

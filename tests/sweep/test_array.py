@@ -69,14 +69,14 @@ def test_one_array_is_submitted_and_all_of_it_is_kept(sbatch, tmp_path):
 
 def test_cells_that_are_on_their_way_are_not_submitted_again(sbatch, tmp_path):
     launched(tmp_path, [cell(tmp_path, "a"), cell(tmp_path, "b")])
-    (sbatch / "jobs").write_text("71_0|RUNNING\n71_1|PENDING\n")
+    (sbatch / "jobs").write_text("71_0|RUNNING|a\n71_1|PENDING|a\n")
     (sbatch / "script").unlink()
     launched(tmp_path, [cell(tmp_path, "a"), cell(tmp_path, "b")])
     assert not (sbatch / "script").exists()
     _, second = sweeps_of(tmp_path, [])
     assert second.jobs == {}
     assert not (second.path / "code").exists()
-    (sbatch / "jobs").write_text("71_0|RUNNING\n")
+    (sbatch / "jobs").write_text("71_0|RUNNING|a\n")
     launched(tmp_path, [cell(tmp_path, "a"), cell(tmp_path, "b")])
     assert list(sweeps_of(tmp_path, []))[-1].jobs == {"1": "71"}
 

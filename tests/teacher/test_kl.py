@@ -5,7 +5,14 @@ from transformers import Qwen3MoeForCausalLM
 
 from families import CONFIGS, tiny, tokens
 from rerail.moe.model import MoEModel
-from rerail.teacher.kl import chunked_kl, target_weights, token_kl
+from rerail.teacher.kl import (
+    chunked_kl,
+    esap_of,
+    kl_of,
+    log_distribution,
+    target_weights,
+    token_kl,
+)
 from students import sliced
 from watching import RowsOfWidth
 
@@ -159,3 +166,36 @@ def test_the_kl_is_the_forward_one(problem):
     kl = F.kl_div(head(student).log_softmax(-1), head(teacher).softmax(-1), reduction="none").sum(1)
     torch.testing.assert_close(there, (weights * kl).sum())
     assert abs(float(there - back)) > 0.01
+
+
+def distributions(scale: float, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Two log-distributions (200, 31) in float64, the further apart the larger the scale."""
+    generator = torch.Generator().manual_seed(seed)
+    first, noise = torch.randn(2, 200, 31, generator=generator, dtype=torch.float64)
+    return log_distribution(3 * first), log_distribution(3 * first + scale * noise)
+
+
+def test_esap_is_the_sum_of_the_smaller_probabilities_and_1_less_the_total_variation():
+    log_p, log_q = distributions(2.0)
+    p, q = log_p.exp(), log_q.exp()
+    found = esap_of(log_p, log_q)
+    torch.testing.assert_close(found, torch.minimum(p, q).sum(-1), rtol=1e-12, atol=1e-12)
+    largest = (p - q).clamp(min=0).sum(-1)  # the event on which they differ most
+    torch.testing.assert_close(found, 1 - largest, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(found, esap_of(log_q, log_p), rtol=0, atol=1e-15)
+
+
+def test_esap_is_1_where_distributions_are_equal_and_0_where_they_share_no_word():
+    log_p, _ = distributions(0.0)
+    assert torch.equal(esap_of(log_p.float(), log_p.float()), torch.ones(200))
+    certain = torch.eye(31).log()
+    assert not esap_of(certain, certain.roll(1, 0)).any()
+
+
+@pytest.mark.parametrize("scale", [1e-3, 0.1, 1.0, 4.0])
+def test_esap_and_the_kl_obey_the_inequality_of_pinsker(scale):
+    log_p, log_q = distributions(scale)
+    kl, esap = kl_of(log_p, log_q), esap_of(log_p, log_q)
+    assert bool(((esap >= 0) & (esap <= 1)).all())
+    assert bool((1 - esap <= (kl / 2).sqrt() + 1e-12).all())
+    assert float(esap.mean()) < 1

@@ -1,18 +1,27 @@
 import copy
 import dataclasses
+import functools
 from dataclasses import dataclass
 from typing import ClassVar
 
 import pytest
 import torch
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from tokenizers import normalizers
 from wordy import END, WORDS, Wordy, word_tokenizer
 
 from families import tiny
+from rerail import api
+from rerail.config import presets
 from rerail.errors import InputError
+from rerail.moe.source import ModelSource
+from rerail.text import tokens
 from rerail.text.calibration import Calibration, TokenBlocks, check_vocabulary
-from rerail.text.corpora import Corpus, Files, SelfText
+from rerail.text.corpora import Corpus, Files, Hub, SelfText
 from rerail.text.documents import SPLITS, split_of
 
+MODES = ("pack", "pad")
 PLAIN = Calibration([Wordy()], samples=4, block=8)
 
 
@@ -218,3 +227,80 @@ def test_batches_are_the_blocks_in_order():
     assert torch.equal(torch.cat([i for i, _ in batches]), ids)
     assert torch.equal(torch.cat([m for _, m in batches]), blocks.mask)
     assert len(blocks) == 5
+
+
+@pytest.mark.parametrize(
+    ("model", "preset", "fields", "fingerprint"),
+    [
+        ("tiny_fine", "docs", {"samples": 16, "block": 128}, "c7e6165bdbbd13f0"),
+        ("tiny_coarse", "docs", {"samples": 24, "mode": "pad"}, "3929d91c89926ce4"),
+        ("tiny_fine", "speeches", {"samples": 64, "split": "heldout"}, "2df4e9d5940a66b6"),
+        ("tiny_fine", "mix", {"samples": 8, "bos": True}, "45aa7a9c6a863395"),
+    ],
+)
+def test_blocks_of_presets_are_those_that_numbers_were_measured_on(
+    model, preset, fields, fingerprint
+):
+    """The fingerprint of blocks hashes the tokens: the docs corpus and the zoo do not change."""
+    tokenizer = ModelSource(f"zoo:{model}").tokenizer()
+    assert presets.preset("calibration", preset, **fields).blocks(tokenizer).fingerprint == (
+        fingerprint
+    )
+
+
+def test_a_block_of_a_long_document_is_that_of_the_whole_document(monkeypatch):
+    tokenizer = word_tokenizer()
+    long = with_(sources=[Wordy(length=5000)], samples=8, block=200)
+    whole = {mode: with_(**vars(long) | {"mode": mode}).blocks(tokenizer) for mode in MODES}
+    monkeypatch.setattr(tokens, "PIECE", 1024)
+    for mode in MODES:
+        assert with_(**vars(long) | {"mode": mode}).blocks(tokenizer).fingerprint == (
+            whole[mode].fingerprint
+        )
+
+
+def test_the_key_of_stored_blocks_covers_all_of_the_tokenizer():
+    key = PLAIN.store_key(word_tokenizer())
+    lower, ends = word_tokenizer(), word_tokenizer(eos_token="x")
+    lower.backend_tokenizer.normalizer = normalizers.Lowercase()
+    assert PLAIN.fingerprint(lower) == PLAIN.fingerprint(word_tokenizer())
+    others = [PLAIN.store_key(lower), PLAIN.store_key(ends), with_(seed=1).store_key(lower)]
+    assert len({key, *others}) == 4
+    assert key == PLAIN.store_key(word_tokenizer())
+
+
+@pytest.mark.parametrize("source", [SelfText(), Hub("you/set"), Hub("you/set", revision="main")])
+def test_text_that_its_fingerprint_does_not_decide_has_no_key(tokenizer, source):
+    assert with_(sources=[Wordy(), source]).store_key(tokenizer) is None
+    assert with_(sources=[Hub("you/set", revision="0123456789" * 4)]).store_key(tokenizer)
+
+
+def test_a_tokenizer_that_is_code_has_no_key(tokenizer, monkeypatch):
+    monkeypatch.setattr(type(tokenizer), "is_fast", False)
+    assert PLAIN.store_key(tokenizer) is None
+
+
+CONF = presets.config_root() / "conf"
+
+
+@pytest.mark.parametrize("name", sorted(p.stem for p in (CONF / "calibration").glob("*.yaml")))
+def test_what_blocks_begin_with_is_a_setting_of_every_text(name):
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        for word, value in (("null", None), ("true", True), ("false", False)):
+            config = compose("config", [f"calibration={name}", f"calibration.bos={word}"])
+            assert config.calibration.bos is value
+
+
+def test_a_long_string_is_cut_as_the_whole_string_is(monkeypatch):
+    tokenizer = word_tokenizer()
+    long = " ".join(WORDS[1:]) + " "
+    whole = api.text(tokenizer, [long * 30, "x y"], block=40)
+    monkeypatch.setattr(tokens, "PIECE", 1024)
+    monkeypatch.setattr(tokens, "plain_ids", functools.partial(_short_ids, tokens.plain_ids))
+    assert torch.equal(api.text(tokenizer, [long * 30, "x y"], block=40).input_ids, whole.input_ids)
+
+
+def _short_ids(plain, tokenizer, text):
+    assert len(text) <= 1024
+    return plain(tokenizer, text)

@@ -7,12 +7,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rerail.config.presets import config_root
+from rerail.config.secrets import guard_streams
 from rerail.errors import InputError
 from rerail.files import write_json
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point: exit status 0, or 2 where something could not be used or saved."""
+    guard_streams()
     parser = argparse.ArgumentParser(prog="rerail-dashboard", description=__doc__)
     parser.add_argument("--entity", default=os.environ.get("WANDB_ENTITY"), help="user or team")
     parser.add_argument("--project", default=os.environ.get("WANDB_PROJECT", "rerail"))

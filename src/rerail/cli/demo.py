@@ -11,8 +11,8 @@ from pathlib import Path
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from rerail.cli.screen import finish
-from rerail.errors import InputError
-from rerail.files import check_replaceable, make_folder, read_json, refusals
+from rerail.files import check_replaceable, make_folder, refusals
+from rerail.sweep.states import status_of
 
 MODELS = ("tiny_fine", "tiny_coarse")
 METHODS = ("reap", "hc_smoe", "mobe")
@@ -76,13 +76,10 @@ def _start(model: str, out: Path, overrides: Sequence[str]) -> "subprocess.Popen
 def _show(progress: Progress, bar: TaskID, model: str, out: Path) -> None:
     done, label = 0, model
     for path in sorted(out.glob(f"{model}-*/status.json")):
-        try:
-            status = read_json(path)
-        except InputError:
-            continue
-        if status["state"] != "running":
+        status = status_of(path.parent)
+        if status.get("state", "running") != "running":
             done += len(STEPS)
-        elif status["stage"] in STEPS:
+        elif status.get("stage") in STEPS:
             done += STEPS.index(status["stage"])
             label = f"{path.parent.name.rsplit('-r', 1)[0]}: {status['stage']}"
     progress.update(bar, completed=done, description=label)

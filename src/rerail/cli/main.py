@@ -1,27 +1,17 @@
 """`rerail`: compress, repair and measure; every Hydra override works, `-m` runs a grid."""
 
 import os
-import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
-from rerail.config import numbers
+from rerail.config.overrides import forced
 from rerail.config.presets import config_root
+from rerail.config.secrets import guard_streams
 from rerail.errors import InputError
 from rerail.run import task
 
-# A group's class is its schema: any of its fields can be set, also those that its yaml leaves at
-# their defaults. Hydra wants `++` for these; a wrong field is refused when the class is built.
-_FIELD = re.compile(
-    r"(model|compressor|ratio|skip|allocation|calibration|distill|evaluation|export|logger|trainer)\.\w+="
-)
-
-
 TRUST = "trust="
-
-
-def _forced(word: str) -> str:
-    return f"++{word}" if _FIELD.match(word) else numbers.quoted(word)
 
 
 def _words(typed: Sequence[str]) -> list[str]:
@@ -31,20 +21,47 @@ def _words(typed: Sequence[str]) -> list[str]:
     trust(
         name for word in typed if word.startswith(TRUST) for name in word[len(TRUST) :].split(",")
     )
-    return [_forced(word) for word in typed if not word.startswith(TRUST)]
+    words = [forced(word) for word in typed if not word.startswith(TRUST)]
+    # Hydra's parser takes no flag between overrides
+    return sorted(words, key=lambda word: word not in ("-m", "--multirun"))
 
 
-def _refused() -> None:
-    """Say what a mistyped override could have meant, after Hydra's own lines."""
+def _reported(compose_and_run: Callable[[], Any]) -> Any:
+    """Call what Hydra would report with a traceback: before a cell begins, a choice is wrong."""
     from rerail.cli.suggestions import hints
 
-    words = [word for word in sys.argv[1:] if not word.startswith("-")]
-    for sentence in hints(words, config_root()):
-        task.complain(sentence)
+    try:
+        return compose_and_run()
+    except Exception as error:
+        if task.Outcome.started:
+            raise
+        words = [word for word in sys.argv[1:] if not word.startswith("-")]
+        for line in hints(words, config_root()) or _lines(error):
+            task.complain(line)
+        sys.exit(2)
+
+
+def _lines(error: Exception) -> list[str]:
+    """Return what Hydra has against the choices, without its advice to add what is not known."""
+    from hydra.errors import CompactHydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    from rerail.config.instantiate import sentence
+
+    if isinstance(error, OmegaConfBaseException):
+        return [sentence(error)]
+    if not isinstance(error, CompactHydraException):
+        return [
+            f"these choices cannot be composed: {type(error).__name__}: {error}".splitlines()[0]
+        ]
+    text = "\n".join(line for line in str(error).splitlines() if not line.startswith("To append"))
+    cause = error.__cause__
+    return [text, *([sentence(cause)] if isinstance(cause, OmegaConfBaseException) else [])]
 
 
 def main() -> None:
     """Entry point: exit status 0, 2 where something could not be used or a cell failed."""
+    guard_streams()
     try:
         if sys.argv[1:2] == ["demo"]:
             from rerail.cli.demo import demo
@@ -66,6 +83,7 @@ def main() -> None:
 def _compose_and_run() -> None:
     """Let Hydra compose the cells that were typed, and run them."""
     import hydra
+    from hydra._internal import utils
 
     from rerail.config import search_path
     from rerail.sweep import launcher
@@ -73,15 +91,10 @@ def _compose_and_run() -> None:
     task.set_up_logging()
     search_path.register()
     launcher.register()
+    utils.run_and_report = _reported
     sys.argv[1:] = _words(sys.argv[1:])
     folder = str(config_root() / "conf")
-    try:
-        hydra.main(version_base="1.3", config_path=folder, config_name="config")(task.task)()
-    except SystemExit as error:
-        if error.code not in (0, None) and not task.Outcome.started:
-            _refused()
-            sys.exit(2)
-        raise
+    hydra.main(version_base="1.3", config_path=folder, config_name="config")(task.task)()
 
 
 if __name__ == "__main__":

@@ -32,6 +32,12 @@ def hints(overrides: Sequence[str], root: Path) -> list[str]:
             f"add it with a plus, and run its grid with -m: rerail -m +{o.input_line}"
             for o in added
         ]
+    if several := [o for o in parsed if o.key_or_group in groups and isinstance(o.value(), list)]:
+        return [
+            f"{o.input_line} is a list, and one name is chosen of {o.key_or_group}; to sweep over "
+            f"several, use -m and commas: -m {o.key_or_group}=A,B"
+            for o in several
+        ]
     sentences = [
         _missing(o.key_or_group, composed, "")
         for o in parsed
@@ -44,7 +50,6 @@ def _defaults(root: Path, chosen: Sequence[str]) -> Mapping[str, Any]:
     """Compose what the command line chose, or the defaults where that is what failed."""
     from hydra import compose, initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra
-    from hydra.errors import HydraException
     from omegaconf import OmegaConf
 
     for overrides in (list(chosen), []):
@@ -53,7 +58,7 @@ def _defaults(root: Path, chosen: Sequence[str]) -> Mapping[str, Any]:
             with initialize_config_dir(str(root / "conf"), version_base="1.3"):
                 composed = OmegaConf.to_container(compose("config", overrides))
             return {str(k): v for k, v in composed.items()} if isinstance(composed, dict) else {}
-        except HydraException:
+        except Exception:  # Hydra fails anywhere over what it does not expect
             continue
     return {}
 

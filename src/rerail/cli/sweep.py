@@ -126,7 +126,8 @@ def _cancelled(sweep: Sweep) -> list[str]:
     """Cancel the jobs of a sweep that wait or run, and return them."""
     if not sweep.jobs:
         return []
-    states = queue.active(sweep.jobs.values(), sweep.cluster)
+    # the numbers come from a file that anybody may have written: only jobs of this sweep's name
+    states = queue.active(sweep.jobs.values(), sweep.cluster, sweep.path.name)
     jobs = sorted(states or {})
     if states is None or (jobs and not queue.cancel(jobs, sweep.cluster)):
         raise InputError(f"Slurm does not answer here; the jobs of {sweep.path} were not cancelled")

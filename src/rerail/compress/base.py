@@ -10,10 +10,10 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from rerail.errors import OutOfReach
+from rerail.errors import InputError, OutOfReach
 from rerail.experts.base import BankSpec
 from rerail.moe.model import MoELayer
-from rerail.plan.allocation import Allocation, check_kept, removed_shares
+from rerail.plan.allocation import Allocation, PerLayer, check_kept, removed_shares
 from rerail.plan.budget import Budget, Ratio, dense_numbers, units_kept
 from rerail.plan.plan import LayerPlan, Plan
 from rerail.statistics.statistic import LayerStatistics, Statistic, StatisticSet
@@ -26,6 +26,8 @@ Scopes = list[list[int]]
 Progress = Callable[[Scopes], Iterable[list[int]]]
 # statistics of some layers, measured on the student of the plan so far
 Remeasure = Callable[[Plan, Sequence[MoELayer]], StatisticSet]
+# how good the student of a plan is, higher is better: what a searching allocation asks
+Fitness = Callable[[Plan], float]
 
 
 class Decision(NamedTuple):
@@ -49,10 +51,12 @@ class PlanHooks(NamedTuple):
         remeasure: gives a sequential method its statistics scope by scope; None plans from those
             of the original model.
         progress: wraps the scopes, to show a bar.
+        fitness: judges plans, for a method that is `judged_by` something.
     """
 
     remeasure: Remeasure | None = None
     progress: Progress = lambda scopes: scopes
+    fitness: Fitness | None = None
 
 
 NO_HOOKS = PlanHooks()
@@ -86,6 +90,19 @@ class Compressor(ABC):
         `sequential` measures each scope on the model whose earlier scopes are compressed already.
         """
         return "one_shot"
+
+    @property
+    def judged_by(self) -> tuple[str, int] | None:
+        """What a method that searches judges students by: measure, and leading blocks of text."""
+        return None
+
+    @property
+    def written_out(self) -> Literal["no", "yes", "never"]:
+        """Whether stock experts hold what it leaves only once it is written out as whole experts.
+
+        `never`: not even then. By default `no`: they hold it, or the plan alone can tell.
+        """
+        return "no"
 
     def allocate(
         self, layers: Layers, statistics: Statistics, budget: Budget, allocation: Allocation
@@ -159,6 +176,11 @@ class Compressor(ABC):
                 f"allocation {allocation} counts experts, and {name} keeps them all; use "
                 f"allocation=uniform{lists if self.allocations == 'fixed' else ''}"
             )
+        if allocation.searches and self.driver == "sequential":
+            raise OutOfReach(
+                f"allocation {allocation} plans many times, and {name} measures every scope anew "
+                "each time; use allocation=uniform or global, or a setting that measures once"
+            )
         self.allocate(layers, None, budget, allocation)
 
     def plan(
@@ -191,12 +213,14 @@ def make_plan(  # noqa: PLR0913
     allocation: Allocation,
     remeasure: Remeasure | None = None,
     progress: Progress = NO_HOOKS.progress,
+    fitness: Fitness | None = None,
 ) -> Plan:
     """Check a budget and return the plan of a compressor; a budget of 0 gives the empty plan.
 
-    Layers and statistics are of the original model; for the hooks see `PlanHooks`. The lineage of
-    the plan says what was asked for (`removed`), how many units each layer got (`counts`) and
-    what integers made of it (`achieved`, the removed share of the bytes of routed experts).
+    Layers and statistics are of the original model; for the hooks see `PlanHooks`; `fitness` is for
+    an allocation or a method that searches. The lineage of the plan says what was asked for
+    (`removed`), how many units each layer got (`counts`) and what integers made of it (`achieved`,
+    the removed share of the bytes of routed experts).
 
     Raises:
         InputError: the budget cannot be reached.
@@ -206,9 +230,17 @@ def make_plan(  # noqa: PLR0913
     if budget.removed == 0:
         return Plan((), lineage)
     compressor.check(layers, budget, allocation)
-    hooks = PlanHooks(remeasure, progress)
-    plan = compressor.plan(layers, statistics, budget, allocation, hooks)
+    hooks = PlanHooks(remeasure, progress, fitness)
+
+    def judge(kept: tuple[int, ...]) -> float:
+        if fitness is None:
+            raise InputError(f"allocation {allocation} judges students on text, and there is none")
+        return fitness(compressor.plan(layers, statistics, budget, PerLayer(kept), hooks))
+
+    shares = allocation.with_fitness(judge)
+    plan = compressor.plan(layers, statistics, budget, shares, hooks)
     plan.validate(layers)
+    lineage |= shares.lineage()
     dense = sum(dense_numbers(layer) for layer in layers)
     lineage["achieved"] = 1 - plan.stored_bits(layers, 16) / (16 * dense)
     return dataclasses.replace(plan, lineage={**lineage, **plan.lineage})

@@ -26,7 +26,10 @@ def check_names(names: Iterable[Any], allowed: Sequence[str], where: str) -> Non
     for name in sorted(set(map(str, names)) - set(allowed)):
         close = difflib.get_close_matches(name, allowed, 1)
         hint = f"did you mean {close[0]}? " if close else ""
-        raise InputError(f"{where}.{name} does not exist; {hint}allowed: {', '.join(allowed)}")
+        place = f"{where}.{name}" if where else name
+        raise InputError(
+            f"{place} does not exist; {hint}allowed: {', '.join(allowed) or 'nothing'}"
+        )
 
 
 def check_value(value: Any, hint: Any, where: str) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 
 from rerail.errors import InputError
-from rerail.files import digest
+from rerail.files import digest, is_folder
 
 
 def config_root() -> Path:
@@ -42,18 +42,24 @@ def preset(group: str, name: str, **fields: Any) -> Any:
 
 
 def model_name(preset: str | None, node: Mapping[str, Any]) -> str:
-    """Return the name of what is loaded: its preset's, or the last part of another path.
+    """Return the name of what is loaded: its own, its preset's, or the last part of another path.
 
-    A few digits make it unique, since two folders may end in the same word.
+    A few digits make the last part unique, since two folders may end in the same word; a folder has
+    one name however its path is written.
 
     Args:
         preset: that was chosen, if any.
         node: the resolved choices of the model.
     """
     path, revision = str(node["path_or_id"]), node.get("revision")
+    if name := node.get("name"):
+        return str(name)
     file = config_root() / "conf" / "model" / f"{preset}.yaml"
     known = yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else {}
     if preset and (path, revision) == (known.get("path_or_id"), known.get("revision")):
         return preset
+    folder = Path(path).expanduser()
+    if is_folder(folder):
+        path = str(folder.resolve())
     last = re.sub(r"[^\w.]+", "_", re.split(r"[/:]", path.rstrip("/"))[-1]) or "model"
     return f"{last}_{digest([path, revision])[:4]}"

@@ -25,7 +25,7 @@ BASES = {
     "skip": ("rerail.plan.budget.Skip",),
     "allocation": ("rerail.plan.allocation.Allocation",),
     "calibration": ("rerail.text.calibration.Calibration",),
-    "distill": ("rerail.distill.settings.RouterKD",),
+    "distill": ("rerail.distill.settings.RouterKD", "rerail.distill.settings.Ridge"),
     "evaluation": ("rerail.run.evaluation.Evaluation",),
     "export": ("rerail.run.cell.Export",),
     "logger": ("rerail.run.mirror.Mirror",),

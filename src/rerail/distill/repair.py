@@ -1,10 +1,8 @@
 """Repair a student: fit the router, keep the best step, say what happened."""
 
-import contextlib
 import dataclasses
 import logging
-import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,17 +11,18 @@ import torch
 from torch import Tensor
 
 from rerail.code_version import code_version
+from rerail.distill.making import fixed_arguments, make_trainer, quiet
 from rerail.distill.schedule import Schedule
-from rerail.distill.settings import RouterKD
+from rerail.distill.settings import Ridge, RouterKD, Settings
 from rerail.distill.sharding import private_copy
 from rerail.distill.trainable import master_copies, select_parameters
 from rerail.distill.trainer import check_strategy, strategy_arguments
 from rerail.errors import InputError
-from rerail.files import digest
+from rerail.files import digest, refusals
 from rerail.moe.model import MoEModel
 from rerail.parallel import barrier, broadcast_from_first, group_rank_and_size, is_first, join
 from rerail.store import is_sound, remove_sealed
-from rerail.teacher.hidden_states import Teacher
+from rerail.teacher.hidden_states import LiveTeacher, Teacher
 from rerail.text.calibration import TokenBlocks
 
 if TYPE_CHECKING:  # Lightning takes seconds to import: functions that train import it
@@ -80,17 +79,17 @@ def repair(  # noqa: PLR0913
     student: MoEModel,
     teacher: Teacher,
     blocks: TokenBlocks,
-    settings: RouterKD,
+    settings: Settings,
     trainer: Mapping[str, Any],
     seed: int,
     folder: Path | None = None,
     report: "Report | None" = None,
 ) -> Repair:
-    """Train the student's routers in place on calibration blocks, by Lightning.
+    """Train the student's routers in place on calibration blocks, by Lightning, or solve for them.
 
     Args:
         student: the compressed model; only its router rows change.
-        teacher: the source of the teacher's hidden states for these blocks.
+        teacher: the source of the teacher's hidden states for these blocks; a live one for `Ridge`.
         blocks: calibration text; its last share validates.
         settings: hyper-parameters.
         trainer: further arguments of lightning.Trainer.
@@ -102,11 +101,29 @@ def repair(  # noqa: PLR0913
         InputError: too few blocks, constant gate weights, a trainer argument or precision that the
             settings rule out, or a KL that is not finite.
     """
+    check_strategy(trainer, settings)
+    join()
+    if isinstance(settings, Ridge):
+        from rerail.distill.ridge import ridge_repair  # it reads this module
+
+        assert isinstance(teacher, LiveTeacher)
+        return ridge_repair(student, teacher.model, blocks, settings, report)
+    return _train(student, teacher, blocks, settings, trainer, seed, folder, report)
+
+
+def _train(  # noqa: PLR0913
+    student: MoEModel,
+    teacher: Teacher,
+    blocks: TokenBlocks,
+    settings: RouterKD,
+    trainer: Mapping[str, Any],
+    seed: int,
+    folder: Path | None,
+    report: "Report | None",
+) -> Repair:
     from rerail.distill.batches import Rounds
     from rerail.distill.router_distillation import RouterDistillation
 
-    check_strategy(trainer, settings)
-    join()
     rank, ranks = group_rank_and_size()
     schedule = Schedule.of(len(blocks), settings, ranks)
     student.model.train(False)
@@ -181,59 +198,32 @@ def _fit(
     """Fit in rounds (Lightning's epochs), from a checkpoint where it is sound; it goes at the end.
 
     Raises:
-        InputError: the trainer is given an argument that the settings decide.
+        InputError: an argument of the trainer cannot be used.
     """
-    import lightning
+    from lightning.fabric.utilities.exceptions import MisconfigurationException
 
     from rerail.distill.curve import CurveReporter
     from rerail.distill.preemption import Checkpoints
 
-    settings, schedule = module.settings, data.schedule
     start = None
     if checkpoint is not None and broadcast_from_first(lambda: is_sound(checkpoint)):
         start = checkpoint
         log.info("going on with the repair in %s", checkpoint)
-    fixed: dict[str, Any] = {
-        "max_epochs": schedule.rounds,
-        "reload_dataloaders_every_n_epochs": 1,
-        "accumulate_grad_batches": schedule.forwards,
-        "gradient_clip_val": settings.clip or None,
-        "num_sanity_val_steps": 0 if start else -1,  # the validation of step 0
-        "use_distributed_sampler": False,
-        "enable_checkpointing": False,
-        "enable_model_summary": False,
-    }
-    if clash := sorted(fixed.keys() & trainer.keys()):
-        raise InputError(f"trainer.{clash[0]} is decided by the settings of distill; leave it out")
+    fixed = fixed_arguments(data.schedule, module.settings, resumes=start is not None)
     reporters = [] if report is None else [CurveReporter(report)]
     checkpoints = [] if checkpoint is None else [Checkpoints(checkpoint)]
-    free = {"logger": False, "log_every_n_steps": 1, **trainer, **strategy_arguments(trainer)}
-    # checkpoints last: a step is reported before it is saved and the process handed over
-    free["callbacks"] = [*trainer.get("callbacks", []), *reporters, *checkpoints]
     try:
-        with _quiet(), torch.enable_grad():
-            lightning.Trainer(**fixed, **free).fit(module, datamodule=data, ckpt_path=start)
+        with quiet(), torch.enable_grad():
+            # checkpoints last: a step is reported before it is saved and the process handed over
+            callbacks = [*reporters, *checkpoints]
+            made = make_trainer(trainer, fixed, callbacks, **strategy_arguments(trainer))
+            with refusals(Path(made.default_root_dir)):  # of loggers and profilers
+                made.fit(module, datamodule=data, ckpt_path=start)
+    except MisconfigurationException as error:
+        raise InputError(f"trainer: {str(error).splitlines()[0]}") from error
     finally:
         for callback in checkpoints:
             callback.close()
     barrier()
     if checkpoint is not None and is_first():
         remove_sealed(checkpoint)
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence Lightning's advice (more workers, other loggers)."""
-    loggers = [logging.getLogger(f"lightning.{part}") for part in ("pytorch", "fabric")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:  # Lightning sets its own levels when it is imported, so this comes after
-        logger.setLevel(logging.WARNING)
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", ".*does not have many workers.*")
-            warnings.filterwarnings("ignore", ".*LeafSpec.*is deprecated.*")
-            warnings.filterwarnings("ignore", ".*srun. command is available.*")
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)

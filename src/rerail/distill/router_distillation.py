@@ -75,18 +75,6 @@ class RouterDistillation(lightning.LightningModule):
             shard_student(self._student[0], self.masters, self.device_mesh["data_parallel"])
             self.sharded = True
 
-    def on_fit_start(self) -> None:
-        """Check that the trainer's precision left the masters what they are.
-
-        Raises:
-            InputError: it cast them to 16 bits, where steps of 5e-5 are lost.
-        """
-        if any(p.dtype != torch.float32 for p in self.masters.values()):
-            raise InputError(
-                f"trainer.precision={self.trainer.precision!r} casts the router's float32 masters "
-                "to 16 bits, in which small steps are lost; use 32-true, bf16-mixed or 16-mixed"
-            )
-
     def loss(self, batch: Batch) -> Tensor:
         """Return L averaged over the batch's sequences (or tokens, by `average`).
 

@@ -42,7 +42,7 @@ class Schedule:
             InputError: there are too few blocks to train and to validate, or in an optimiser step
                 for as many processes.
         """
-        train = blocks - max(1, round(blocks * settings.validation))
+        train = settings.train_blocks(blocks)
         if train < settings.batch_size:
             raise InputError(
                 f"{blocks} calibration blocks leave {max(train, 0)} to train on, fewer than "

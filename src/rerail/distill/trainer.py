@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from rerail.distill.settings import RouterKD
+from rerail.distill.settings import RouterKD, Settings
 from rerail.errors import InputError
 from rerail.parallel import group_rank_and_size, in_slurm, node_rank_and_size, rank_and_size
 
@@ -36,7 +36,7 @@ def trainer_argument_names() -> tuple[str, ...]:
     raise ImportError(f"{source} has no class Trainer; rerail needs lightning 2.6")
 
 
-def check_strategy(trainer: Mapping[str, Any], settings: RouterKD) -> None:
+def check_strategy(trainer: Mapping[str, Any], settings: Settings) -> None:
     """Check what can be checked before a model is loaded.
 
     Raises:
@@ -45,7 +45,8 @@ def check_strategy(trainer: Mapping[str, Any], settings: RouterKD) -> None:
     strategy = trainer.get("strategy", "auto")
     if strategy not in STRATEGIES:
         raise InputError(f"trainer.strategy={strategy!r} is not one of {', '.join(STRATEGIES)}")
-    if strategy == "fsdp2" and settings.teacher == "live":
+    live = isinstance(settings, RouterKD) and settings.teacher == "live"
+    if strategy == "fsdp2" and live:
         raise InputError(
             "distill.teacher='live' keeps the whole teacher in memory, which "
             "trainer.strategy='fsdp2' is there to avoid; use distill.teacher=cached"
@@ -66,29 +67,13 @@ def check_processes(trainer: Mapping[str, Any]) -> None:
             f"{'one' if size > 1 else 'several'}; trainer=ddp and trainer=fsdp2 are for several "
             "(torchrun --nproc-per-node=2 -m rerail, or a Slurm profile), the others for one"
         )
-    devices, nodes = trainer.get("devices", "auto"), int(trainer.get("num_nodes", 1))
-    if size > 1 and isinstance(devices, int) and devices * nodes != size:
+    devices, nodes = trainer.get("devices", "auto"), trainer.get("num_nodes", 1)
+    counted = isinstance(devices, int) and isinstance(nodes, int)
+    if size > 1 and counted and devices * nodes != size:
         raise InputError(
             f"trainer.devices={devices} on trainer.num_nodes={nodes} needs {devices * nodes} "
             f"processes and {size} started; leave both out: they follow what was started"
         )
-
-
-def check_accelerator(trainer: Mapping[str, Any]) -> None:
-    """Check that this machine has the accelerator that was asked for by name.
-
-    Raises:
-        InputError: it has none.
-    """
-    asked = trainer.get("accelerator", "auto")
-    if asked in ("gpu", "cuda"):
-        import torch
-
-        if not torch.cuda.is_available():
-            raise InputError(
-                f"trainer.accelerator={asked!r} needs a GPU and this machine shows none to torch; "
-                "use trainer=cpu, or trainer=default, which takes what is there"
-            )
 
 
 def strategy_arguments(trainer: Mapping[str, Any]) -> dict[str, Any]:

@@ -17,6 +17,7 @@ class Routing:
 
     Attributes:
         chosen: layer index -> list of int16 (T, K), each row ascending.
+        mass: layer index -> list of float64 (slots,), the gate weights that each slot got.
         num_slots: layer index -> number of router rows.
         computed: layer index -> experts computed for all these tokens together.
         mask: (B, S), true at real tokens of the batch that runs now; None where all are.
@@ -24,6 +25,7 @@ class Routing:
 
     chosen: dict[int, list[Tensor]] = field(default_factory=dict)
     num_slots: dict[int, int] = field(default_factory=dict)
+    mass: dict[int, list[Tensor]] = field(default_factory=dict)
     computed: dict[int, int] = field(default_factory=dict)
     mask: Tensor | None = None
 
@@ -46,6 +48,12 @@ class Routing:
         chosen = self.slots(layer).flatten().long()
         return torch.bincount(chosen, minlength=self.num_slots[layer]).double() / len(chosen)
 
+    def share_of(self, layer: int, rows: Tensor) -> tuple[float, float]:
+        """Return the share of all choices, and of all gate weight, of some slots, bool (slots,)."""
+        mass = torch.stack(self.mass[layer]).sum(dim=0)
+        choices, gates = (float(x[rows].sum() / x.sum()) for x in (self.load(layer), mass))
+        return choices, gates
+
     def load_entropy(self, layer: int) -> float:
         """Return the entropy of the slots' shares of choices over log(slots).
 
@@ -61,6 +69,7 @@ class _LayerHooks:
     def __init__(self, layer: MoELayer, routing: Routing):
         self.layer, self.routing = layer.index, routing
         routing.chosen[layer.index] = []
+        routing.mass[layer.index] = []
         routing.num_slots[layer.index] = layer.num_experts
         routing.computed[layer.index] = 0
         before = layer.experts.register_forward_pre_hook(self._record_choices)
@@ -76,6 +85,9 @@ class _LayerHooks:
         # sorted, so that equal sets are equal rows; int16, as a text has millions of choices
         rows = index.sort(dim=1).values.to(torch.int16).cpu()
         self.routing.chosen[self.layer].append(rows)
+        gates = self._of_real_tokens(inputs[2]).double().flatten()
+        mass = gates.new_zeros(self.routing.num_slots[self.layer])
+        self.routing.mass[self.layer].append(mass.index_add_(0, index.flatten(), gates).cpu())
 
     def _count_computed(
         self, experts: nn.Module, inputs: tuple[Tensor, ...], output: Tensor

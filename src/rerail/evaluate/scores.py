@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import torch
 from beartype import BeartypeConf, beartype
 from numpy.typing import NDArray
 from torch import Tensor
@@ -33,12 +34,17 @@ class LayerRouting:
         load_entropy: entropy of the slots' shares of choices over its maximum, in [0, 1].
         load: share of all choices of each of the teacher's slots; None for one that is gone.
         routing_changed: share of tokens that choose other slots than the teacher; None for itself.
+        changed_choices: share of choices (token, slot) that are answered by anything but the
+            teacher's own expert of that slot as it was; 0 for the teacher.
+        changed_mass: the same, each choice weighted by its gate weight.
     """
 
     layer: int
     load_entropy: float
     load: list[float | None]
     routing_changed: float | None = None
+    changed_choices: float = 0.0
+    changed_mass: float = 0.0
 
 
 @_checked
@@ -50,6 +56,7 @@ class TextScores:
         nll: negative log-likelihood in nats.
         tokens: number of targets.
         kl: forward KL from the teacher, in nats.
+        esap: chance that the teacher accepts the student's token, sum_v min(p_teacher, p_student).
         agree: how often the most likely token is the teacher's.
         active: experts computed for a token and layer, on average.
         layers: routing, layer by layer.
@@ -58,6 +65,7 @@ class TextScores:
     nll: list[float]
     tokens: list[float]
     kl: list[float]
+    esap: list[float]
     agree: list[float]
     active: float
     layers: list[LayerRouting]
@@ -105,7 +113,7 @@ class Scores:
         )
 
     def mean(self, name: str) -> tuple[float, float | None]:
-        """Return the mean of `nll`, `kl` or `agree` a token, and its standard error."""
+        """Return the mean of `nll`, `kl`, `esap` or `agree` a token, and its standard error."""
         return mean_and_se(self.pooled(name), self.pooled("tokens"))
 
     @property
@@ -121,6 +129,11 @@ class Scores:
     def kl(self) -> float:
         """KL from the teacher, nats a token."""
         return self.mean("kl")[0]
+
+    @property
+    def esap(self) -> float:
+        """Mean over tokens of sum_v min(p_teacher, p_student), in [0, 1]."""
+        return self.mean("esap")[0]
 
     @property
     def agreement(self) -> float:
@@ -155,12 +168,14 @@ class Scores:
                 None
                 if parts[0].routing_changed is None
                 else self._weighted([part.routing_changed for part in parts]),
+                self._weighted([part.changed_choices for part in parts]),
+                self._weighted([part.changed_mass for part in parts]),
             )
             for parts in zip(*(scores.layers for scores in self.texts.values()), strict=True)
         ]
 
     def __repr__(self) -> str:
-        means = {name: self.mean(name) for name in ("nll", "kl", "agree")}
+        means = {name: self.mean(name) for name in ("nll", "kl", "esap", "agree")}
         shown = [
             f"{name}={mean:.5g}" + ("" if se is None else f"±{se:.2g}")
             for name, (mean, se) in means.items()
@@ -188,8 +203,6 @@ def score_texts(
         batch_size: blocks a forward.
         progress: from the name of a text to what wraps its batches, to show a bar.
     """
-    planned = () if plan is None else plan.layers
-    rows = {part.layer: part.kept for part in planned if part.router in ("slice", "pooled")}
     scored: dict[str, TextScores] = {}
     tensors: dict[str, Tensor] = {}
     for name, text in texts.items():
@@ -201,33 +214,33 @@ def score_texts(
             tensors |= {
                 f"{name}.chosen.{i}": scores.routing.slots(i) for i in scores.routing.chosen
             }
-            layers = [
-                _routing(scores.routing, i, {}, n) for i, n in scores.routing.num_slots.items()
-            ]
+            slots = scores.routing.num_slots
+            layers = [_routing(scores.routing, i, Plan(), n) for i, n in slots.items()]
         else:
-            layers = _moved(name, scores.routing, reference, rows)
-        sums = {n: getattr(scores, n).tolist() for n in ("nll", "tokens", "kl", "agree")}
+            layers = _moved(name, scores.routing, reference, plan or Plan())
+        names = ("nll", "tokens", "kl", "esap", "agree")
+        sums = {n: getattr(scores, n).tolist() for n in names}
         scored[name] = TextScores(**sums, active=scores.routing.mean_active_experts, layers=layers)
     return Scores(scored, tensors)
 
 
+def _rows(plan: Plan) -> dict[int, tuple[int, ...]]:
+    """Return the teacher's slots behind the rows of shortened routers, by layer."""
+    return {part.layer: part.kept for part in plan.layers if part.router in ("slice", "pooled")}
+
+
 def _routing(
-    routing: Routing,
-    layer: int,
-    rows: Mapping[int, tuple[int, ...]],
-    slots: int,
-    moved: float | None = None,
+    routing: Routing, layer: int, plan: Plan, slots: int, moved: float | None = None
 ) -> LayerRouting:
-    load = load_by_expert(routing, layer, rows, slots)
-    return LayerRouting(layer, routing.load_entropy(layer), load, moved)
+    load = load_by_expert(routing, layer, _rows(plan), slots)
+    changed = routing.share_of(layer, torch.tensor(plan.changed_rows(layer, slots)))
+    return LayerRouting(layer, routing.load_entropy(layer), load, moved, *changed)
 
 
-def _moved(
-    name: str, routing: Routing, reference: Scores, rows: Mapping[int, tuple[int, ...]]
-) -> list[LayerRouting]:
+def _moved(name: str, routing: Routing, reference: Scores, plan: Plan) -> list[LayerRouting]:
     """Return how a student routes a text, beside the teacher's choices."""
     # the teacher's choices as they were recorded: its model is not run again
     chosen = {i: [reference.tensors[f"{name}.chosen.{i}"]] for i in routing.chosen}
-    moved = routing_changed(Routing(chosen, dict(routing.num_slots)), routing, rows)
+    moved = routing_changed(Routing(chosen, dict(routing.num_slots)), routing, _rows(plan))
     slots = {layer.layer: len(layer.load) for layer in reference.texts[name].layers}
-    return [_routing(routing, i, rows, slots[i], moved[i]) for i in moved]
+    return [_routing(routing, i, plan, slots[i], moved[i]) for i in moved]

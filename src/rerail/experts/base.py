@@ -199,6 +199,13 @@ class ExpertBank(nn.Module):
         """Return the numbers that every token reads, and those that each chosen expert adds."""
         return 0, dims.expert
 
+    @classmethod
+    def unchanged(cls, spec: BankSpec, layer: int) -> list[int | None]:
+        """Return for each stored expert the one of the layer that it is as it was, or None."""
+        alone = [len(g) == 1 and g[0][0] == layer and g[0][2] == 1.0 for g in spec.members]
+        own = [g[0][1] if one else None for g, one in zip(spec.members, alone, strict=True)]
+        return own or [None] * spec.stored
+
     @staticmethod
     def shapes(spec: BankSpec, dims: Dims) -> dict[str, tuple[int, ...]]:  # noqa: ARG004
         """Return the shape of every solved tensor by name; none by default."""

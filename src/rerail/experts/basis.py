@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from rerail.errors import InputError
 from rerail.experts.base import BankSpec
 from rerail.experts.encoded import EncodedExperts
 from rerail.moe.fused_experts import Dims, decoded_product
@@ -51,6 +52,8 @@ class BasisExperts(EncodedExperts):
         m, r = spec.integer("bases"), spec.integer("rank")
         parts = {"A": (n, p, r), "alpha": (n, m), "B": (m, r, d)}
         names = spec.options["matrices"].split("+")
+        if (activation := spec.options["activation"]) not in ACTIVATIONS:
+            raise InputError(f"activation={activation!r} is not one of {', '.join(ACTIVATIONS)}")
         return {f"{name}.{part}": shape for name in names for part, shape in parts.items()}
 
     @staticmethod

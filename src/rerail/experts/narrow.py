@@ -78,10 +78,8 @@ class NarrowExperts(EncodedExperts):
         gate, up, down = (self._padded(name, filled) for name in ("gate", "up", "down"))
         packed = self.layout.pack(ExpertWeights(gate, up, down.mT))
         if "gate_up_proj_bias" in self.touched(self.spec):
-            gate, up = (self._padded(n, filled).unsqueeze(-1) for n in ("gate_bias", "up_bias"))
-            # as matrices of one column, so that the layout interleaves biases as it does rows
-            bias = self.layout.pack(ExpertWeights(gate, up, up.mT))["gate_up_proj"]
-            packed["gate_up_proj_bias"] = bias.flatten(1)
+            gate, up = (self._padded(n, filled) for n in ("gate_bias", "up_bias"))
+            packed["gate_up_proj_bias"] = self.layout.join(gate, up)
         return packed
 
     def as_stock(self, width: int | None = None) -> nn.Module:

@@ -33,6 +33,11 @@ class NoviceExperts(ExpertBank):
         novices = parts.tensors["novices"].detach().to(parts.like)
         self.novices = nn.Parameter(novices, requires_grad=False)
 
+    @classmethod
+    def unchanged(cls, spec: BankSpec, layer: int) -> list[int | None]:  # noqa: ARG003
+        kept = spec.each("kept")
+        return [*kept, *[None] * (spec.stored - len(kept))]
+
     @staticmethod
     def shapes(spec: BankSpec, dims: Dims) -> dict[str, tuple[int, ...]]:
         """Return the shape of the novices.

@@ -4,7 +4,6 @@ import copy
 import dataclasses
 import json
 import platform
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,8 +11,11 @@ from typing import Any
 from transformers import GenerationConfig, PreTrainedModel
 
 from rerail.errors import InputError
-from rerail.files import whole_file, write_json
+from rerail.export.carried import carry_over, with_towers
+from rerail.export.classes import is_stock
+from rerail.files import read_json, whole_file, write_json
 from rerail.moe.families import expert_count_aliases
+from rerail.moe.left_out import NOTHING, LeftOut
 from rerail.moe.model import MoEModel
 from rerail.plan.plan import Plan
 from rerail.plan.sizes import Sizes
@@ -46,6 +48,7 @@ def write_checkpoint(  # noqa: PLR0913
     facts: Mapping[str, Any],
     code: Mapping[str, str] | None = None,
     companions: Mapping[str, Path] | None = None,
+    carried: LeftOut = NOTHING,
 ) -> Path:
     """Write weights (sharded safetensors), configs, tokenizer, code (by file name) and manifest.
 
@@ -57,6 +60,7 @@ def write_checkpoint(  # noqa: PLR0913
         code: source files by name.
         companions: files beside the parent's weights by name; they are copied byte for byte, and
             a parent without a tokenizer or a generation config leaves a child without one.
+        carried: tensors of the parent's files that are copied as they are.
 
     Raises:
         InputError: as `check_target`, or no space is left on the device.
@@ -64,12 +68,17 @@ def write_checkpoint(  # noqa: PLR0913
     check_target(path)
     with whole_file(path) as folder:
         _save_weights(model, folder, keep_generation=companions is None)
-        _write_aliases(folder / "config.json", model.config)
+        _complete_config(folder / "config.json", model.config, carried)
+        carry_over(folder, carried.tensors)
         if tokenizer is not None and companions is None:
             _as_loaded(tokenizer).save_pretrained(folder)
         for name, source in (companions or {}).items():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(source, folder / name)
+            try:
+                content = source.read_bytes()
+            except OSError as error:
+                raise InputError(f"{source} cannot be read ({error.strerror})") from error
+            (folder / name).write_bytes(content)
         for name, text in (code or {}).items():
             (folder / name).write_text(text, encoding="utf-8")
         _write_manifest(folder, plan, facts)
@@ -83,17 +92,20 @@ def _save_weights(model: PreTrainedModel, folder: Path, keep_generation: bool) -
     fresh: Any = GenerationConfig
     model.generation_config = generation if keep_generation else fresh()
     try:
-        model.save_pretrained(folder)
+        # names of ours have no other format, though transformers finds one for some families
+        model.save_pretrained(folder, save_original_format=is_stock(model.config))
     finally:
         model.generation_config = generation
     if not keep_generation:
         (folder / "generation_config.json").unlink(missing_ok=True)
 
 
-def _write_aliases(path: Path, config: Any) -> None:
-    """Write the expert count under each name that the family gives it."""
+def _complete_config(path: Path, config: Any, carried: LeftOut) -> None:
+    """Write the expert count under each name that the family gives it, and what is carried."""
     written = json.loads(path.read_text(encoding="utf-8"))
     written |= expert_count_aliases(config, written)
+    parent = carried.folder / "config.json" if carried.folder else None
+    written = with_towers(written, parent, carried.names)
     path.write_text(json.dumps(written, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
@@ -140,12 +152,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         InputError: there is none, or it is not JSON.
     """
     path = folder / MANIFEST
-    try:
-        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(
-            f"{path} cannot be read ({error}); give a folder that rerail exported"
-        ) from error
+    content = read_json(path)
+    if not isinstance(content, dict):
+        raise InputError(f"{path} holds no JSON object; give a folder that rerail exported")
     return content
 
 
@@ -154,5 +163,5 @@ def is_whole(folder: Path) -> bool:
     try:
         files = read_manifest(folder)["files"].items()
         return all((folder / name).stat().st_size == size for name, size in files)
-    except (InputError, OSError, KeyError):
+    except (InputError, OSError, KeyError, AttributeError, TypeError, ValueError):
         return False

@@ -31,6 +31,11 @@ def family_of(config: Any) -> str:
     return str(config.model_type).removeprefix(PREFIX)
 
 
+def is_stock(config: Any) -> bool:
+    """Return whether a config is of transformers, not of ours."""
+    return family_of(config) == str(config.model_type)
+
+
 def stock_classes(family: str) -> Classes:
     """Return the classes that transformers registers for a family.
 

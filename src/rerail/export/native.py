@@ -7,12 +7,16 @@ import torch
 from torch import nn
 
 from rerail.errors import InputError
-from rerail.export.classes import family_of
+from rerail.export.classes import is_stock
 from rerail.moe.families import WIDTH_NAMES, match_row_counts, set_expert_count
 from rerail.moe.fused_experts import expert_parameters, shell_of
 from rerail.moe.model import MoELayer, MoEModel
 from rerail.moe.router import MaskedRouter
 
+WRITTEN_OUT = (
+    "use export.form=package, or set export.densify=true, which writes a whole expert for each "
+    "router row, so that nothing is saved any more"
+)
 _STEP = 8  # numbers of 2 bytes in a row of 16 bytes, which the kernels of transformers ask for
 
 
@@ -26,7 +30,7 @@ def check_native(student: MoEModel, densify: bool = False) -> None:
     Raises:
         InputError: a layer's form, alias, mask or count has no place in a stock checkpoint.
     """
-    if family_of(student.config) != student.config.model_type:
+    if not is_stock(student.config):
         raise InputError(
             "export.form='native' cannot write a model that was read from a package; export the "
             "student of the original model"
@@ -70,7 +74,7 @@ def _check_form(layer: MoELayer) -> None:
     """Each router row must be answered by a whole expert of its own."""
     bank, spec = layer.bank, layer.bank.spec
     if not bank.whole and _narrow_width(layer) is None:
-        cure = "use export.form=package" + ("" if bank.wraps else " or set export.densify=true")
+        cure = "use export.form=package" if bank.wraps else WRITTEN_OUT
         raise _refusal(
             layer.index,
             f"its experts are stored in the form {spec.kind!r}, and stock transformers reads whole "
@@ -84,7 +88,7 @@ def _check_form(layer: MoELayer) -> None:
         raise _refusal(
             layer.index,
             f"in the form {form!r} {stored} stored experts answer {len(answering)} router rows, "
-            "and stock transformers reads one expert for each row; set export.densify=true",
+            f"and stock transformers reads one expert for each row; {WRITTEN_OUT}",
         )
 
 
@@ -97,7 +101,7 @@ def _check_sharing(student: MoEModel) -> None:
                 raise _refusal(
                     layer.index,
                     f"in the form 'alias' it shares a stored expert with layer {owner[name]}, and "
-                    "stock transformers reads one for each layer; set export.densify=true",
+                    f"stock transformers reads one for each layer; {WRITTEN_OUT}",
                 )
             owner[name] = layer.index
 
@@ -111,13 +115,13 @@ def _check_widths(student: MoEModel) -> None:
             raise _refusal(
                 index,
                 f"its experts have width {other} and those of layer {first} {width}, and a stock "
-                "config has one width for all; use export.form=package or set export.densify=true",
+                f"config has one width for all; {WRITTEN_OUT}",
             )
     if width != student.layers[0].intermediate_size and _name_of_width(student, width) is None:
         raise _refusal(
             first,
             f"the config of the family has no entry that gives only routed experts the width "
-            f"{width}; use export.form=package or set export.densify=true",
+            f"{width}; {WRITTEN_OUT}",
         )
 
 

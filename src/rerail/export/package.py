@@ -11,12 +11,10 @@ from rerail.experts.base import StoredForm
 from rerail.export.classes import family_of, our_classes, stock_classes
 from rerail.export.native import check_plain
 from rerail.export.pools import Pool, pools_of
-from rerail.export.structure import bank_entry, stored_bank
+from rerail.export.structure import VERSION, bank_entry, stored_bank
 from rerail.moe.families import implementations, path_in_body, set_implementations
 from rerail.moe.model import MoELayer, MoEModel
 from rerail.moe.router import MaskedRouter
-
-VERSION = 1
 
 
 def check_packaged(student: MoEModel, densify: bool = False) -> None:

@@ -15,7 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rerail.experts.base import BankSpec, ExpertBank, StoredForm, build_bank
+from rerail.errors import InputError
+from rerail.experts.base import ExpertBank, StoredForm, build_bank
+from rerail.export.entries import check_entries, check_entry, misfit, spec_of
 from rerail.moe.attention import watch_attention
 from rerail.moe.families import (
     body_of,
@@ -23,11 +25,13 @@ from rerail.moe.families import (
     float32_patterns,
     match_row_counts,
     set_experts,
+    top_k_of,
 )
-from rerail.moe.fused_experts import expert_parameters, shell_of
+from rerail.moe.fused_experts import dims_of, expert_parameters, shell_of
 from rerail.moe.router import MaskedRouter, slice_rows
 
 Entry = Mapping[str, Any]
+VERSION = 1
 
 
 class Compressed:
@@ -35,8 +39,13 @@ class Compressed:
 
     def __init__(self, config: Any, *args: Any, **named: Any):
         super().__init__(config, *args, **named)  # type: ignore[call-arg]
-        stored = getattr(config, "rerail", None) or {"layers": []}
-        restructure(self, stored["layers"])
+        stored = getattr(config, "rerail", None)
+        if not isinstance(stored, dict) or stored.get("version") != VERSION:
+            raise InputError(
+                f"config.rerail of {type(self).__name__} is not of version {VERSION}; fetch the "
+                "checkpoint again"
+            )
+        restructure(self, stored.get("layers"))
 
     @classmethod
     def stock_class(cls) -> Any:
@@ -67,23 +76,36 @@ def restructure(model: Any, entries: Sequence[Entry]) -> None:
             `banks`, innermost first: `kind`, `stored`, `integers`, `options` of the spec, and
             `tensors` (dtype, or None for the model's, and shape of each solved tensor).
     """
+    check_entries(entries)
     shells: dict[int, nn.Module] = {}
-    body = body_of(model)
     for entry in entries:
-        block = body.get_submodule(entry["path"])
-        if entry["rows"] != entry["built"]:
-            rows = range(entry["rows"])
-            slice_rows(getattr(block, entry["router"]), rows, entry["built"], recurse=True)
-            slice_rows(block, rows, entry["built"], recurse=False)
-        if entry["kept"] is not None:
-            _mask(model, block, entry)
-        stock, count = experts_of(block), entry["experts"]
-        fused = expert_parameters(stock).items()
-        experts = {name: p.new_zeros((count, *p.shape[1:])) for name, p in fused}
-        solved = [_empty(bank, next(iter(experts.values()))) for bank in entry["banks"]]
-        set_experts(block, stored_bank(entry, stock, experts, solved, shells))
-        watch_attention(body, {entry["path"]: block})
+        try:
+            _restructure_layer(model, entry, shells)
+        except InputError:
+            raise
+        except Exception as error:  # a form reads its sizes and words as it likes
+            reason = f"cannot be built ({type(error).__name__}: {error})".splitlines()[0]
+            raise misfit(entry, reason) from error
     match_row_counts(model)
+
+
+def _restructure_layer(model: Any, entry: Entry, shells: dict[int, nn.Module]) -> None:
+    body = body_of(model)
+    block = body.get_submodule(entry["path"])
+    stock, count = experts_of(block), entry["experts"]
+    router = getattr(block, entry["router"])
+    check_entry(entry, dims_of(stock), top_k_of(block, router))
+    if entry["rows"] != entry["built"]:
+        rows = range(entry["rows"])
+        slice_rows(router, rows, entry["built"], recurse=True)
+        slice_rows(block, rows, entry["built"], recurse=False)
+    if entry["kept"] is not None:
+        _mask(model, block, entry)
+    fused = expert_parameters(stock).items()
+    experts = {name: p.new_zeros((count, *p.shape[1:])) for name, p in fused}
+    solved = [_empty(bank, next(iter(experts.values()))) for bank in entry["banks"]]
+    set_experts(block, stored_bank(entry, stock, experts, solved, shells))
+    watch_attention(body, {entry["path"]: block})
 
 
 def bank_entry(form: StoredForm, dtype: torch.dtype) -> dict[str, Any]:
@@ -107,14 +129,6 @@ def bank_entry(form: StoredForm, dtype: torch.dtype) -> dict[str, Any]:
         "options": options,
         "tensors": tensors,
     }
-
-
-def _spec(bank: Entry, layer: int, whole: bool) -> BankSpec:
-    """Return the spec of a bank that `bank_entry` wrote down."""
-    stored = range(bank["stored"]) if whole else ()
-    members = tuple(((layer, expert, 1.0),) for expert in stored)
-    integers = {n: tuple(v) if isinstance(v, list) else v for n, v in bank["integers"].items()}
-    return BankSpec(bank["kind"], bank["stored"], members, integers, dict(bank["options"]))
 
 
 def _empty(bank: Entry, like: Tensor) -> dict[str, Tensor]:
@@ -148,7 +162,7 @@ def stored_bank(
     layer = entry["pool"]  # equal for layers that share, so that what they share counts once
     banks: list[Any] = [_sized(stock, experts, solved[0], entry["experts"])]
     for part, tensors in zip(entry["banks"], solved, strict=True):
-        spec = _spec(part, layer, whole=entry["whole"] and len(banks) == 1)
+        spec = spec_of(part, layer, whole=entry["whole"] and len(banks) == 1)
         banks.append(build_bank(spec, entry["slots"], layer, {layer: banks[-1]}, tensors))
         if len(banks) == 2:
             _share(layer, banks[-1], shells)

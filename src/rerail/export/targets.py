@@ -9,6 +9,7 @@ tensors that do not fit under the stock experts' names, so the family's own clas
 """
 
 import copy
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -16,16 +17,26 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from rerail.compress.base import Compressor
 from rerail.errors import InputError
 from rerail.export.checkpoint import check_target, sizes_of, write_checkpoint
 from rerail.export.classes import family_of
-from rerail.export.native import check_native, stock_model
+from rerail.export.native import WRITTEN_OUT, check_native, stock_model
 from rerail.export.package import check_packaged, packaged_model
 from rerail.export.remote import auto_map, modelling_file, module_name
 from rerail.moe.families import always_float32
-from rerail.moe.left_out import left_out_of, parts_of, withdraw_claims
+from rerail.moe.left_out import (
+    LeftOut,
+    left_out_of,
+    misfits,
+    part_counts,
+    parts_of,
+    withdraw_claims,
+)
 from rerail.moe.model import MoEModel
 from rerail.plan.plan import Plan
+
+log = logging.getLogger(__name__)
 
 FORMS = ("native", "package", "remote")
 
@@ -38,6 +49,26 @@ def check_form(form: str) -> None:
     """
     if form not in FORMS:
         raise InputError(f"export.form={form!r} is not one of {', '.join(FORMS)}")
+
+
+def check_method(method: Compressor, form: str = "native", densify: bool = False) -> None:
+    """Check that a target can hold what a method leaves, as far as its choices tell: it costs none.
+
+    Raises:
+        InputError: it cannot.
+    """
+    check_form(form)
+    stock, name = form == "native" or densify, type(method).__name__
+    if stock and method.written_out == "never":
+        raise InputError(
+            f"export.form={form!r} with densify={densify} writes whole experts, and what {name} "
+            "leaves is more than these can compute; use export.form=package without densify"
+        )
+    if form == "native" and not densify and method.written_out == "yes":
+        raise InputError(
+            f"export.form='native' cannot hold what {name} leaves: its experts are no whole "
+            f"experts, one for each router row; {WRITTEN_OUT}"
+        )
 
 
 def check_student(student: MoEModel, form: str = "native", densify: bool = False) -> None:
@@ -160,11 +191,33 @@ def export_student(  # noqa: PLR0913
         "dtype": str(dtype).removeprefix("torch."),
         "sizes": sizes_of(written, dtype),
     }
-    if left_out := left_out_of(student.model):
-        withdraw_claims(written.config, left_out)
-        facts["left_out"] = {"tensors": len(left_out), "parts": parts_of(left_out)}
+    carried = _carried(student, written, facts)
     code = _code(written) if form == "remote" else {}
-    return write_checkpoint(written.model, path, tokenizer, plan, facts, code, companions)
+    return write_checkpoint(written.model, path, tokenizer, plan, facts, code, companions, carried)
+
+
+def _carried(student: MoEModel, written: MoEModel, facts: dict[str, Any]) -> LeftOut:
+    """Return what the parent has beside the model and the export takes over.
+
+    The written config loses its claims to the rest, and the facts name both.
+    """
+    left_out = left_out_of(student.model)
+    reasons = misfits(left_out, written.config)
+    tensors = {n: t for n, t in left_out.tensors.items() if n not in reasons}
+    if tensors:
+        names = sorted(tensors)
+        facts["carried"] = {"tensors": len(names), "parts": parts_of(names), "names": names}
+    if reasons:
+        withdraw_claims(written.config, reasons)
+        why = sorted(set(reasons.values()))
+        facts["left_out"] = {"tensors": len(reasons), "parts": parts_of(reasons), "reasons": why}
+        log.warning(
+            "the export leaves out %d tensors of its parent, %s: %s",
+            len(reasons),
+            part_counts(reasons),
+            "; ".join(why),
+        )
+    return LeftOut(tuple(tensors), tensors, left_out.folder)
 
 
 def _code(written: MoEModel) -> dict[str, str]:

@@ -23,42 +23,12 @@ Where the paper and its code differ, and what stands here:
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
+from rerail.compress.solvers.energy import check_alpha, energy_statistics, micro_expert_energy
 from rerail.compress.templates.narrower import Narrower
-from rerail.errors import InputError
 from rerail.moe.model import MoELayer
-from rerail.statistics.statistic import LayerStatistics, RoutedStatistic, RoutedTokens, Statistic
-
-
-@dataclass(frozen=True)
-class MiddleEnergy(RoutedStatistic):
-    """sum over X_e of (g h)^2 (CAMERA's phi_2, squared). float64 (E, I)."""
-
-    axes = "E I"
-    needs = frozenset({"middle"})
-
-    def measure(self, tokens: RoutedTokens) -> Tensor:
-        return tokens.sum_runs(
-            lambda h, g: (g * h).square(), tokens.sorted_middle, tokens.sorted_gates
-        )
-
-
-@dataclass(frozen=True)
-class MiddlePeak(RoutedStatistic):
-    """max over X_e of |g h| (CAMERA's phi_inf). float64 (E, I)."""
-
-    axes = "E I"
-    needs = frozenset({"middle"})
-    merges_by = "max"
-
-    def measure(self, tokens: RoutedTokens) -> Tensor:
-        middle = tokens.sorted_middle
-        out = middle.new_zeros(tokens.num_experts, middle.shape[-1], dtype=torch.float64)
-        for e, (h, g) in tokens.runs(middle, tokens.sorted_gates):
-            out[e] = (g * h).abs().amax(dim=0)
-        return out
+from rerail.statistics.statistic import LayerStatistics, Statistic
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,19 +45,11 @@ class Camera(Narrower):
     driver = "sequential"
 
     def __post_init__(self) -> None:
-        if not 0 <= self.alpha <= 1:
-            raise InputError(f"compressor.alpha={self.alpha} is outside [0, 1]")
+        check_alpha(self.alpha)
 
     @property
     def requires(self) -> tuple[Statistic, ...]:
-        sums = (MiddleEnergy(),) if self.alpha < 1 else ()
-        return (*sums, MiddlePeak()) if self.alpha > 0 else sums
+        return energy_statistics(self.alpha)
 
     def score(self, layer: MoELayer, statistics: LayerStatistics) -> Tensor:
-        norms = layer.stack().down.double().square().sum(dim=-2).cpu()
-        energy = norms.new_zeros(norms.shape)
-        if self.alpha < 1:
-            energy = energy + (1 - self.alpha) * statistics[MiddleEnergy()]
-        if self.alpha > 0:
-            energy = energy + self.alpha * statistics[MiddlePeak()].square()
-        return energy * norms
+        return micro_expert_energy(layer, statistics, self.alpha)

@@ -29,8 +29,8 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from rerail.compress.solvers.rounding import coded, grid, inverse_root
-from rerail.compress.templates.quantiser import MomentsOf, Quantiser
+from rerail.compress.solvers.rounding import coded, grid, inverse_root, round_in_turn
+from rerail.compress.templates.quantiser import MomentsOf, Quantiser, by_classes
 from rerail.experts.quantized import Coded
 from rerail.moe.model import MoELayer
 from rerail.statistics.moments import InputMoment, MiddleMoment
@@ -87,10 +87,31 @@ class GPTQ(Quantiser):
         )
         return tuple(f"experts {which} had fewer than {what}" for which, what in remarks if which)
 
+    def encode_rows(
+        self, rows: Tensor, moment: Tensor | None, widths: Mapping[int, int]
+    ) -> dict[int, Coded]:
+        """Quantise the rows of all classes with one root."""
+        assert moment is not None
+        root, dead = inverse_root(moment.unsqueeze(0), self.percdamp)
+        return by_classes(rows, widths, lambda own, bits: self.in_order(own, root, dead, bits))
+
+    def encode_columns(
+        self, columns: Tensor, moment: Tensor | None, widths: Mapping[int, int]
+    ) -> dict[int, Coded]:
+        """Quantise columns in the order of their classes, each on a grid of its own."""
+        assert moment is not None
+        root, dead = inverse_root(moment.unsqueeze(0), self.percdamp)
+        each = [bits for bits, width in widths.items() for _ in range(width)]
+        live = columns.float().masked_fill(dead, 0)
+        return round_in_turn(live, root[0], each, self.group, columns.dtype)
+
     def encode(self, stack: Tensor, moment: Tensor | None, bits: int) -> Coded:
-        """Quantise the columns of (n, out, in) in order, held as rows (n, in, out)."""
         assert moment is not None
         root, dead = inverse_root(moment, self.percdamp)
+        return self.in_order(stack, root, dead, bits)
+
+    def in_order(self, stack: Tensor, root: Tensor, dead: Tensor, bits: int) -> Coded:
+        """Quantise the columns of (n, out, in) in order, held as rows (n, in, out)."""
         w = stack.float().masked_fill(dead.unsqueeze(1), 0).mT.contiguous()
         width, within = w.shape[1], self.inner == "full" or bits > 3
         codes, scales, zeros = torch.empty_like(w), [], []

@@ -21,11 +21,9 @@ here they keep it. The second half, MC-SMoE (low rank plus sparse, fitted by dis
 to factorisers.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-import torch
 from torch import Tensor
 
 from rerail.compress.solvers import grouping
@@ -33,22 +31,9 @@ from rerail.compress.solvers.alignment import channel_features, permuted, weight
 from rerail.compress.templates.merger import Merger
 from rerail.moe.fused_experts import expert_parameters
 from rerail.moe.model import MoELayer
-from rerail.statistics.moments import Grams
+from rerail.statistics.moments import LogitGram
 from rerail.statistics.routed import Count
-from rerail.statistics.statistic import LayerStatistics, RoutedTokens, Statistic
-
-
-@dataclass(frozen=True)
-class LogitGram(Grams):
-    """sum over all tokens of z z^T, z (E,) the logits, 0 where a mask is. float64 (E, E)."""
-
-    axes = "E E"
-    needs = frozenset({"logits"})
-
-    def rows(self, tokens: RoutedTokens) -> Iterator[tuple[int, Tensor]]:
-        assert tokens.logits is not None
-        logits = tokens.logits.float()
-        yield 0, logits.masked_fill(torch.isneginf(logits), 0.0)
+from rerail.statistics.statistic import LayerStatistics, Statistic
 
 
 @dataclass(frozen=True, kw_only=True)

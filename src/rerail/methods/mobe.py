@@ -19,15 +19,12 @@ size at p < d/2. Here a free rank is solved from the budget and `down` may join 
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from rerail.compress.solvers.fitting import best_by_adam
+from rerail.compress.solvers.bases import Fit, fit_bases
 from rerail.compress.templates.factoriser import Factoriser, Integers
 from rerail.errors import OutOfReach
 from rerail.experts.base import BankSpec
-from rerail.experts.basis import mixed
 from rerail.moe.model import MoELayer
 from rerail.statistics.statistic import LayerStatistics
 
@@ -92,21 +89,5 @@ class MoBE(Factoriser):
 
     def fit(self, stack: Tensor, bases: int, rank: int) -> tuple[Tensor, Tensor, Tensor]:
         """Return A (E, p, r), alpha (E, m), B (m, r, d) for a stack (E, p, d) in float32."""
-        sigma = stack.std().clamp(min=torch.finfo(stack.dtype).tiny)
-
-        def loss(a: Tensor, w: Tensor, b: Tensor) -> Tensor:
-            return (mixed(a, F.softmax(w, -1), b, self.activation) - stack / sigma).square().sum()
-
-        first = start(stack, bases, rank)
-        a, w, b = best_by_adam(first, loss, self.steps, self.learning_rate, self.patience)
-        return a * sigma, F.softmax(w, -1), b
-
-
-def start(stack: Tensor, bases: int, rank: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the SVD start: A (E, p, r), w (E, m) one-hot, B (m, r, d)."""
-    n, p, d = stack.shape
-    u, s, vt = torch.linalg.svd(stack.reshape(bases, n // bases * p, d), full_matrices=False)
-    sign = vt.gather(-1, vt.abs().argmax(-1, keepdim=True)).sign()
-    a = (u * (s.unsqueeze(-1) * sign).mT)[..., :rank].reshape(n, p, rank)
-    w = F.one_hot(torch.arange(n, device=stack.device) // (n // bases), bases).to(stack.dtype)
-    return a.contiguous(), w, (vt * sign)[:, :rank].contiguous()
+        fit = Fit(self.activation, self.steps, self.learning_rate, self.patience)
+        return fit_bases(stack, bases, rank, fit)

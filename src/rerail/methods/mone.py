@@ -30,7 +30,7 @@ from rerail.compress.base import Compressor, Decision, untouched
 from rerail.compress.router_rows import best_slots
 from rerail.experts.base import BankSpec
 from rerail.moe.model import MoELayer
-from rerail.statistics.routed import Count, Moment, OutputSumRouted
+from rerail.statistics.routed import Count, GatedOutput, Moment, OutputSumRouted
 from rerail.statistics.statistic import LayerStatistics, RoutedStatistic, RoutedTokens, Statistic
 
 ROUNDING = 1e-6  # of the squares, which are of float32 outputs: less is no spread
@@ -47,24 +47,6 @@ class OutputSquares(RoutedStatistic):
         return tokens.sum_runs(torch.square, tokens.sorted_outputs)
 
 
-@dataclass(frozen=True)
-class GatedOutput(RoutedStatistic):
-    """sum over X_e of g^a f. float64 (E, H)."""
-
-    axes = "E H"
-    needs = frozenset({"outputs"})
-
-    gate_power: int
-
-    @property
-    def name(self) -> str:
-        return f"gated_output_g{self.gate_power}"
-
-    def measure(self, tokens: RoutedTokens) -> Tensor:
-        weights = tokens.sorted_gates**self.gate_power
-        return tokens.sum_runs(lambda f, g: g * f, tokens.sorted_outputs, weights)
-
-
 @dataclass(frozen=True, kw_only=True)
 class MoNE(Compressor):
     """Keeps the experts of the highest scores and puts constants in the place of the others.
@@ -79,6 +61,10 @@ class MoNE(Compressor):
 
     paradigm: ClassVar[str] = "pruning"
     paper: ClassVar[str] = "arXiv 2507.00390"
+
+    @property
+    def written_out(self) -> Literal["no", "yes", "never"]:
+        return "yes"
 
     @property
     def requires(self) -> tuple[Statistic, ...]:

@@ -84,6 +84,10 @@ class PMQ(Compressor):
     budget: ClassVar[type[Budget]] = Bits
     allocations: ClassVar[Literal["any", "fixed", "uniform"]] = "uniform"
 
+    @property
+    def written_out(self) -> Literal["no", "yes", "never"]:
+        return "yes"
+
     def __post_init__(self) -> None:
         some, needs = list(self.bits), self.min_counts
         if not some or some != sorted(set(some) & set(WIDTHS)):

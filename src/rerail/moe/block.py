@@ -13,6 +13,8 @@ from rerail.experts.base import ExpertBank, bank_of
 from rerail.moe.families import (
     experts_of,
     groups_of,
+    router_input,
+    rows_of_others,
     set_experts,
     top_groups_of,
     top_k_of,
@@ -86,10 +88,11 @@ class RoutedBlock:
         return tuple(torch.nonzero(~self.router.get_buffer("dropped")).flatten().tolist())
 
     @property
-    def router_rows(self) -> nn.Parameter:
-        """The router's weight (E, H)."""
+    def router_rows(self) -> Tensor:
+        """The router's weight (E, H), without rows of shared experts that may lie behind."""
         owner, name = self.rows_owner()
-        return cast(nn.Parameter, getattr(owner, name))
+        rows = cast(nn.Parameter, getattr(owner, name))
+        return rows[: self.num_experts] if rows_of_others(self.inner_router) else rows
 
     def rows_owner(self) -> tuple[nn.Module, str]:
         """Return the module and the parameter name that hold the router's rows."""
@@ -98,8 +101,9 @@ class RoutedBlock:
 
     @property
     def num_experts(self) -> int:
-        """E, the number of router rows."""
-        return int(self.router_rows.shape[0])
+        """E, the number of router rows, one for each routed expert."""
+        owner, name = self.rows_owner()
+        return len(getattr(owner, name)) - rows_of_others(self.inner_router)
 
     @property
     def top_k(self) -> int:
@@ -129,7 +133,7 @@ class RoutedBlock:
         # a correction bias may lie on the block itself; its submodules are experts
         owners = [(self.inner_router, True), (self.block, False)]
         rows = [r for m, deep in owners for r in rows_of(m, self.num_experts, recurse=deep)]
-        return sum(tensor.numel() // self.num_experts for _, _, tensor, _ in rows)
+        return sum(tensor.numel() // tensor.shape[axis] for _, _, tensor, axis in rows)
 
     def keep_rows(self, kept: tuple[int, ...]) -> None:
         """Keep only these router rows (and correction biases), in place."""
@@ -212,12 +216,15 @@ class RoutedBlock:
         """Return chosen slots and gate weights (T, K), as the block itself would hand them over.
 
         Args:
-            hidden: (T, H) inputs of the block.
+            hidden: (T, H) inputs of the experts.
             slots: the only slots that may be selected; None for all.
         """
         if slots is not None:
             with self.only(slots):
                 return self.route(hidden)
+        if (inputs := router_input(self.block, hidden)) is not None:
+            _, weights, index = self.router(inputs)
+            return index, weights
         catcher = _Catcher(self.experts)
         # the block itself routes, whatever its family does between the router and its experts
         with self.swapped(catcher), contextlib.suppress(_Reached):

@@ -7,17 +7,15 @@ the fused tensors `gate_up_proj` and `down_proj`, which plans name, and the call
 """
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
 from torch import Tensor, nn
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from rerail.errors import InputError
 
-_BESIDE_A_DENSE_MLP = "its experts stand beside a dense MLP, in no block of their own"
-_ROWS_FOR_SHARED = "its router has rows for shared experts too"
-_NOT_WRITTEN_BACK = "transformers 5.23 cannot write its experts under the names it reads them by"
 OUTSIDE_THE_SEAM = {
     "llama4": "its experts are called with routing already applied",
     "llama4_text": "its experts are called with routing already applied",
@@ -25,18 +23,9 @@ OUTSIDE_THE_SEAM = {
     "doge": "its experts are rows of an embedding",
     "jetmoe": "its attention is routed too",
     "longcat_flash": "its router has rows for identity experts",
-    "nllb_moe": "it is an encoder-decoder with experts as a dictionary",
+    "nllb-moe": "it is an encoder-decoder with experts as a dictionary",
     "step3p7": "its experts take other arguments",
-    "gemma4": _BESIDE_A_DENSE_MLP,
-    "gemma4_text": _BESIDE_A_DENSE_MLP,
-    "gemma4_unified": _BESIDE_A_DENSE_MLP,
-    "gemma4_unified_text": _BESIDE_A_DENSE_MLP,
-    "zaya": "its router is an MLP that also reads the router of the layer before",
-    "inkling_text": _ROWS_FOR_SHARED,
-    "inkling_mm_model": _ROWS_FOR_SHARED,
-    "inkling2_text": _ROWS_FOR_SHARED,
-    "dots3_note": _NOT_WRITTEN_BACK,
-    "dots3_note_text": _NOT_WRITTEN_BACK,
+    "zaya": "its router has a row for no expert and reads the router of the layer before",
     "deepseek": "it needs remote code (deepseek-moe-16b-base is not in transformers 5.23)",
 }
 
@@ -57,19 +46,31 @@ def check_family(model_type: str) -> None:
 
 @dataclass(frozen=True)
 class Traits:
-    """Where a family keeps its router: the block's attribute, and the path to the rows (E, H)."""
+    """Where a family keeps its router.
+
+    Attributes:
+        router: the block's attribute.
+        rows: the path from there to the rows (E, H).
+        norm: of the block, where it is the decoder layer itself: experts read its output, and the
+            router its input, of which only the direction counts.
+        probabilities: whether the router returns a softmax in the place of logits.
+    """
 
     router: str
     rows: str = "weight"
+    norm: str = ""
+    probabilities: bool = False
 
 
 _ODD: dict[str, Traits] = {
     "AfmoeSparseMoeBlock": Traits("router", "gate.weight"),
     "HunYuanMoEV1Moe": Traits("gate", "wg.weight"),
+    "Gemma4TextDecoderLayer": Traits("router", "proj.weight", "pre_feedforward_layernorm_2", True),
 }
 _ROUTERS = ("gate", "router")
 # an integer on a module that is the number of router rows
 _ROW_COUNTS = ("num_experts", "n_routed_experts", "num_local_experts")
+_TOP_K = ("num_experts_per_tok", "top_k_experts")
 _CORRECTIONS = ("correction_bias", "expert_bias", "balancing_biases")
 
 
@@ -81,6 +82,11 @@ def _find_traits(block: nn.Module) -> Traits | None:
         if rows is not None and rows.dim() == 2:
             return Traits(name)
     return None
+
+
+def rows_of_others(router: nn.Module) -> int:
+    """Return how many of a router's last rows belong to shared experts, which are not chosen."""
+    return int(cast(Any, router).n_shared_experts) if hasattr(router, "n_total_experts") else 0
 
 
 def is_moe_block(module: nn.Module) -> bool:
@@ -110,7 +116,30 @@ def top_k_of(block: nn.Module, router: nn.Module) -> int:
     for owner in (router, block):
         if isinstance(k := getattr(owner, "top_k", None), int):
             return k
-    return int(cast(Any, experts_of(block)).config.num_experts_per_tok)
+    config = cast(Any, experts_of(block)).config
+    return next(int(k) for name in _TOP_K if (k := getattr(config, name, None)) is not None)
+
+
+def router_input(block: nn.Module, hidden: Tensor) -> Tensor | None:
+    """Return what the router reads (T, H) when the experts read `hidden`, up to a positive factor.
+
+    None where the block is called with one input for both.
+    """
+    if not (name := traits_of(block).norm):
+        return None
+    # the norm of the router has no weights, so its input may have any length
+    weight = cast(Tensor, block.get_submodule(name).weight)
+    return (hidden / weight).nan_to_num(0, 0, 0)
+
+
+def reads_residual(block: nn.Module) -> bool:
+    """Return whether the router reads the residual stream itself."""
+    return bool(traits_of(block).norm)
+
+
+def returns_probabilities(block: nn.Module) -> bool:
+    """Return whether the router returns a softmax in the place of logits."""
+    return traits_of(block).probabilities
 
 
 def groups_of(router: nn.Module) -> int:
@@ -170,8 +199,10 @@ def middle_of(experts: nn.Module, gate_up: Tensor) -> Tensor:
 
 
 def decoder_layer(model: nn.Module, block_path: str) -> nn.Module:
-    """Return the decoder layer around an MoE block."""
-    return model.get_submodule(block_path.rpartition(".")[0])
+    """Return the decoder layer around an MoE block, or the block where it is one itself."""
+    block = model.get_submodule(block_path)
+    is_decoder = is_moe_block(block) and reads_residual(block)
+    return block if is_decoder else model.get_submodule(block_path.rpartition(".")[0])
 
 
 def decoder_layers(model: nn.Module, block_path: str) -> list[nn.Module]:
@@ -222,11 +253,29 @@ WIDTH_NAMES = ("moe_intermediate_size", "intermediate_size")
 _IMPLEMENTATIONS = ("experts_implementation", "attn_implementation")
 
 
+def config_owners(config: Any) -> list[Any]:
+    """Return a config and, where that is another one, the config of its text model."""
+    text = config.get_text_config()
+    return [config] if text is config else [config, text]
+
+
+def count_names() -> tuple[str, ...]:
+    """Return the names that configs give to the number of experts."""
+    return _EXPERT_COUNTS
+
+
 def set_expert_count(config: Any, count: int) -> None:
     """Write the number of experts under each name that a config has for it."""
-    for name in _EXPERT_COUNTS:
-        if isinstance(getattr(config, name, None), int):
-            setattr(config, name, count)
+    for owner in config_owners(config):
+        for name in _EXPERT_COUNTS:
+            if isinstance(getattr(owner, name, None), int):
+                setattr(owner, name, count)
+
+
+def expert_entries(config: Any) -> dict[str, int]:
+    """Return what a config says of the number and the width of experts."""
+    values = {n: getattr(config.get_text_config(), n, None) for n in _EXPERT_COUNTS + WIDTH_NAMES}
+    return {name: value for name, value in values.items() if isinstance(value, int)}
 
 
 def match_row_counts(model: Any) -> None:
@@ -250,7 +299,7 @@ def _row_count(block: nn.Module) -> int:
     rows: Any = getattr(block, traits.router)
     for part in traits.rows.split("."):
         rows = getattr(rows, part)
-    return int(rows.shape[0])
+    return int(rows.shape[0]) - rows_of_others(getattr(block, traits.router))
 
 
 def expert_count_aliases(config: Any, written: Mapping[str, Any]) -> dict[str, int]:
@@ -264,12 +313,23 @@ def expert_count_aliases(config: Any, written: Mapping[str, Any]) -> dict[str, i
     return {alias: count for alias, count in counts.items() if alias in _EXPERT_COUNTS}
 
 
-def implementations(config: Any) -> dict[str, str | None]:
-    """Return the chosen implementations by the names under which `from_pretrained` takes them."""
-    return {name: getattr(config, f"_{name}", None) for name in _IMPLEMENTATIONS}
+def implementations(config: Any) -> dict[str, Any]:
+    """Return the chosen implementations by the names under which `from_pretrained` takes them.
+
+    Each is a word, or where the config has parts the words by part (the whole is `""`): a tower may
+    have fewer implementations than its text model.
+    """
+    parts = {name: getattr(config, name, None) for name in config.sub_configs}
+    owners = {"": config, **{name: part for name, part in parts.items() if part is not None}}
+    chosen: dict[str, Any] = {}
+    for name in _IMPLEMENTATIONS:
+        words = {part: getattr(owner, f"_{name}", None) for part, owner in owners.items()}
+        known = {part: word for part, word in words.items() if word is not None}
+        chosen[name] = known if len(owners) > 1 and known else words[""]
+    return chosen
 
 
-def set_implementations(config: Any, chosen: Mapping[str, str | None]) -> None:
+def set_implementations(config: Any, chosen: Mapping[str, Any]) -> None:
     """Choose implementations, as `implementations` returned them."""
     for name, value in chosen.items():
         setattr(config, f"_{name}", value)
@@ -277,7 +337,8 @@ def set_implementations(config: Any, chosen: Mapping[str, str | None]) -> None:
 
 def experts_implementation(config: Any) -> str | None:
     """Return how experts compute (`eager`, `grouped_mm`, ...); None where nobody chose."""
-    return implementations(config)["experts_implementation"]
+    word: str | None = getattr(config, "_experts_implementation", None)
+    return word
 
 
 def is_eager(experts: nn.Module) -> bool:
@@ -285,9 +346,17 @@ def is_eager(experts: nn.Module) -> bool:
     return experts_implementation(experts.config) in (None, "eager")
 
 
-def ignored_patterns(model: Any) -> list[str]:
-    """Return the patterns of stored names that a family leaves out in silence."""
-    return sorted(model._keys_to_ignore_on_load_unexpected or ())
+def own_names(model: Any, stored: Iterable[str]) -> dict[str, str]:
+    """Return the name that a loaded model has for each stored tensor, by the stored name.
+
+    Several stored tensors may become one of the model (experts are stacked).
+    """
+    conversions = getattr(model, "_weight_conversions", None) or []
+    renamings = [c for c in conversions if isinstance(c, WeightRenaming)]
+    converters = [c for c in conversions if isinstance(c, WeightConverter)]
+    own = model.state_dict()
+    prefix = model.base_model_prefix
+    return {n: rename_source_key(n, renamings, converters, prefix, own)[0] for n in stored}
 
 
 def float32_patterns(model: Any) -> list[set[str]]:

@@ -23,10 +23,18 @@ def head_logits(model: PreTrainedModel, hidden: Tensor) -> Tensor:
     return logits.reshape(*hidden.shape[:-1], logits.shape[-1])
 
 
+class _BodyOutput(MoeModelOutputWithPast):
+    """Has nothing else of what a family's body may return beside its hidden states."""
+
+    def __getattr__(self, name: str) -> None:
+        if name.startswith("__"):
+            raise AttributeError(name)
+
+
 @contextlib.contextmanager
 def _body_returns(body: Any, hidden: Tensor) -> Iterator[None]:
     def forward(*_: Any, **__: Any) -> MoeModelOutputWithPast:
-        return MoeModelOutputWithPast(last_hidden_state=cast(Any, hidden))
+        return _BodyOutput(last_hidden_state=cast(Any, hidden))
 
     # an instance's forward (of a device map) is put back; the class's own comes back by itself
     own = body.__dict__.get("forward")

@@ -121,6 +121,11 @@ def _check_rows(layer: MoELayer, family: str) -> None:
             f"model family {family!r} is not supported: its router has {rows} rows for {experts} "
             "routed experts"
         )
+    if not 1 <= layer.top_k <= rows:
+        raise InputError(
+            f"{layer.name} chooses {layer.top_k} experts for a token, and its router has {rows} "
+            "rows; repair config.json"
+        )
 
 
 class MoEModel:
@@ -137,7 +142,7 @@ class MoEModel:
     @property
     def vocab_size(self) -> int:
         """V."""
-        return int(self.config.vocab_size)
+        return int(self.config.get_text_config().vocab_size)
 
     @property
     def fine_grained(self) -> bool:

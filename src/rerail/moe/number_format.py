@@ -32,7 +32,7 @@ _PACKED_NAMES = (
     ".SCB",
 )
 _ALL_SCALES = (".weight_scale", ".weight_scale_inv", ".input_scale", ".scales", ".qzeros")
-_PACKED_DTYPES = ("F8", "F6", "F4")
+_PACKED_DTYPES = ("F8", "F6_", "F4")
 
 
 def check_number_format(
@@ -50,7 +50,7 @@ def check_number_format(
         InputError: they are not; the sentence names the format.
     """
     entry = _entry(config)
-    packed = next((n for n, tensor in tensors.items() if _is_packed(n, tensor)), None)
+    packed = next((n for n, tensor in tensors.items() if is_packed_tensor(n, tensor)), None)
     if entry is None:
         if folder is not None and (folder / _MODELOPT).is_file():
             raise _refusal(name, f"{_MODELOPT} beside its weights says that they are packed")
@@ -118,6 +118,12 @@ def is_packed(config: Any) -> bool:
     return _entry(config) is not None
 
 
+def is_packed_tensor(name: str, tensor: StoredTensor) -> bool:
+    """Return whether a stored tensor is packed, or belongs to one that is."""
+    bytes_only = tensor.dtype == "U8" and name.endswith(_PACKED_BYTES)
+    return bytes_only or name.endswith(_PACKED_NAMES) or tensor.dtype.startswith(_PACKED_DTYPES)
+
+
 def _entry(config: Any) -> Any:
     """Return what a config, or the config of its text model, says of packing; None for nothing."""
     for owner in (config, config.get_text_config()):
@@ -168,8 +174,3 @@ def _refusal(name: str, reason: str) -> InputError:
         f"float16 or float32, or in {' or '.join(READABLE)}, or remove the entry where the weights "
         "are plain floats already"
     )
-
-
-def _is_packed(name: str, tensor: StoredTensor) -> bool:
-    bytes_only = tensor.dtype == "U8" and name.endswith(_PACKED_BYTES)
-    return bytes_only or name.endswith(_PACKED_NAMES) or tensor.dtype.startswith(_PACKED_DTYPES)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from rerail.moe.families import is_correction_bias, set_row_count
+from rerail.moe.families import is_correction_bias, rows_of_others, set_row_count
 from rerail.moe.stand_in import StandIn, copy_of_modules
 
 _Table = dict[str, Any]
@@ -20,22 +20,24 @@ def rows_of(
 ) -> Iterator[tuple[_Table, str, Tensor, int]]:
     """Yield table, name, tensor and expert axis of every tensor with one entry an expert.
 
-    Covers router rows (E, H), and biases and correction biases (E,) or (1, E).
+    Covers router rows (E, H), and biases and correction biases (E,) or (1, E). Rows may be followed
+    by those of shared experts.
     """
+    others = rows_of_others(module)
     for part in module.modules() if recurse else [module]:
         tables = cast(list[_Table], [part._parameters, part._buffers])
         for table in tables:
             # a copy of the table: callers replace its entries while they iterate
             for name, tensor in list(table.items()):
-                axis = None if tensor is None else _expert_axis(tuple(tensor.shape), experts)
+                axis = None if tensor is None else _expert_axis(tensor.shape, experts, others)
                 if axis is not None:
                     yield table, name, tensor, axis
 
 
-def _expert_axis(shape: tuple[int, ...], experts: int) -> int | None:
-    if len(shape) in (1, 2) and shape[0] == experts:
+def _expert_axis(shape: Sequence[int], experts: int, others: int) -> int | None:
+    if len(shape) in (1, 2) and shape[0] in (experts, experts + others):
         return 0
-    return 1 if shape == (1, experts) else None
+    return 1 if tuple(shape) == (1, experts) else None
 
 
 def slice_rows(module: nn.Module, kept: Sequence[int], experts: int, *, recurse: bool) -> None:
@@ -44,7 +46,8 @@ def slice_rows(module: nn.Module, kept: Sequence[int], experts: int, *, recurse:
     Counts of experts follow. New tensors are made, so what a teacher shares is left as it was.
     """
     for table, name, tensor, axis in rows_of(module, experts, recurse=recurse):
-        index = torch.tensor(kept, dtype=torch.int64, device=tensor.device)
+        others = range(experts, tensor.shape[axis])
+        index = torch.tensor([*kept, *others], dtype=torch.int64, device=tensor.device)
         new = tensor.detach().index_select(axis, index)
         trained = isinstance(tensor, nn.Parameter)
         table[name] = nn.Parameter(new, tensor.requires_grad) if trained else new
@@ -59,7 +62,10 @@ def gates_are_constant(router: nn.Module, hidden_size: int) -> bool:
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for tensor in [*random.parameters(), *random.buffers()]:
-            tensor.copy_(torch.randn(tensor.shape, generator=generator))
+            # a factor for each expert is no gradient of its row
+            ones = torch.ones(tensor.shape)
+            drawn = torch.randn(tensor.shape, generator=generator)
+            tensor.copy_(drawn if tensor.dim() > 1 else ones)
         _, weights, _ = random(torch.randn(8, hidden_size, generator=generator))
     return bool(torch.allclose(weights, weights.flatten()[0].expand_as(weights)))
 
@@ -74,6 +80,7 @@ class MaskedRouter(StandIn):
     DeepSeek-V2), those of the kept experts grow by the probability that the dropped ones had.
 
     `inner` is a copy with modules of its own and the same Parameters, except correction biases.
+    Rows of shared experts behind the others are never dropped.
     """
 
     def __init__(self, router: nn.Module, kept: Sequence[int], experts: int):
@@ -89,7 +96,7 @@ class MaskedRouter(StandIn):
 
     def forward(self, hidden: Tensor, *others: Any, **named: Any) -> Any:
         dropped = self.get_buffer("dropped")
-        with _MinusInfinity(dropped):
+        with _MinusInfinity(F.pad(dropped, (0, rows_of_others(self.inner)))):
             silent = [_silenced(value, dropped) for value in others]
             return self.inner(
                 hidden, *silent, **{k: _silenced(v, dropped) for k, v in named.items()}

@@ -34,13 +34,37 @@ def router_scores(router: nn.Module, args: Any, named: Any, experts: int) -> Ten
     return F.softmax(scores, dim=-1) if are_logits else scores
 
 
+def router_inputs(router: nn.Module, args: Any, named: Any, experts: int) -> Tensor | None:
+    """Return what a router multiplies its rows with, (T, H); None where it has no logits (T, E).
+
+    Arguments are those of `router_scores`.
+    """
+    watch = _Watch(experts)
+    with watch:
+        router.forward(*args, **named)
+    return watch.inputs
+
+
+def router_logits(router: nn.Module, args: Any, named: Any, experts: int) -> Tensor | None:
+    """Return the product (T, E) of a router's rows, without a mask; None where there is none.
+
+    Args:
+        router, args, named, experts: as for `router_scores`.
+    """
+    with _Watch(experts) as watch:
+        router.forward(*args, **named)
+    logits: Tensor | None = watch.logits
+    return logits
+
+
 class _Watch(TorchFunctionMode):
-    """Remembers the first logits, and what was gathered from or ranked, among E columns."""
+    """Remembers the first logits and their input, and what was gathered or ranked, of E columns."""
 
     def __init__(self, experts: int):
         super().__init__()
         self.experts = experts
         self.logits: Tensor | None = None
+        self.inputs: Tensor | None = None
         self.gathered: Tensor | None = None
         self.ranked: Tensor | None = None
 
@@ -51,7 +75,7 @@ class _Watch(TorchFunctionMode):
         out = func(*args, **named)
         name = getattr(func, "__name__", "")
         if name in ("linear", "matmul", "mm") and self.logits is None and self._fits(out):
-            self.logits = out
+            self.logits, self.inputs = out, args[0] if args else named["input"]
         elif name in ("gather", "topk"):
             source = args[0] if args else named["input"]
             # copied, since a router may scale it in place afterwards

@@ -4,6 +4,7 @@ import functools
 import importlib.resources
 import json
 import logging
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ from transformers.utils.hub import cached_file
 from rerail.errors import InputError
 from rerail.files import digest, file_digest
 from rerail.moe.families import check_family
-from rerail.moe.left_out import left_out_of, note_left_out, parts_of
+from rerail.moe.left_out import is_sense, left_out_of, note_left_out, part_counts
 from rerail.moe.model import MoEModel
 from rerail.moe.number_format import (
     check_number_format,
@@ -32,7 +33,9 @@ from rerail.moe.tokenizer import FILE, true_to_file
 log = logging.getLogger(__name__)
 
 _HASHED_WHOLE = 2**31
+_DEEPEST = 10_000  # layers of a model whose weights are not here yet
 _HASHED_KINDS = (".json", ".safetensors", ".bin", ".model", ".txt", ".py")
+_NAME = re.compile(r"[^\W_][\w.-]{0,63}", re.ASCII)
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
 # what stands beside the weights and does not change with them
 _COMPANIONS = (
@@ -69,6 +72,7 @@ class ModelSource:
         experts_implementation: by default `eager` on a CPU, and the model's own elsewhere.
         remote_code: run the repository's own code; off unless asked for.
         refuse: a reason for which this model is not supported.
+        name: in rows and folders; by default that of the preset, or made from the path.
     """
 
     path_or_id: str
@@ -79,9 +83,15 @@ class ModelSource:
     experts_implementation: str | None = None
     remote_code: bool = False
     refuse: str | None = None
+    name: str | None = None
 
     def __post_init__(self) -> None:
         """Check the words."""
+        if self.name is not None and not _NAME.fullmatch(self.name):
+            raise InputError(
+                f"model.name={self.name!r} names folders: allowed are 1 to 64 letters, digits and "
+                "any of _ . -, of which the first is a letter or a digit"
+            )
         if self.dtype not in _DTYPES:
             raise InputError(f"model.dtype={self.dtype!r} is not one of {', '.join(_DTYPES)}")
 
@@ -107,6 +117,7 @@ class ModelSource:
         check_family(config.model_type)
         folder = self.folder()
         tensors = stored_tensors(folder) if folder else {}
+        _check_depth(config, tensors, self.path_or_id)
         check_number_format(config, tensors, folder, self.path_or_id)
         return config
 
@@ -166,7 +177,13 @@ class ModelSource:
                 f"model {self.path_or_id!r} lacks {len(absent)} of its tensors, {absent[0]} for "
                 "one; load a complete checkpoint of this family"
             )
-        self._note_left_out(model, report["unexpected_keys"])
+        extra = sorted(report["unexpected_keys"])
+        if extra and getattr(config, "rerail", None):  # of a package every tensor has its place
+            raise InputError(
+                f"model {self.path_or_id!r} holds {len(extra)} tensors for which its config has no "
+                f"place, {extra[0]} for one; fetch it again"
+            )
+        self._note_left_out(model, extra)
         if self.device_map is None:
             model.to(device)
         elif outside := [name for name, p in model.named_parameters() if p.is_meta]:
@@ -180,10 +197,11 @@ class ModelSource:
         _check_finite(model, self.path_or_id)
         return MoEModel(model)
 
-    def stored_dtype(self) -> torch.dtype | None:
-        """Return the dtype of the checkpoint, not the one to load in; None where it names none.
+    def stored_dtype(self) -> torch.dtype:
+        """Return the dtype of the checkpoint, not the one to load in: an export is written in it.
 
-        Most of the stored numbers decide; the config does where they are packed or not there yet.
+        Most of the stored numbers decide; the config does where they are packed or not there yet,
+        and where it names none they load as float32.
         """
         config, folder = self.config(), self.folder()
         if folder and (dtype := main_dtype(stored_tensors(folder))) and not is_packed(config):
@@ -191,12 +209,11 @@ class ModelSource:
         for owner in (config, config.get_text_config()):
             if isinstance(dtype := getattr(owner, "dtype", None), torch.dtype):
                 return dtype
-        return torch.bfloat16 if is_packed(config) else None
+        return torch.bfloat16 if is_packed(config) else torch.float32
 
     def itemsize(self) -> int:
-        """Return the bytes of a number in the checkpoint's dtype; 2 where no dtype is stated."""
-        dtype = self.stored_dtype()
-        return 2 if dtype is None else dtype.itemsize
+        """Return the bytes of a number in the checkpoint's dtype."""
+        return self.stored_dtype().itemsize
 
     def fingerprint(self) -> str:
         """Return a hash of the files of a folder, or of hub id and commit.
@@ -206,15 +223,7 @@ class ModelSource:
         folder = Path(self.location)
         if not folder.is_dir():
             return digest([self.path_or_id, getattr(self.config(), "_commit_hash", self.revision)])
-        files = sorted(p for p in folder.iterdir() if p.suffix in _HASHED_KINDS)
-        stats = [p.stat() for p in files]
-        if sum(s.st_size for s in stats) >= _HASHED_WHOLE:
-            marks = [f"{s.st_size}.{s.st_mtime_ns}" for s in stats]
-        else:
-            marks = [
-                _hash_of(p, (s.st_size, s.st_mtime_ns)) for p, s in zip(files, stats, strict=True)
-            ]
-        return digest([(p.name, mark) for p, mark in zip(files, marks, strict=True)])
+        return cast(str, self._readable(_fingerprint, folder))
 
     def folder(self) -> Path | None:
         """Return the folder of the checkpoint's files, also in the hub's cache; None for none."""
@@ -238,7 +247,7 @@ class ModelSource:
             return cast(torch.dtype, getattr(torch, self.dtype))
         if device == "cpu" and self.device_map is None:
             return torch.float32
-        return self.stored_dtype() or torch.float32
+        return self.stored_dtype()
 
     def _note_left_out(self, model: Any, unexpected: Iterable[str]) -> None:
         """Say which tensors of the checkpoint the model has no place for.
@@ -247,19 +256,18 @@ class ModelSource:
             InputError: one of them scales weights that were loaded without it.
         """
         folder = self.folder()
-        note_left_out(model, stored_tensors(folder) if folder else {}, unexpected)
-        names = left_out_of(model)
+        note_left_out(model, stored_tensors(folder) if folder else {}, unexpected, folder)
+        names = left_out_of(model).names
         if not names:
             return
         check_scales_are_used(names, self.path_or_id)
-        parts = ", ".join(f"{part} ({count})" for part, count in parts_of(names).items())
         log.warning(
             "model %r has %d tensors that its class %s has no place for: %s; they take no part in "
-            "anything that is measured and are left out of an export",
+            "anything that is measured, and an export carries them over where they still fit",
             self.path_or_id,
             len(names),
             type(model).__name__,
-            parts,
+            part_counts(names),
         )
 
     def _file(self, name: str) -> Path | None:
@@ -267,7 +275,7 @@ class ModelSource:
         path = Path(self.location)
         if path.is_dir():
             return path / name if (path / name).is_file() else None
-        found = cached_file(
+        cached = cached_file(
             self.location,
             name,
             revision=self.revision,
@@ -275,7 +283,7 @@ class ModelSource:
             _raise_exceptions_for_missing_entries=False,
             _raise_exceptions_for_connection_errors=False,
         )
-        return None if found is None else Path(found)
+        return None if cached is None else Path(cached)
 
     def _device(self) -> str:
         gpu = torch.cuda.is_available()
@@ -311,15 +319,31 @@ class ModelSource:
             return read(*args, **options)
         except (InputError, MemoryError):
             raise
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError as error:
-            if "above report" not in str(error):
+            if "out of memory" in str(error):
                 raise
+            if "above report" not in str(error):
+                raise InputError(f"model {self.path_or_id!r} {_complaint(error)}") from error
             raise InputError(
                 f"model {self.path_or_id!r} does not fit its config: tensors are lacking or have "
                 "other shapes (the load report above names them); load a complete checkpoint"
             ) from error
         except Exception as error:  # files of another shape than expected fail anywhere
             raise InputError(f"model {self.path_or_id!r} {_complaint(error)}") from error
+
+
+def _check_depth(config: Any, tensors: Iterable[str], name: str) -> None:
+    """Check that the checkpoint has layers as the config counts them: building them takes time."""
+    count = getattr(config.get_text_config(), "num_hidden_layers", None)
+    numbers = [int(n) for path in tensors for n in re.findall(r"\.(\d{1,9})\.", path)]
+    most = max(numbers, default=_DEEPEST - 1) + 1  # layers, or experts of a layer
+    if isinstance(count, int) and not 1 <= count <= most:
+        raise InputError(
+            f"model {name!r} has num_hidden_layers={str(count)[:20]} in its config.json, and its "
+            f"weights count to {most}; fetch it again"
+        )
 
 
 def _complaint(error: Exception) -> str:
@@ -349,6 +373,16 @@ def _zoo() -> Path:
     return Path(str(importlib.resources.files("rerail.zoo")))
 
 
+def _fingerprint(folder: Path) -> str:
+    files = sorted(p for p in folder.iterdir() if p.suffix in _HASHED_KINDS and p.is_file())
+    stats = [p.stat() for p in files]
+    if sum(s.st_size for s in stats) >= _HASHED_WHOLE:
+        marks = [f"{s.st_size}.{s.st_mtime_ns}" for s in stats]
+    else:
+        marks = [_hash_of(p, (s.st_size, s.st_mtime_ns)) for p, s in zip(files, stats, strict=True)]
+    return digest([(p.name, mark) for p, mark in zip(files, marks, strict=True)])
+
+
 @functools.cache
 def _hash_of(path: Path, _: tuple[int, int]) -> str:
     """Return the hash of a file, read once as long as size and time of change stay the same."""
@@ -357,6 +391,9 @@ def _hash_of(path: Path, _: tuple[int, int]) -> str:
 
 def _check_finite(model: torch.nn.Module, name: str) -> None:
     for key, tensor in model.state_dict().items():
+        # towers may clip at infinity
+        if is_sense(key):
+            continue
         if tensor.is_floating_point() and not tensor.is_meta and not torch.isfinite(tensor.sum()):
             if bool(torch.isfinite(tensor).all()):
                 continue

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-_INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 _LONGEST_HEADER = 2**28  # bytes; a damaged file names any length
 _FLOATS = {
     "F64": torch.float64,
@@ -27,10 +27,16 @@ class StoredTensor:
     Attributes:
         dtype: in the words of safetensors, such as `BF16` or `F8_E4M3`.
         shape: its sizes.
+        file: that it lies in.
+        start: of its bytes in the file.
+        bytes: their number.
     """
 
     dtype: str
     shape: tuple[int, ...]
+    file: Path
+    start: int
+    bytes: int
 
     @property
     def numbers(self) -> int:
@@ -43,14 +49,19 @@ def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
 
     What is broken is left to the loader, which names it.
     """
-    found: dict[str, StoredTensor] = {}
+    tensors: dict[str, StoredTensor] = {}
     for path in _files(folder):
         try:
-            state = path.stat()
-            found |= _header(path, state.st_size, state.st_mtime_ns)
+            tensors |= tensors_in(path)
         except (OSError, ValueError, TypeError, KeyError, AttributeError):
             return {}
-    return found
+    return tensors
+
+
+def tensors_in(path: Path) -> dict[str, StoredTensor]:
+    """Return the tensors of one file by name."""
+    state = path.stat()
+    return _header(path, state.st_size, state.st_mtime_ns)
 
 
 def main_dtype(tensors: Mapping[str, StoredTensor]) -> torch.dtype | None:
@@ -63,9 +74,9 @@ def main_dtype(tensors: Mapping[str, StoredTensor]) -> torch.dtype | None:
 
 def _files(folder: Path) -> list[Path]:
     """Return the files that transformers reads."""
-    index = folder / _INDEX
-    if (folder / _SINGLE).is_file() or not index.is_file():
-        return [folder / _SINGLE] if (folder / _SINGLE).is_file() else []
+    index = folder / INDEX
+    if (folder / SINGLE).is_file() or not index.is_file():
+        return [folder / SINGLE] if (folder / SINGLE).is_file() else []
     try:
         names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
         return [folder / name for name in sorted(names)]
@@ -82,4 +93,9 @@ def _header(path: Path, size: int, _: int) -> dict[str, StoredTensor]:
             raise ValueError(f"{path} has a header of {length} bytes")
         entries = json.loads(handle.read(length))
     entries.pop("__metadata__", None)
-    return {n: StoredTensor(e["dtype"], tuple(e["shape"])) for n, e in entries.items()}
+    tensors = {}
+    for name, entry in entries.items():
+        start, end = entry["data_offsets"]
+        place = (path, 8 + length + start, end - start)
+        tensors[name] = StoredTensor(entry["dtype"], tuple(entry["shape"]), *place)
+    return tensors

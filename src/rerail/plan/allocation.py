@@ -1,7 +1,7 @@
 """Allocations: how layers share what a budget takes away."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -22,10 +22,12 @@ class Allocation(ABC):
     Attributes:
         uniform: whether every layer loses the share that was asked for.
         compares: whether scores of different layers compete; else shares are known before any.
+        searches: whether it must judge students, see `with_fitness`.
     """
 
     uniform: ClassVar[bool] = False
     compares: ClassVar[bool] = False
+    searches: ClassVar[bool] = False
 
     @abstractmethod
     def shares(
@@ -40,6 +42,14 @@ class Allocation(ABC):
             scores: one (E,) tensor a layer, higher means keep; None before any are known, when
                 they count as equal.
         """
+
+    def with_fitness(self, fitness: Callable[[tuple[int, ...]], float]) -> "Allocation":
+        """Return the allocation once it can judge counts of kept experts; by default itself."""
+        return self
+
+    def lineage(self) -> dict[str, object]:
+        """Return what a plan should say about how shares came about; by default nothing."""
+        return {}
 
 
 @dataclass(frozen=True)
@@ -92,7 +102,7 @@ class GlobalScore(Allocation):
         ]
         for _, _, i in sorted(ranked)[:free]:
             counts[i] += 1
-        return _shares_of(layers, counts)
+        return shares_of(layers, counts)
 
 
 @dataclass(frozen=True)
@@ -117,7 +127,7 @@ class PerLayer(Allocation):
             )
         counts = [int(count) for count in self.kept]
         check_kept(layers, counts, [0] * len(layers))
-        return _shares_of(layers, counts)
+        return shares_of(layers, counts)
 
 
 def removed_shares(
@@ -147,8 +157,14 @@ def check_kept(layers: Layers, counts: Sequence[int], least: Sequence[int]) -> N
             )
 
 
-def _shares_of(layers: Layers, counts: Sequence[int]) -> list[float]:
+def shares_of(layers: Layers, counts: Sequence[int]) -> list[float]:
+    """Return the removed shares that leave these counts of experts."""
     return [(la.num_experts - n) / la.num_experts for n, la in zip(counts, layers, strict=True)]
+
+
+def counts_of(layers: Layers, shares: Sequence[float]) -> list[int]:
+    """Return the counts of experts that removed shares leave."""
+    return [units_kept(la.num_experts, share) for la, share in zip(layers, shares, strict=True)]
 
 
 def _falling_shares(score: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
+import torch
 from torch import Tensor, nn
 
 from rerail.experts.base import bank_class, build_bank
@@ -54,7 +55,8 @@ def _apply_layer(
         layer.mask_rows(part.kept)
     if part.router == "pooled":
         owner, name = layer.rows_owner()
-        rows = tensors[ROWS].to(layer.router_rows)
+        own = getattr(owner, name).detach()  # rows of shared experts lie behind
+        rows = torch.cat([tensors[ROWS].to(own), own[len(part.kept) :]])
         owner._parameters[name] = nn.Parameter(rows, requires_grad=False)
 
 

@@ -50,7 +50,9 @@ class Ratio:
 
 @dataclass(frozen=True)
 class Bits:
-    """Average bits of an expert's number, scales and zeros left out: what quantisers are swept by.
+    """Average bits of an expert's number, what quantisers are swept by.
+
+    Scales and zeros are left out, but where a method says that it counts them (CAMERA-Q).
 
     Attributes:
         average: in [1, 16]; 16 leaves everything as it is.

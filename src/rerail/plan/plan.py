@@ -11,6 +11,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from rerail import store
+from rerail.errors import InputError
 from rerail.experts.base import BankSpec, Stored, bank_class
 from rerail.files import digest
 from rerail.moe.fused_experts import Dims
@@ -75,12 +76,19 @@ class Plan:
     def from_json(
         cls, data: Mapping[str, Any], tensors: Mapping[str, Tensor] | None = None
     ) -> "Plan":
-        """Inverse of `to_json`, also after a trip through text."""
-        layers = tuple(_layer_from(entry) for entry in data["layers"])
+        """Inverse of `to_json`, also after a trip through text.
+
+        Raises:
+            InputError: the data is not what `to_json` returns.
+        """
         own = dict(tensors or {})
         later = {n.removeprefix("then."): own.pop(n) for n in list(own) if n.startswith("then.")}
-        then = cls.from_json(data["then"], later) if "then" in data else None
-        return cls(layers, dict(data["lineage"]), own, then)
+        try:
+            layers = tuple(_layer_from(entry) for entry in data["layers"])
+            then = cls.from_json(data["then"], later) if "then" in data else None
+            return cls(layers, dict(data["lineage"]), own, then)
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
+            raise InputError(f"this is no plan of this version ({error!r})") from error
 
     def save(self, path: Path) -> None:
         """Store the plan in `path` (JSON), and its solved tensors beside it."""
@@ -94,7 +102,7 @@ class Plan:
             return None
         try:
             return cls.from_json(*artefact)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except InputError as error:
             log.warning("plan %s cannot be used (%s) and will be made again", path, error)
             return None
 
@@ -156,6 +164,28 @@ class Plan:
                     last, dims, now = part.bank, now, now._replace(experts=len(part.slots))
         return last, dims
 
+    def changed_rows(self, layer: int, experts: int) -> list[bool]:
+        """Return of each router row of the student whether another expert answers it than before.
+
+        That is anything but the teacher's own expert of the slot that the row stands for, as it
+        was: an alias, a merged, factorised, narrowed, quantised or constant one. An expert that a
+        method stored anew counts as changed also where its numbers came out equal.
+
+        Args:
+            layer: index of an MoE layer.
+            experts: its router rows in the teacher.
+        """
+        changed = [False] * experts
+        for part in (p for stage in self.stages for p in stage.layers if p.layer == layer):
+            form = bank_class(part.bank.kind)
+            if form.wraps:  # whatever it wraps answers, or nothing does
+                continue
+            own = form.unchanged(part.bank, layer)
+            rows = part.kept if len(part.kept) == len(part.slots) else range(len(part.slots))
+            pairs = zip(rows, part.slots, strict=True)
+            changed = [own[stored] != row or changed[row] for row, stored in pairs]
+        return changed
+
     def rows_removed(self, layers: Sequence[MoELayer]) -> int:
         """Return how many numbers the routers lose."""
         sizes = {layer.index: layer.row_size for layer in layers}
@@ -178,7 +208,12 @@ class Plan:
         known = {layer.index: layer for layer in layers}
         validate_names([part.layer for part in self.layers], known)
         for part in self.layers:
-            validate_layer(part, known, self.of_layer(part.layer))
+            try:
+                validate_layer(part, known, self.of_layer(part.layer))
+            except (TypeError, KeyError, AttributeError, OverflowError) as error:
+                raise InputError(
+                    f"plan of layer {part.layer} is not of this version ({error!r}); make it again"
+                ) from error
 
 
 def _layer_from(entry: Mapping[str, Any]) -> LayerPlan:

@@ -68,7 +68,8 @@ def _validate_kept(part: "LayerPlan", layer: MoELayer) -> None:
 
 def _validate_slots(part: "LayerPlan", layer: MoELayer) -> None:
     rows = len(part.kept) if part.router in ("slice", "pooled") else layer.num_experts
-    if len(part.slots) != rows or not set(part.slots) <= set(range(part.bank.stored)):
+    inside = all(type(slot) is int and 0 <= slot < part.bank.stored for slot in part.slots)
+    if len(part.slots) != rows or not inside:
         raise InputError(
             f"layer {part.layer}: {rows} slots must map to stored experts below "
             f"{part.bank.stored}, not {list(part.slots)}"

@@ -106,10 +106,13 @@ def cells_of(rows: Sequence[Fields]) -> list[Cell]:
     """Group rows by key and sort: fine models first, then model, method, ratio, samples, seed.
 
     A key that was measured twice shows the rows that were written last: those after its last
-    failure, or that failure itself.
+    failure, or that failure itself. A name of several models gets digits of each, so that they are
+    apart wherever rows are grouped by it.
     """
-    rows = sorted(rows, key=lambda row: row["time"] or "")
-    keys = [row["key"] or f"row {i}" for i, row in enumerate(rows)]
+    rows = sorted(_with_unique_models(rows), key=lambda row: row["time"] or "")
+    # what failed before its model was read is of the model that the key was measured on at last
+    models = {row["key"]: row["fingerprint"] for row in rows if row["fingerprint"]}
+    keys = [_model_and_key(row, models) or f"row {i}" for i, row in enumerate(rows)]
     cells = [Cell(_last_attempt(some)) for some in grouped(rows, keys).values()]
     grains = {r["model"]: r["granularity"] == "coarse" for r in rows if r["granularity"]}
 
@@ -121,6 +124,24 @@ def cells_of(rows: Sequence[Fields]) -> list[Cell]:
         return (grains.get(head["model"], 2), model, method, *numbers, key)
 
     return sorted(cells, key=place)
+
+
+def _model_and_key(row: Fields, models: Mapping[str | None, str]) -> str:
+    """Return what rows of one cell share: of equal choices, but of other weights, is another."""
+    fingerprint = row["fingerprint"] or models.get(row["key"], "")
+    return f"{row['key']} {fingerprint}" if row["key"] else ""
+
+
+def _with_unique_models(rows: Sequence[Fields]) -> list[Fields]:
+    models: dict[str, set[str]] = {}
+    for row in rows:
+        models.setdefault(row["model"], set()).update({row["fingerprint"]} - {None})
+    return [
+        {**row, "model": f"{row['model']} ({row['fingerprint'][:4]})"}
+        if row["fingerprint"] and len(models[row["model"]]) > 1
+        else row
+        for row in rows
+    ]
 
 
 def _last_attempt(rows: Sequence[Fields]) -> tuple[Fields, ...]:

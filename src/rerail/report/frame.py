@@ -17,7 +17,7 @@ from scipy.stats import t as student_t
 from rerail.report.cells import Cell, cells_of, grouped
 from rerail.run.settings import BUDGETS, VARYING, setting_of, shown
 
-MEASURES = ("nll", "kl", "recovery", "bytes", "active_experts")
+MEASURES = ("nll", "kl", "esap", "recovery", "bytes", "active_experts")
 BY = ["setting", "stage", "text", "measure"]
 MANY = 16  # settings that are readable without being grouped
 _ALONG = {"bits": ("ratio", "bits"), "skip": ("ratio", "skip")}  # choices that vary with a column

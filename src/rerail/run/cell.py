@@ -8,14 +8,17 @@ import rerail.auto  # noqa: F401  (package checkpoints load like any other)
 from rerail.code_version import code_version
 from rerail.compress.base import Compressor, make_plan
 from rerail.compress.sequential import sequential
+from rerail.distill.making import check_arguments
 from rerail.distill.repair import repair
+from rerail.distill.ridge import check_ridge
 from rerail.distill.schedule import Schedule
-from rerail.distill.settings import RouterKD
+from rerail.distill.settings import Ridge, Settings
 from rerail.distill.trainable import check_router_gradients
 from rerail.distill.trainer import check_strategy
 from rerail.errors import InputError
+from rerail.evaluate.fitness import plan_fitness
 from rerail.evaluate.scores import score_texts
-from rerail.export.targets import FORMS
+from rerail.export.targets import FORMS, check_method
 from rerail.files import digest
 from rerail.moe.families import experts_implementation
 from rerail.moe.model import MoEModel
@@ -90,7 +93,7 @@ class Cell:
     ratio: Ratio | Bits
     allocation: Allocation
     calibration: Calibration
-    distill: RouterKD
+    distill: Settings
     evaluation: Evaluation
     skip: Skip = field(default_factory=Skip)
     export: Export = field(default_factory=Export)
@@ -141,6 +144,7 @@ class Cell:
                 collect,
                 sequential,
                 make_plan,
+                plan_fitness,
                 apply_plan,
                 repair,
                 score_texts,
@@ -156,6 +160,15 @@ class Cell:
         experts = experts_implementation(model.config) or "eager"
         runs = [experts, str(weight.dtype), weight.device.type]
         return digest([self.model.fingerprint(), runs, *what])
+
+    @property
+    def schedule(self) -> Schedule:
+        """The steps of the repair, for as many processes as were started.
+
+        Raises:
+            InputError: there is too little text for them.
+        """
+        return Schedule.of(self.calibration.samples, self.distill, rank_and_size()[1])
 
     def check(self) -> None:
         """Check everything against the model's config, before weights load (run step 2).
@@ -176,6 +189,14 @@ class Cell:
             text.check(meta.config)
         if self.budget.removed != 0:
             self.compressor.check(meta.layers, self.budget, self.allocation)
+            if self.export.form != "none":
+                check_method(self.compressor, self.export.form, self.export.densify)
         if self.distill.enabled:
+            self._check_repair(meta, processes)
+
+    def _check_repair(self, meta: MoEModel, processes: int) -> None:
+        if isinstance(self.distill, Ridge):
+            check_ridge(meta.layers, self.distill, self.calibration.samples)
+        else:
             check_router_gradients(meta)
-            Schedule.of(self.calibration.samples, self.distill, processes)
+            check_arguments(self.trainer, self.schedule, self.distill)

@@ -62,9 +62,18 @@ def to_cell(config: DictConfig, command: str = "", names: Mapping[str, str] | No
 
 def _check(choices: Mapping[str, Any]) -> None:
     """Check what belongs to no group: every class checks its own fields."""
-    kinds = {"seed": int, "prompt": str, "out": str, "trainer": Mapping[str, Any]}
+    kinds: Mapping[str, Any] = {
+        "seed": int,
+        "prompt": str,
+        "out": str,
+        "trainer": Mapping[str, Any],
+        "samples": Mapping[str, Any],
+    }
+    check_names(choices, [*GROUPS, *kinds, "logger", "debug"], "")
     for name, kind in kinds.items():
         check_value(choices.get(name), kind, name)
+    check_names(choices["samples"], ["count"], "samples")
+    check_names(choices.get("debug") or (), [], "debug")
     check_names(choices["trainer"], list(trainer_argument_names()), "trainer")
     if named := [name for name, value in choices["trainer"].items() if _names_class(value)]:
         raise InputError(

@@ -1,5 +1,6 @@
 """Run one cell, one line a step: `rerail.api` behind a recorder, and the rows."""
 
+import functools
 import logging
 import traceback
 from dataclasses import asdict
@@ -7,7 +8,8 @@ from pathlib import Path
 
 from rerail import api
 from rerail.config.secrets import redacted
-from rerail.distill.trainer import check_accelerator, check_processes
+from rerail.distill.making import check_machine
+from rerail.distill.trainer import check_processes
 from rerail.errors import InputError
 from rerail.files import cache_dir, is_folder, make_folder, whole_file
 from rerail.parallel import (
@@ -52,7 +54,7 @@ def run_cell(cell: Cell, out: Path, mirror: Mirror | None = None) -> list[Row]:
     make_folder(cache_dir())
     check_processes(cell.trainer)
     if cell.distill.enabled:
-        check_accelerator(cell.trainer)
+        check_machine(cell.trainer, cell.schedule, cell.distill)
     join()
     freeze_imports()
     with only_process(folder):
@@ -89,7 +91,7 @@ def _run_or_return(cell: Cell, folder: Path, mirror: Mirror | None) -> list[Row]
 def _run(cell: Cell, recorder: CellRecorder) -> list[Row]:
     step, batch_size = recorder.step, cell.calibration.batch_size
     step("text")
-    heldout, text = broadcast_from_first(lambda: _texts(cell))
+    heldout, text = broadcast_from_first(lambda: _texts(cell, recorder))
     step("load")
     teacher = api.load(cell.model)
     if text is None:
@@ -137,7 +139,7 @@ def _run(cell: Cell, recorder: CellRecorder) -> list[Row]:
     return stages.rows
 
 
-def _texts(cell: Cell) -> tuple[dict[str, TokenBlocks], TokenBlocks | None]:
+def _texts(cell: Cell, recorder: CellRecorder) -> tuple[dict[str, TokenBlocks], TokenBlocks | None]:
     """Return the held-out texts, and the calibration text unless the teacher must write it.
 
     Raises:
@@ -145,9 +147,9 @@ def _texts(cell: Cell) -> tuple[dict[str, TokenBlocks], TokenBlocks | None]:
     """
     tokenizer = cell.model.tokenizer()
     check_vocabulary(tokenizer, cell.model.meta().vocab_size)
-    heldout = {name: api.text(tokenizer, text) for name, text in cell.evaluation.texts.items()}
-    written = cell.calibration.needs_model
-    return heldout, None if written else api.text(tokenizer, cell.calibration)
+    blocks = functools.partial(api.text, tokenizer, recorder=recorder)
+    heldout = {name: blocks(text) for name, text in cell.evaluation.texts.items()}
+    return heldout, None if cell.calibration.needs_model else blocks(cell.calibration)
 
 
 def _live(cell: Cell, folder: Path, mirror: Mirror | None) -> Live:

@@ -11,9 +11,12 @@ from typing import Any
 
 from torch import Tensor
 from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
 
+from rerail.code_version import code_version
 from rerail.distill.repair import Repair, repair
 from rerail.evaluate.continuation import continuation
+from rerail.evaluate.fitness import plan_fitness
 from rerail.evaluate.scores import Scores, score_texts
 from rerail.files import cache_dir
 from rerail.language_model import LanguageModel
@@ -29,7 +32,7 @@ from rerail.statistics.collect import Batch, Progress
 from rerail.statistics.statistic import Statistic, StatisticSet
 from rerail.store import Artefact, Code, get, read, write
 from rerail.teacher.hidden_states import final_hidden_states
-from rerail.text.calibration import TokenBlocks
+from rerail.text.calibration import Calibration, TokenBlocks
 
 log = logging.getLogger(__name__)
 
@@ -73,6 +76,26 @@ class CellRecorder(Recorder):
         if "batch_kl" in point:
             self.status.progress("step", int(point["step"]), steps)
 
+    def text(
+        self,
+        calibration: Calibration,
+        tokenizer: PreTrainedTokenizerBase,
+        make: Callable[[], TokenBlocks],
+    ) -> TokenBlocks:
+        """Keep the blocks in the cache, where nothing but their key decides them."""
+        key = calibration.store_key(tokenizer)
+        if key is None:
+            return make()
+        path = cache_dir() / "text" / f"{key}.json"
+        # not `get`, which all processes of a group would have to call
+        version = code_version(Calibration, *map(type, calibration.sources))
+        stored = read(path, version)
+        if stored is None:
+            blocks = make()
+            tensors = {"input_ids": blocks.input_ids, "mask": blocks.mask}
+            stored = write(path, Artefact(blocks.fingerprint, tensors), version)
+        return TokenBlocks(**stored.tensors, fingerprint=stored.data)
+
     def statistics(
         self,
         teacher: LanguageModel,
@@ -100,6 +123,19 @@ class CellRecorder(Recorder):
             lambda: read(path), with_cost(plain), lambda made: write(path, made)
         )
         return Plan.from_json(*self._without_cost("plan", artefact))
+
+    def fitness(
+        self,
+        teacher: LanguageModel,
+        text: TokenBlocks,
+        what: Sequence[Any],
+        make: Callable[[], float],
+    ) -> float:
+        """Keep it in the cache, so that a search that was killed goes on where it was."""
+        path = cache_dir() / "search" / f"{self._key(teacher, text.fingerprint, *what)}.json"
+        code: list[Code] = [type(self.cell.compressor), plan_fitness]
+        made = get(path, lambda: Artefact({"fitness": make()}), code)
+        return float(made.data["fitness"])
 
     def states(
         self, teacher: LanguageModel, text: TokenBlocks, make: Callable[[], Tensor]

@@ -66,6 +66,8 @@ class _OfText(TypedDict, total=False):
 class _Routing(TypedDict, total=False):
     __pydantic_config__ = _STRICT  # type: ignore[misc]
     routing_changed: Number
+    changed_choices: Number
+    changed_mass: Number
     load_entropy: Number
     load: list[Number]
 
@@ -115,6 +117,7 @@ class Row(Mapping[str, Any]):
     )
     reason: Text = _column("why a cell is not done")
     model: Text = _column("name of the model")
+    fingerprint: Text = _column("hash of the model's files; equal only for the same model")
     granularity: Literal["fine", "coarse"] | None = _column("fine (I <= H) or coarse")
     compressor: Text = _column("name of the compression method")
     paradigm: Text = _column("pruning, merging, editing ...")
@@ -134,9 +137,15 @@ class Row(Mapping[str, Any]):
     perplexity: Number = _column("exp(nll)")
     kl: Number = _column("KL(teacher, this model), nats a token")
     kl_se: Error = _column("its standard error, clustered by block")
+    esap: Number = _column("mean over tokens of sum_v min(p_teacher, p_this): 1 where equal")
+    esap_se: Error = _column("its standard error, clustered by block")
     agreement: Number = _column("share of tokens with the teacher's most likely next token")
     agreement_se: Error = _column("its standard error, clustered by block")
     routing_changed: Number = _column("share of tokens whose selected set of experts changed")
+    changed_choices: Number = _column(
+        "share of choices (token, slot) answered by other than the teacher's own untouched expert"
+    )
+    changed_mass: Number = _column("the same share of the gate weight")
     load_entropy: Number = _column("entropy of the experts' load over its maximum")
     bytes: Count = _column("size of the whole model in the checkpoint's dtype")
     expert_bytes: Count = _column("size of the routed experts in the checkpoint's dtype")
@@ -163,7 +172,8 @@ class Row(Mapping[str, Any]):
     )
     curve: list[Record] | None = _column("points {step, train_kl, val_kl} of the repair")
     layers: list[Record] | None = _column(
-        "per MoE layer {layer, routing_changed, load_entropy, load by expert}"
+        "per MoE layer {layer, routing_changed, changed_choices, changed_mass, load_entropy, "
+        "load by expert}"
     )
     tasks: list[Record] | None = _column("lm-eval results {task, metric, value, se, n}")
     samples_text: Text = _column("continuation of the fixed prompt")

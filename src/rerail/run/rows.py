@@ -12,11 +12,13 @@ from omegaconf import OmegaConf
 
 from rerail.config.secrets import without_secrets
 from rerail.distill.repair import Repair
+from rerail.errors import InputError
 from rerail.evaluate.estimates import mean_and_se, recovery_of
 from rerail.evaluate.scores import LayerRouting, Scores
 from rerail.files import digest
 from rerail.language_model import LanguageModel
 from rerail.moe.model import MoEModel
+from rerail.moe.source import ModelSource
 from rerail.plan.budget import Bits
 from rerail.run.cell import Cell
 from rerail.run.cost import Cost
@@ -29,6 +31,7 @@ def identity(cell: Cell) -> dict[str, Any]:
     groups = ("model", "compressor", "allocation", "calibration", "distill")
     return {
         **{group: cell.names.get(group) for group in groups},
+        "fingerprint": fingerprint_of(cell.model),
         "key": cell.key,
         "paradigm": cell.compressor.paradigm,
         "paper": cell.compressor.paper,
@@ -42,6 +45,14 @@ def identity(cell: Cell) -> dict[str, Any]:
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "revision": revision(),
     }
+
+
+def fingerprint_of(model: ModelSource) -> str | None:
+    """Return the hash of a model's files; None where they cannot be read."""
+    try:
+        return model.fingerprint()
+    except (InputError, OSError):
+        return None
 
 
 def failed_row(cell: Cell, status: str, reason: str) -> Row:
@@ -101,13 +112,17 @@ def stage_row(
 def score_columns(scores: Scores) -> dict[str, Any]:
     """Return means over all held-out tokens with their errors, and means over the layers."""
     columns: dict[str, Any] = {"tokens": scores.tokens, "perplexity": scores.perplexity}
-    for column, name in (("nll", "nll"), ("kl", "kl"), ("agreement", "agree")):
+    for column, name in (("nll", "nll"), ("kl", "kl"), ("esap", "esap"), ("agreement", "agree")):
         columns[column], columns[f"{column}_se"] = scores.mean(name)
     layers = scores.layers()
     moved = [layer.routing_changed for layer in layers if layer.routing_changed is not None]
     return {
         **columns,
         "routing_changed": mean_or_none(moved),
+        **{
+            name: mean_or_none([getattr(layer, name) for layer in layers])
+            for name in ("changed_choices", "changed_mass")
+        },
         "load_entropy": mean_or_none([layer.load_entropy for layer in layers]),
         "layers": [layer_column(layer) for layer in layers] or None,
         "nll_by": by_text(scores),
@@ -122,8 +137,9 @@ def mean_or_none(values: Sequence[float]) -> float | None:
 def layer_column(routing: LayerRouting) -> dict[str, Any]:
     """Return the routing of a layer as the column `layers` has it."""
     moved = {} if routing.routing_changed is None else {"routing_changed": routing.routing_changed}
+    changed = {"changed_choices": routing.changed_choices, "changed_mass": routing.changed_mass}
     shares = {"load_entropy": routing.load_entropy, "load": routing.load}
-    return {"layer": routing.layer, **moved, **shares}
+    return {"layer": routing.layer, **moved, **changed, **shares}
 
 
 def repair_columns(fit: Repair, cost: Cost) -> dict[str, Any]:

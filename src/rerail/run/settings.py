@@ -12,6 +12,7 @@ Fields = Mapping[str, Any]  # a result row
 
 BUDGETS = ("ratio", "bits", "skip")
 VARYING = (*BUDGETS, "samples", "calibration", "allocation", "distill")
+_PLACE = ("path_or_id", "revision", "name")  # of a model, among its choices
 _UNITS = {"ratio": "removed", "bits": "bits", "skip": "skipped"}
 _CHOSEN = ("ratio", "samples", "calibration", "allocation", "distill")
 _LONG = {"ratio": "ratio {}", "bits": "{} bits", "skip": "skips {}", "samples": "{} samples"}
@@ -32,7 +33,10 @@ def tokens_label(row: Fields) -> str:
 
 
 def setting_of(row: Fields, dropped: Iterable[str] = ()) -> str:
-    """Return what identifies a row's choices, seeds and the dropped groups left out."""
+    """Return what identifies a row's choices, seeds and the dropped groups left out.
+
+    A model is known by its fingerprint, however it is named, wherever it lies.
+    """
     gone = {"command", "names", *dropped}
     choices = dict(row["choices"] or {})
     names = {k: v for k, v in (choices.get("names") or {}).items() if k not in gone}
@@ -43,6 +47,10 @@ def setting_of(row: Fields, dropped: Iterable[str] = ()) -> str:
         if name not in gone | {"seed"}
     }
     columns = {name: row[name] for name in ("model", "compressor", *_CHOSEN) if name not in gone}
+    if "model" not in gone and row["fingerprint"] is not None:
+        columns["model"], model = row["fingerprint"], choices.get("model") or {}
+        rest["model"] = {k: v for k, v in model.items() if k not in _PLACE}
+        names.pop("model", None)
     return digest([rest, names, columns, tokens_of(row)])
 
 

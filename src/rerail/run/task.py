@@ -18,7 +18,7 @@ import yaml
 
 from rerail.config.secrets import guard_streams, redacted
 from rerail.errors import InputError
-from rerail.files import refusals
+from rerail.files import read_text, refusals
 from rerail.parallel import is_first
 
 
@@ -63,8 +63,16 @@ class SweepCell:
 
     @classmethod
     def load(cls, path: Path) -> "SweepCell":
-        """Read what `save` wrote."""
-        return cls(**yaml.safe_load(path.read_text(encoding="utf-8")))
+        """Read what `save` wrote.
+
+        Raises:
+            InputError: it is something else.
+        """
+        try:
+            return cls(**yaml.safe_load(read_text(path)))
+        except (TypeError, yaml.YAMLError, RecursionError, ValueError) as error:
+            reason = str(error).splitlines()[0]
+            raise InputError(f"{path} is no cell of a sweep ({reason})") from error
 
 
 def _speaks() -> bool:
@@ -126,8 +134,9 @@ def _check_single(hydra: Any) -> None:
     words = [f"+{group}={chosen[group]}" for group in ("experiments", "slurm") if group in chosen]
     asked = " ".join(words) or "hydra.sweeper or hydra.launcher"
     if grid := list(hydra.sweeper.get("params") or {}):
+        over = ", ".join(str(name).lstrip("+") for name in grid)
         raise InputError(
-            f"{asked} is a grid over {', '.join(map(str, grid))} and runs with -m only: "
+            f"{asked} is a grid over {over} and runs with -m only: "
             f"rerail -m {' '.join(words)}".rstrip()
         )
     if hydra.launcher.get("executor", "here") != "here":
@@ -143,8 +152,15 @@ def _chosen(hydra: Any) -> tuple[dict[str, str], str]:
     from rerail.config.numbers import preset_name, unquoted
     from rerail.config.secrets import without_secrets
     from rerail.config.trust import trusted
+    from rerail.run.compose import GROUPS
 
     chosen = {str(g): str(c) for g, c in hydra.runtime.choices.items() if c is not None}
+    # Hydra merges the files of a list, so that the last one wins
+    if several := [group for group in GROUPS if group not in chosen]:
+        raise InputError(
+            f"{several[0]} must be one name, and it is a list or nothing; to sweep over several, "
+            f"use -m and commas: -m {several[0]}=A,B"
+        )
     # as typed: what `${...}` stands for is looked up again by who runs the command
     typed: Any = OmegaConf.to_container(hydra.overrides.task, resolve=False)
     words = [unquoted(word.removeprefix("++")) for word in typed]

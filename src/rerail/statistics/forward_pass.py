@@ -8,17 +8,18 @@ have.
 
 import contextlib
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import cast
+from dataclasses import dataclass, replace
+from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from rerail.moe.families import decoder_layer
 from rerail.moe.model import MoELayer, MoEModel
 from rerail.moe.stand_in import StandIn
 from rerail.statistics.pairs import answer
 from rerail.statistics.statistic import DenseStatistic, Filled, RoutedStatistic, RoutedTokens
-from rerail.statistics.surroundings import Surroundings
+from rerail.statistics.surroundings import Surroundings, first_tensor
 
 
 class _Enough(Exception):
@@ -59,34 +60,50 @@ class _Recorder(StandIn):
         self.surroundings = Surroundings(model, layer, self.needs)
         self.filled, self.text, self.last = filled, text, last
         self.num_slots = layer.num_experts
+        self.streamed = [s for s in self.routed if "stream" in s.needed()]
+        self.tokens: RoutedTokens | None = None
+        if self.streamed:
+            decoder = decoder_layer(model.model, layer.name)
+            self.surroundings.hooks.append(
+                decoder.register_forward_hook(self._left, with_kwargs=True)
+            )
 
     def forward(self, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         """Compute as the experts do, and keep what is needed."""
-        found = {}
+        answers = {}
         if self.needs & {"norms", "middle", "outputs"}:
-            found = answer(self.inner, hidden, index, weights, self.needs)
+            answers = answer(self.inner, hidden, index, weights, self.needs)
         if self.routed:
-            self._update_routed({"hidden": hidden, "index": index, "gates": weights, **found})
+            self._update_routed({"hidden": hidden, "index": index, "gates": weights, **answers})
         if self.dense:
             self._update_dense(hidden, index, weights)
         # nothing behind the last layer is asked for, so the rest of the forward is saved
-        if self.last:
+        if self.last and not self.streamed:
             raise _Enough
-        return found["routed"] if found else cast(Tensor, self.inner(hidden, index, weights))
+        return answers["routed"] if answers else cast(Tensor, self.inner(hidden, index, weights))
 
     def _update_routed(self, tensors: dict[str, Tensor]) -> None:
-        if "logits" in self.needs:
-            tensors["logits"] = self.surroundings.logits()
-        if "scores" in self.needs:
-            tensors["scores"] = self.surroundings.scores()
-        if "residual" in self.needs:
-            tensors["residual"] = self.surroundings.residual()
+        tensors |= self.surroundings.take()
         assert self.text.position is not None
         tensors["position"] = self.text.position
-        valid = {name: self.text.valid(tensor) for name, tensor in tensors.items()}
+        valid: Any = {name: self.text.valid(tensor) for name, tensor in tensors.items()}
         tokens = RoutedTokens(num_experts=self.num_slots, block=self.text.block, **valid)
         for s in self.routed:
+            if s not in self.streamed:
+                self.filled[s] = s.update(self.filled[s], tokens)
+        self.tokens = tokens if self.streamed else None
+
+    def _left(self, _decoder: nn.Module, args: Any, named: Any, output: Any) -> None:
+        """Update what compares the stream into the decoder layer with that out of it."""
+        leaving = first_tensor(output if isinstance(output, tuple) else (output,), {})
+        ends = (cast(Tensor, end) for end in (first_tensor(args, named), leaving))
+        into, out = (self.text.valid(end.reshape(-1, end.shape[-1])) for end in ends)
+        tokens = replace(cast(RoutedTokens, self.tokens), stream=(into, out))
+        self.tokens = None  # tensors of this forward must not live until the next one
+        for s in self.streamed:
             self.filled[s] = s.update(self.filled[s], tokens)
+        if self.last:
+            raise _Enough
 
     def _update_dense(self, hidden: Tensor, index: Tensor, weights: Tensor) -> None:
         valid = self.text.valid(hidden)

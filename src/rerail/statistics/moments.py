@@ -1,4 +1,4 @@
-"""Second moments of what goes into an expert (x) and into its down projection (h).
+"""Second moments of what goes into an expert (x), into its down projection (h), and of gradients.
 
 h = act(gate) * up is the middle activation (I,). Sums of outer products are fp32 matrix products a
 slot and batch, added up in float64. On a GPU vectors of bfloat16 are multiplied as they are with
@@ -13,7 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rerail.statistics.statistic import RoutedStatistic, RoutedTokens
+from rerail.moe.model import MoELayer
+from rerail.statistics.statistic import OutputGradientStatistic, RoutedStatistic, RoutedTokens
 
 
 class Grams(RoutedStatistic):
@@ -79,3 +80,56 @@ class MiddleMoment(Grams):
         gates = tokens.sorted_gates.abs() ** (self.gate_power / 2)
         for e, (middle, g) in tokens.runs(tokens.sorted_middle, gates):
             yield e, g * middle
+
+
+@dataclass(frozen=True)
+class LogitGram(Grams):
+    """sum over all tokens of z z^T, z (E,) the logits, 0 where a mask is. float64 (E, E)."""
+
+    axes = "E E"
+    needs = frozenset({"logits"})
+
+    def rows(self, tokens: RoutedTokens) -> Iterator[tuple[int, Tensor]]:
+        assert tokens.logits is not None
+        logits = tokens.logits.float()
+        yield 0, logits.masked_fill(torch.isneginf(logits), 0.0)
+
+
+@dataclass(frozen=True)
+class LayerMoment(Grams):
+    """sum over all tokens of x x^T, whatever experts they chose. float64 (H, H)."""
+
+    axes = "H H"
+
+    def rows(self, tokens: RoutedTokens) -> Iterator[tuple[int, Tensor]]:
+        yield 0, tokens.hidden
+
+
+@dataclass(frozen=True)
+class PooledMiddleMoment(Grams):
+    """sum over experts and X_e of h h^T. float64 (I, I)."""
+
+    axes = "I I"
+    needs = frozenset({"middle"})
+
+    def rows(self, tokens: RoutedTokens) -> Iterator[tuple[int, Tensor]]:
+        assert tokens.middle is not None
+        yield 0, tokens.middle.flatten(0, 1)
+
+
+@dataclass(frozen=True)
+class OutputGradientMoment(OutputGradientStatistic):
+    """sum over experts and X_e of d d^T, d = dL / dy of a matrix's output y = W x (before biases).
+
+    L is the sequence's mean next-token loss; `matrix` is gate, up (float64 (I, I)) or down (H, H).
+    """
+
+    matrix: str
+
+    def empty(self, layer: MoELayer) -> Tensor:
+        size = layer.dims.matrices[self.matrix][0]
+        return torch.zeros(size, size, dtype=self.dtype)
+
+    def update(self, state: Tensor, matrix: str, gradient: Tensor) -> None:
+        if matrix == self.matrix:
+            state += gram(gradient).to(state.device)

@@ -57,3 +57,21 @@ class OutputSumRouted(RoutedStatistic):
 
     def measure(self, tokens: RoutedTokens) -> Tensor:
         return tokens.sum_runs(lambda f: f, tokens.sorted_outputs)
+
+
+@dataclass(frozen=True)
+class GatedOutput(RoutedStatistic):
+    """sum over X_e of g^a f. float64 (E, H)."""
+
+    axes = "E H"
+    needs = frozenset({"outputs"})
+
+    gate_power: int
+
+    @property
+    def name(self) -> str:
+        return f"gated_output_g{self.gate_power}"
+
+    def measure(self, tokens: RoutedTokens) -> Tensor:
+        weights = tokens.sorted_gates**self.gate_power
+        return tokens.sum_runs(lambda f, g: g * f, tokens.sorted_outputs, weights)

@@ -14,7 +14,7 @@ from torch import Tensor
 from rerail.moe.model import MoELayer
 
 PassName = Literal["routed", "dense", "backward", "ablation"]
-Need = Literal["norms", "outputs", "middle", "logits", "scores", "residual"]
+Need = Literal["norms", "outputs", "middle", "logits", "scores", "residual", "stream"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +35,7 @@ class RoutedTokens:
         logits: (T, E) router logits; -inf where a mask silenced a slot (`logits`).
         scores: (T, E) the router's scores before top-k, without bias or scaling (`scores`).
         residual: (T, H) the residual stream before the MoE sub-layer's norm (`residual`).
+        stream: (T, H) twice, the residual stream into and out of the decoder layer (`stream`).
         position: int64 (T,) place of the token in the text: block * S + offset.
         block: S, the tokens of a block of the text, padding included.
     """
@@ -50,6 +51,7 @@ class RoutedTokens:
     logits: Tensor | None = None
     scores: Tensor | None = None
     residual: Tensor | None = None
+    stream: tuple[Tensor, Tensor] | None = None
     position: Tensor | None = None
     block: int | None = None
 
@@ -212,6 +214,16 @@ class BackwardStatistic(Statistic):
     @abstractmethod
     def update(self, state: Tensor, expert: int, name: str, gradient: Tensor) -> None:
         """Add one sequence's gradient of one slot's fused tensor `name` to `state`, in place."""
+
+
+class OutputGradientStatistic(Statistic):
+    """A statistic of the same gradient in what each matrix of any slot makes."""
+
+    pass_name: ClassVar[PassName] = "backward"
+
+    @abstractmethod
+    def update(self, state: Tensor, matrix: str, gradient: Tensor) -> None:
+        """Add one sequence's gradients (n, out) of `gate`, `up` or `down` to `state`, in place."""
 
 
 class AblationStatistic(Statistic):

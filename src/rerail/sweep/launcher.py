@@ -62,6 +62,7 @@ class SweepLauncher(Launcher):
         `rerail.run.task` runs the cells, in a job as in this process.
         """
         self.context, self.config = hydra_context, config
+        _ = config.out  # where it refers to what is not there, the sentence names it
         overview = Path(str(config.hydra.sweep.dir)) / "multirun.yaml"  # Hydra is about to write it
         try:
             check_replaceable(overview)

@@ -34,14 +34,20 @@ def environment(cluster: str) -> dict[str, str] | None:
         return None
 
 
-def active(ids: Iterable[str], cluster: str = "") -> Mapping[str, str] | None:
-    """Return the states of those jobs that wait or run; None where Slurm does not answer."""
+def active(ids: Iterable[str], cluster: str = "", named: str = "") -> Mapping[str, str] | None:
+    """Return the states of those jobs that wait or run; None where Slurm does not answer.
+
+    Args:
+        ids: of jobs.
+        cluster: empty, or `local`.
+        named: the name that they must have, of their sweep; empty for any.
+    """
     wanted = set(ids)
-    answer = _ask(cluster, "squeue", "-h", "-r", "-u", getpass.getuser(), "-o", "%i|%T")
+    answer = _ask(cluster, "squeue", "-h", "-r", "-u", getpass.getuser(), "-o", "%i|%T|%j")
     if answer is None:
         return None
-    rows = (line.strip().split("|") for line in answer.splitlines() if "|" in line)
-    return {job: state for job, state in rows if job in wanted}
+    rows = (line.strip().split("|", 2) for line in answer.splitlines() if line.count("|") > 1)
+    return {job: state for job, state, name in rows if job in wanted and named in ("", name)}
 
 
 def ended(ids: Iterable[str], cluster: str = "") -> Mapping[str, str]:

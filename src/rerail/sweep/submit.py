@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from rerail.errors import InputError
+from rerail.files import refusals
 from rerail.sweep.job import Job
 
 _GENERIC = ("timeout_min", "nodes", "tasks_per_node", "cpus_per_task", "mem_gb")
@@ -26,18 +27,21 @@ def submit(jobs: Sequence[Job], folder: Path, code: Path, asked: Mapping[str, An
     import submitit
     from submitit.core.utils import FailedJobError, FailedSubmissionError
 
-    folder.mkdir(mode=0o700)
+    with refusals(folder):
+        folder.mkdir(mode=0o700)
     fields = dict(asked)
     limit = fields.pop("max_num_timeout")
     fields.pop("cluster", None)
     try:
         executor = submitit.AutoExecutor(folder, "slurm", slurm_max_num_timeout=limit)
         executor.update_parameters(name=folder.parent.name, **parameters(fields, code))
-        with executor.batch():
+        with refusals(folder), executor.batch():
             submitted = [executor.submit(job) for job in jobs]
     except (FailedJobError, FailedSubmissionError) as error:
         lines = [line for line in str(error).splitlines() if "error" in line.lower()]
         raise InputError(f"sbatch refuses the sweep: {(lines or [str(error)])[-1]}") from error
+    except InputError:
+        raise
     except (NameError, ValueError, AssertionError, RuntimeError) as error:
         reason = " ".join(str(error).split())
         raise InputError(f"hydra.launcher cannot be used by submitit: {reason}") from error

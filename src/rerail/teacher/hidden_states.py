@@ -27,6 +27,11 @@ class LiveTeacher:
     def __init__(self, model: MoEModel):
         self._model = [model]
 
+    @property
+    def model(self) -> MoEModel:
+        """The original model itself."""
+        return self._model[0]
+
     @torch.no_grad()
     def hidden(self, index: Tensor, input_ids: Tensor, mask: Tensor) -> Tensor:
         """Run the model."""

@@ -50,6 +50,17 @@ def kl_of(log_teacher: Tensor, log_student: Tensor) -> Tensor:
     return out
 
 
+def esap_of(log_teacher: Tensor, log_student: Tensor) -> Tensor:
+    """Return ESAP (n,) of two log-distributions (n, V): sum_v min(p_teacher(v), p_student(v)).
+
+    It is the chance that the teacher accepts what the student drafts in speculative decoding
+    (EvoESAP, arXiv 2603.06003), 1 less the total variation, computed as that so that equal
+    distributions give exactly 1.
+    """
+    variation = (log_teacher.exp() - log_student.exp()).abs_().sum(dim=-1) / 2
+    return (1 - variation).clamp_(min=0)
+
+
 @torch.no_grad()
 def token_kl(
     student: Float[Tensor, "N H"],

@@ -14,7 +14,8 @@ from rerail.errors import InputError
 from rerail.files import digest
 from rerail.text.corpora import Corpus, SelfText, Source
 from rerail.text.documents import SPLITS, Split
-from rerail.text.tokens import check_block, plain_ids, prefix_ids
+from rerail.text.tokens import Text, check_block, first_ids, prefix_ids
+from rerail.versions import package_version
 
 BATCH_SIZE = 16  # blocks a forward
 
@@ -41,6 +42,11 @@ class TokenBlocks:
     def tokens(self) -> int:
         """Number of real tokens."""
         return int(self.mask.sum())
+
+    def first(self, count: int) -> "TokenBlocks":
+        """Return the leading blocks."""
+        name = digest([self.fingerprint, count])
+        return TokenBlocks(self.input_ids[:count], self.mask[:count], name)
 
     def batches(self, size: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Yield (input_ids, mask) of `size` blocks each, in order."""
@@ -130,6 +136,20 @@ class Calibration:
             }
         )
 
+    def store_key(self, tokenizer: PreTrainedTokenizerBase) -> str | None:
+        """Return what decides every token: the fingerprint and all of the tokenizer.
+
+        Returns:
+            None where something else decides as well: a model that writes, a hub's branch, or a
+            tokenizer that is code.
+        """
+        if not tokenizer.is_fast or not all(source.is_pinned for source in self.sources):
+            return None
+        settings = self.fingerprint(tokenizer)
+        special = [tokenizer.eos_token_id, tokenizer.split_special_tokens]
+        version = package_version("tokenizers")
+        return digest([settings, special, version, tokenizer.backend_tokenizer.to_str()])
+
     def blocks(
         self, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel | None = None
     ) -> TokenBlocks:
@@ -185,7 +205,7 @@ class Calibration:
         return ids, mask
 
     def _packed(
-        self, texts: list[str], count: int, tokenizer: PreTrainedTokenizerBase
+        self, texts: list[Text], count: int, tokenizer: PreTrainedTokenizerBase
     ) -> list[list[int]]:
         stream: list[int] = []
         end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
@@ -194,19 +214,19 @@ class Calibration:
         for text in texts:
             if len(stream) >= count * size:
                 break
-            stream += [*plain_ids(tokenizer, text), *end]
+            stream += [*first_ids(tokenizer, text, count * size - len(stream)), *end]
         full = min(count, len(stream) // size)
         return [[*prefix, *stream[i * size : (i + 1) * size]] for i in range(full)]
 
     def _padded(
-        self, texts: list[str], count: int, tokenizer: PreTrainedTokenizerBase
+        self, texts: list[Text], count: int, tokenizer: PreTrainedTokenizerBase
     ) -> list[list[int]]:
         rows: list[list[int]] = []
         prefix = self._prefix(tokenizer)
         for text in texts:
             if len(rows) == count:
                 break
-            row = [*prefix, *plain_ids(tokenizer, text)][: self.block]
+            row = [*prefix, *first_ids(tokenizer, text, self.block)][: self.block]
             if len(row) >= 2 and len(row) > len(prefix):
                 rows.append(row)
         return rows

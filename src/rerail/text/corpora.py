@@ -6,6 +6,7 @@ import importlib.metadata
 import itertools
 import json
 import lzma
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -33,6 +34,11 @@ class Source(ABC):
     @abstractmethod
     def fingerprint(self) -> dict[str, Any]:
         """Return, as JSON, all that decides the text: versions, file hashes, parameters."""
+
+    @property
+    def is_pinned(self) -> bool:
+        """Whether the fingerprint alone decides the text, so that its tokens may be stored."""
+        return not self.needs_model
 
 
 class Corpus(Source):
@@ -152,6 +158,11 @@ class Hub(Corpus):
     def fingerprint(self) -> dict[str, Any]:
         """Return the settings; without `revision` they do not notice a change on the hub."""
         return {"name": self.name, **asdict(self)}
+
+    @property
+    def is_pinned(self) -> bool:
+        """Whether `revision` is a commit; a branch, or none, moves on the hub."""
+        return re.fullmatch("[0-9a-f]{40}", self.revision or "") is not None
 
     def documents(self, split: Split) -> list[Document]:
         """Return the rows, named dataset#row.

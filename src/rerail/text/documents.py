@@ -8,6 +8,8 @@ from typing import Literal
 
 import numpy as np
 
+from rerail.text.tokens import Text
+
 Split = Literal["train", "calibration", "heldout"]
 SPLITS: tuple[Split, ...] = ("train", "calibration", "heldout")
 _UPPER = {"train": 0.7, "calibration": 0.9, "heldout": 1.0}
@@ -21,7 +23,7 @@ class Document:
     """A named text. The name decides the split, so it must not change with the text."""
 
     name: str
-    text: str
+    text: Text
 
 
 def split_of(name: str) -> Split:
@@ -54,7 +56,7 @@ def without_near_duplicates(documents: Iterable[Document]) -> list[Document]:
     seen: set[int] = set()
     accepted = []
     for document in sorted(documents, key=lambda d: (order[split_of(d.name)], d.name)):
-        hashes = shingles(document.text).tolist()
+        hashes = shingles(document.text[:]).tolist()
         if sum(h in seen for h in hashes) < _NEAR_DUPLICATE * len(hashes):
             seen.update(hashes)
             accepted.append(document)

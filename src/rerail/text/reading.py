@@ -1,18 +1,30 @@
 """Texts of a user's files: txt, jsonl, json and parquet, each also compressed by xz."""
 
+import codecs
 import contextlib
 import importlib
 import io
+import itertools
 import json
 import lzma
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from rerail.errors import InputError
 from rerail.files import file_digest
+from rerail.text.tokens import Text
 
 KINDS = (".txt", ".jsonl", ".json", ".parquet")
+# A packed file may unpack to so many times its size, and to so many bytes in any case. Text that
+# is packed by xz grows 3 to 10 times, and what repeats itself seldom 50 times.
+EXPANSION = 100
+LARGEST = 2**28
+
+_HALF = re.compile("[\ud800-\udfff]")  # of a surrogate pair
+_CHUNK = 2**20  # bytes
+_ROWS = 64  # of a parquet file, at a time
 
 
 def expand(paths: Sequence[str]) -> list[Path]:
@@ -46,25 +58,68 @@ def digest_of(path: Path) -> str:
         return file_digest(path)
 
 
-def read_rows(path: Path, column: str) -> list[tuple[int, str]]:
-    """Return (row, text) for each row of a file that holds text; a txt file is one row.
+def read_rows(path: Path, column: str) -> list[tuple[int, Text]]:
+    """Return (row, text) for each row of a file that holds text.
+
+    A txt file is one row, and is read only as far as its text is sliced; of it, only that part is
+    checked.
 
     Raises:
-        InputError: the file is damaged, not UTF-8 or not JSON, lacks the column, or is empty.
+        InputError: the file is damaged, not UTF-8 or not JSON, lacks the column, is empty, or
+            unpacks to far more than any text does.
     """
-    data = _read_bytes(path)
+    rows: list[tuple[int, Text]]
     if _kind(path) == ".txt":
-        values = [_decode(data, path)]
+        text = _FileText(path)
+        rows = [] if text.is_blank() else [(0, text)]
     elif _kind(path) == ".parquet":
-        values = _parquet_column(data, column, path)
+        records = ({column: value} for value in _parquet_column(path, column))
+        rows = _texts(records, column, path)
     else:
-        values = [
-            text_of(record, column, f"{path}, row {row}")
-            for row, record in enumerate(_parse_records(data, path))
-        ]
-    rows = [(row, text) for row, text in enumerate(values) if text.strip()]
+        rows = _texts(_parse_records(path), column, path)
     if not rows:
         raise InputError(f"{path} is empty: it has no text to calibrate or evaluate with")
+    return rows
+
+
+class _FileText:
+    """The text of a file, of which no more is read than is looked at."""
+
+    def __init__(self, path: Path):
+        self._path, self._start, self._is_whole = path, "", False
+
+    def __getitem__(self, where: slice, /) -> str:
+        """Return the characters at these places, which count from the beginning."""
+        while not self._is_whole and (where.stop is None or where.stop > len(self._start)):
+            self._read(where.stop)
+        return self._start[where]
+
+    def is_blank(self) -> bool:
+        """Return whether there is nothing but white space."""
+        while not self._is_whole and not self._start.strip():
+            self._read(len(self._start) + 1)
+        return not self._start.strip()
+
+    def _read(self, length: int | None) -> None:
+        """Read the first characters again: four times as many, so that no file stays open."""
+        length = None if length is None else max(length, 4 * len(self._start))
+        parts, size = [], 0
+        for part in _decoded(self._path):
+            parts.append(part)
+            size += len(part)
+            if length is not None and size >= length:
+                break
+        else:
+            self._is_whole = True
+        self._start = "".join(parts)
+
+
+def _texts(records: Iterable[Any], column: str, path: Path) -> list[tuple[int, Text]]:
+    rows: list[tuple[int, Text]] = []
+    for row, record in enumerate(records):
+        text = text_of(record, column, f"{path}, row {row}")
+        if text and not text.isspace():
+            rows.append((row, text))
     return rows
 
 
@@ -85,7 +140,7 @@ def text_of(record: Any, column: str, where: str) -> str:
         raise InputError(
             f"{where} has {type(value).__name__} in column {column!r} where text is expected"
         )
-    return value.encode("utf-8", "replace").decode("utf-8")
+    return _HALF.sub("?", value) if _HALF.search(value) else value
 
 
 def _matches(pattern: str) -> list[Path]:
@@ -104,38 +159,74 @@ def _kind(path: Path) -> str:
     return Path(path.name.removesuffix(".xz")).suffix
 
 
-def _read_bytes(path: Path) -> bytes:
-    with _errors_as_sentences(path):
-        data = path.read_bytes()
-        return lzma.decompress(data) if path.suffix == ".xz" else data
+def _chunks(path: Path) -> Iterator[bytes]:
+    """Yield the bytes of a file, unpacked, a MiB at a time.
+
+    Raises:
+        InputError: it cannot be read, or unpacks to far more than any text does.
+    """
+    packed, size = path.suffix == ".xz", 0
+    with _errors_as_sentences(path), lzma.open(path) if packed else path.open("rb") as stream:
+        while chunk := stream.read(_CHUNK):
+            size += len(chunk)
+            if packed:
+                _check_unpacked(size, path)
+            yield chunk
+
+
+def _check_unpacked(size: int, path: Path) -> None:
+    largest = max(LARGEST, EXPANSION * path.stat().st_size)
+    if size > largest:
+        raise InputError(
+            f"{path} unpacks to more than {largest:,} bytes, {EXPANSION} times its own size and "
+            "more than text does; it is damaged or made to fill the memory, so unpack it first"
+        )
 
 
 @contextlib.contextmanager
 def _errors_as_sentences(path: Path) -> Iterator[None]:
     try:
         yield
-    except (OSError, lzma.LZMAError) as error:
+    except (OSError, EOFError, lzma.LZMAError) as error:
         raise InputError(
             f"{path} cannot be read ({error}); name a readable file, whole if it ends in .xz"
         ) from error
 
 
-def _decode(data: bytes, path: Path) -> str:
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        byte = f"byte {error.start} is 0x{error.object[error.start]:02x}"
-        raise InputError(f"{path} is not UTF-8 ({byte}); convert it first") from error
+def _decoded(path: Path) -> Iterator[str]:
+    """Yield the text of a file, a chunk at a time."""
+    decoder = codecs.getincrementaldecoder("utf-8-sig")()
+    start = 0  # of what is decoded next, in bytes
+    for chunk in itertools.chain(_chunks(path), [b""]):
+        waiting = len(decoder.getstate()[0])  # bytes of half a character before the chunk
+        try:
+            yield decoder.decode(chunk, final=not chunk)
+        except UnicodeDecodeError as error:
+            byte = f"byte {start - waiting + error.start} is 0x{error.object[error.start]:02x}"
+            raise InputError(f"{path} is not UTF-8 ({byte}); convert it first") from error
+        start += len(chunk)
 
 
-def _parse_records(data: bytes, path: Path) -> Iterator[Any]:
-    text = _decode(data, path)
+def _lines(path: Path) -> Iterator[str]:
+    """Yield the lines of a file; of what unpacks to many, no more is in memory than one."""
+    parts: list[str] = []
+    for text in _decoded(path):
+        # not splitlines(): JSON strings may hold U+2028 and its like unescaped
+        first, *others = text.split("\n")
+        parts.append(first)
+        for other in others:
+            yield "".join(parts)
+            parts = [other]
+    yield "".join(parts)
+
+
+def _parse_records(path: Path) -> Iterator[Any]:
     if _kind(path) == ".json":
+        text = "".join(_decoded(path))
         value = _parse_json(text, str(path)) if text.strip() else []
         yield from value if isinstance(value, list) else [value]
         return
-    # not splitlines(): JSON strings may hold U+2028 and its like unescaped
-    for number, line in enumerate(text.split("\n"), start=1):
+    for number, line in enumerate(_lines(path), start=1):
         if line.strip():
             yield _parse_json(line, f"{path}, line {number}")
 
@@ -147,20 +238,26 @@ def _parse_json(text: str, where: str) -> Any:
         hint = "; one object a line belongs in .jsonl" if error.msg == "Extra data" else ""
         message = f"{where} is not JSON ({error.msg} at character {error.pos}){hint}"
         raise InputError(message) from error
+    except (RecursionError, ValueError) as error:  # nested too deeply, or a number too long
+        raise InputError(f"{where} cannot be read as JSON ({error})") from error
 
 
-def _parquet_column(data: bytes, column: str, path: Path) -> list[str]:
+def _parquet_column(path: Path, column: str) -> Iterator[Any]:
+    """Yield the values of a column, a few rows in memory at a time."""
     parquet = importlib.import_module("pyarrow.parquet")
     arrow = importlib.import_module("pyarrow")
     try:
-        file = parquet.ParquetFile(io.BytesIO(data))
+        packed = path.suffix == ".xz"
+        file = parquet.ParquetFile(io.BytesIO(b"".join(_chunks(path))) if packed else path)
         names = file.schema_arrow.names
-        table = file.read(columns=[column] if column in names else [])
+        if column not in names:
+            raise InputError(f"{path} has no column {column!r}; it has {', '.join(names)}")
+        groups = range(file.num_row_groups)
+        _check_unpacked(sum(file.metadata.row_group(i).total_byte_size for i in groups), path)
+        size = 0  # of the values, of which a packed page may hold one many times
+        for batch in file.iter_batches(_ROWS, columns=[column]):
+            size += batch.nbytes
+            _check_unpacked(size, path)
+            yield from batch[column].to_pylist()
     except (arrow.ArrowException, OSError) as error:
         raise InputError(f"{path} is not a readable parquet file: {error}") from error
-    if column not in names:
-        raise InputError(f"{path} has no column {column!r}; it has {', '.join(names)}")
-    return [
-        text_of({column: value}, column, f"{path}, row {row}")
-        for row, value in enumerate(table[column].to_pylist())
-    ]

@@ -1,11 +1,12 @@
 """What was shown of a cell, line by line, so that it can be shown again and nothing twice."""
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from rerail.files import whole_file
+from rerail.files import append_line, read_text, whole_file
 
 
 class Journal:
@@ -13,6 +14,9 @@ class Journal:
 
     Lines are only ever added, each in one write, so that a killed process leaves at most a last
     line that was cut off; that one is dropped when the journal is opened again.
+
+    Raises:
+        InputError: the file cannot be read, or is no regular file.
 
     Attributes:
         records: name -> record, in order.
@@ -23,7 +27,7 @@ class Journal:
         self.path = path
         self.records: dict[str, dict[str, Any]] = {}
         self.closed = False
-        text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+        text = read_text(path) if os.path.lexists(path) else ""
         whole = ""
         for line in text.splitlines(keepends=True):
             if not self._take(line):
@@ -39,8 +43,8 @@ class Journal:
             entry: Any = json.loads(line) if line.endswith("\n") else None
             self.closed = "closed" in entry
             if not self.closed:
-                self.records[entry["name"]] = entry["record"]
-        except (ValueError, TypeError, KeyError):
+                self.records[str(entry["name"])] = dict(entry["record"])
+        except (ValueError, TypeError, KeyError, RecursionError):
             return False
         return True
 
@@ -55,6 +59,4 @@ class Journal:
         self.closed = True
 
     def _write(self, entry: Mapping[str, Any]) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a", encoding="utf-8") as out:
-            out.write(json.dumps(entry) + "\n")
+        append_line(self.path, json.dumps(entry))

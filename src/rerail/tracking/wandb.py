@@ -20,6 +20,8 @@ from typing import Any
 from urllib.parse import urlparse
 
 from rerail.config.secrets import without_secrets
+from rerail.errors import InputError
+from rerail.files import make_folder
 from rerail.run.mirror import Live
 from rerail.run.results import SCALARS, STAGES, Row
 from rerail.tracking.journal import Journal
@@ -59,7 +61,11 @@ class WandbMirror:
 
     def open(self, key: str, claim: str | None, config: Mapping[str, Any], folder: Path) -> Live:
         """Begin a cell or go on with it; a cell that was shown to its end is left alone."""
-        journal = Journal(Path(folder) / "wandb" / "records.jsonl")
+        try:
+            journal = Journal(Path(folder) / "wandb" / "records.jsonl")
+        except InputError as error:
+            log.warning("W&B has no copy of %s (%s); nothing else is lost", folder, error)
+            return Live()
         if journal.closed or (self.mode or os.environ.get("WANDB_MODE")) == "disabled":
             return Live()
         stream = _Stream(self, key, Path(folder), journal)
@@ -96,7 +102,7 @@ class _Stream(Live):
     def begin(self, claim: str | None, config: Mapping[str, Any]) -> None:
         """Begin, and send what the journal holds and the server lacks."""
         names = (config.get("choices") or {}).get("names") or {}
-        self.folder.mkdir(parents=True, exist_ok=True)
+        make_folder(self.folder)
         self.run = _init(
             self.mirror,
             group=claim,

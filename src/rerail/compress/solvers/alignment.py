@@ -26,8 +26,7 @@ def channel_features(expert: Expert, layout: Layout) -> Tensor:
     gate, up, down = layout.unpack(expert["gate_up_proj"], expert["down_proj"])
     parts = [gate, up, down.mT]
     if (bias := expert.get("gate_up_proj_bias")) is not None:
-        halves = bias.chunk(2) if layout.concatenated else (bias[::2], bias[1::2])
-        parts += [half.unsqueeze(1) for half in halves]
+        parts += [half.unsqueeze(1) for half in layout.split(bias)]
     return torch.cat(parts, dim=1).to(torch.promote_types(gate.dtype, torch.float32))
 
 
@@ -35,6 +34,38 @@ def weight_matching(reference: Tensor, other: Tensor) -> Tensor:
     """Return the permutation (I,) for which `other[permutation]` is nearest to `reference`."""
     likeness = (reference @ other.mT).cpu().numpy()
     return torch.from_numpy(linear_sum_assignment(likeness, maximize=True)[1])
+
+
+def barycentre(features: Tensor, rounds: int) -> tuple[Tensor, Tensor]:
+    """Return the Wasserstein barycentre of experts as point clouds of channels, and their order.
+
+    All points weigh the same and there are as many of the centre's, so that optimal transport is a
+    matching. From the first expert on, channels are matched to the centre and the centre becomes
+    the mean of the matched, which never makes sum_e ||F_e[pi_e] - centre||^2 larger; until no match
+    changes, or the centre moves by less than 1e-7 in the mean square.
+
+    Args:
+        features: F (E, I, D).
+        rounds: at most; 0 leaves the channels as they are.
+
+    Returns:
+        the centre (I, D), and the permutations pi (E, I): it is the mean of all F_e[pi_e].
+    """
+    centre, orders = features[0], torch.arange(features.shape[1]).expand(features.shape[:2])
+    for step in range(rounds):
+        found = torch.stack([weight_matching(centre, expert) for expert in features])
+        if step and torch.equal(found, orders):
+            break
+        before, orders = centre, found
+        centre = ordered(features, orders).mean(dim=0)
+        if (centre - before).square().mean() < 1e-7:
+            break
+    return (centre if rounds else features.mean(dim=0)), orders
+
+
+def ordered(features: Tensor, orders: Tensor) -> Tensor:
+    """Return F_e[pi_e] of every expert (E, I, D)."""
+    return torch.stack([f[o] for f, o in zip(features, orders.to(features.device), strict=True)])
 
 
 def permuted(expert: Expert, layout: Layout, order: Tensor) -> dict[str, Tensor]:

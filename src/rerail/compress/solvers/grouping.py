@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from rerail.experts.base import Member
+from rerail.experts.base import BankSpec, Member
 from rerail.moe.fused_experts import expert_parameters
 from rerail.moe.model import MoELayer
 
@@ -22,6 +22,22 @@ def labels_around(similarity: Tensor, dominants: Sequence[int]) -> Tensor:
     """
     labels = similarity[:, list(dominants)].argmax(dim=1)
     labels[list(dominants)] = torch.arange(len(dominants))
+    return labels
+
+
+def absorbed(similarity: Tensor, centroids: Sequence[int], size: int) -> Tensor:
+    """Return labels (E,): in turn, each centroid takes those most like it that are still free.
+
+    Args:
+        similarity: (E, E), higher means more alike; ties go to the lower slot.
+        centroids: slots in the order of their turns, which take the labels 0, 1 ...
+        size: most members of a group, its centroid among them; enough to take all experts.
+    """
+    labels = torch.full((len(similarity),), -1)
+    labels[list(centroids)] = torch.arange(len(centroids))
+    for label, centroid in enumerate(centroids):
+        order = torch.argsort(similarity[centroid], descending=True, stable=True)
+        labels[order[labels[order] < 0][: size - 1]] = label
     return labels
 
 
@@ -84,6 +100,14 @@ def merged_experts(
         for name, tensor in (own if sizes[label] == 1 else change(e, own)).items():
             out[name][label] += share[e] * tensor.to(out[name].dtype)
     return out
+
+
+def whole_experts(layer: MoELayer, fused: Fused) -> tuple[BankSpec, Fused]:
+    """Return the form of solved experts (M, ...), and their tensors in the layer's own dtype."""
+    like = expert_parameters(layer.stock())
+    solved = {name: tensor.to(like[name].dtype).cpu() for name, tensor in fused.items()}
+    shapes = {name: tuple(tensor.shape[1:]) for name, tensor in solved.items()}
+    return BankSpec("merged", len(fused["down_proj"]), (), shapes), solved
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:

@@ -63,7 +63,8 @@ def normal_equations(
 def ridge_solution(gram: Tensor, cross: Tensor, average: Tensor, ridge: float) -> Tensor:
     """Return (C + r g A)(G + r g 1)^-1 with g the mean of diag G, float64 (H, I).
 
-    Where no input excites a direction, the average A stays; r = 0 gives the limit r -> 0.
+    Where no input excites a direction, the average A stays; r = 0 gives the limit r -> 0. Where
+    float32 noise in G is above r g, more is added.
     """
     average = average.double()
     missing = cross - average @ gram
@@ -72,9 +73,22 @@ def ridge_solution(gram: Tensor, cross: Tensor, average: Tensor, ridge: float) -
         return average
     if level == 0:
         return torch.add(average, missing @ torch.linalg.pinv(gram, hermitian=True))
-    scaled = gram + level * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-    solved = torch.cholesky_solve(missing.mT, torch.linalg.cholesky(scaled))
-    return average + solved.mT
+    lower, _ = damped_root(gram, level)
+    return average + torch.cholesky_solve(missing.mT, lower).mT
+
+
+def damped_root(gram: Tensor, level: float) -> tuple[Tensor, float]:
+    """Return lower R with R R^T = G + level 1, and the level: tenfold until there is an R.
+
+    Sums of products in float32 can leave G a little below semidefinite.
+    """
+    eye = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+    for _ in range(40):
+        lower, failed = torch.linalg.cholesky_ex(gram + level * eye)
+        if not failed:
+            break
+        level *= 10
+    return lower, level
 
 
 def _unbiased(fused: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -49,7 +49,8 @@ def ranks_within(
     spread = [(r, max(1, r.experts or 1)) for r in types.values()]
     costs = [r.cost for r, many in spread for _ in range(many)]
     caps = [r.cap for r, many in spread for _ in range(many)]
-    _check_reach(layer, max_numbers, fixed, costs, caps)
+    most = fixed + sum(cost * cap for cost, cap in zip(costs, caps, strict=True))
+    check_reach(layer, max_numbers, fixed + sum(costs), most, max(costs))
     even = {name: torch.ones(r.experts or 1) for name, r in types.items()}
     flat = torch.cat([{**even, **scores}[name].double().flatten() for name in types])
     ranks, at = filled(flat, costs, caps, max_numbers - fixed), 0
@@ -60,12 +61,20 @@ def ranks_within(
     return sizes
 
 
-def _check_reach(
-    layer: MoELayer, max_numbers: int, fixed: int, costs: Sequence[int], caps: Sequence[int]
-) -> None:
-    dense, least = layer.expert_size * layer.num_experts, fixed + sum(costs)
-    most = fixed + sum(cost * cap for cost, cap in zip(costs, caps, strict=True))
-    if least <= max_numbers and (max_numbers - most < max(costs) or max_numbers >= dense):
+def check_reach(layer: MoELayer, max_numbers: int, least: int, most: int, quantum: int = 0) -> None:
+    """Check that a layer can be factorised to a number of stored numbers.
+
+    Args:
+        layer: whose experts are factorised.
+        max_numbers: what may be stored.
+        least, most: what rank 1 and full rank store.
+        quantum: what one more rank stores at most.
+
+    Raises:
+        OutOfReach: not even rank 1 fits, or full rank leaves numbers over.
+    """
+    dense = layer.expert_size * layer.num_experts
+    if least <= max_numbers and (max_numbers - most < quantum or max_numbers >= dense):
         return
     low, high = max(0.0, 1 - most / dense), max(0.0, 1 - least / dense)
     raise OutOfReach(

@@ -37,10 +37,7 @@ class Sample:
         rows = layer.router_rows
         self.hidden = hidden.to(rows.device, rows.dtype)
         self.gates = self.routed(None)
-        gate = self.hidden.new_ones(len(hidden), 1)
-        chosen = [torch.full_like(gate, e, dtype=torch.int64) for e in range(layer.num_experts)]
-        answers = [layer.run(self.hidden, e, gate).float() for e in chosen]
-        self.outputs = torch.stack(answers, dim=1)
+        self.outputs = every_output(layer, self.hidden).float()
         self.offset = None if target is None else self.answer() - target.to(self.outputs)
 
     def judged_by(self, measure: Measure) -> Errors:
@@ -70,6 +67,13 @@ class Sample:
                 change += self.offset.unsqueeze(1)
             measured.append(measure(change).double().cpu())
         return torch.cat(measured).nan_to_num(nan=torch.inf)
+
+
+def every_output(layer: MoELayer, hidden: Tensor) -> Tensor:
+    """Return what every expert answers to every row (n, H), before the gate: (n, E, H)."""
+    gate = hidden.new_ones(len(hidden), 1)
+    chosen = [torch.full_like(gate, e, dtype=torch.int64) for e in range(layer.num_experts)]
+    return torch.stack([layer.run(hidden, e, gate) for e in chosen], dim=1)
 
 
 def errors_without_each(layer: MoELayer, errors: Errors) -> Tensor:

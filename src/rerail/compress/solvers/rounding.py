@@ -1,11 +1,11 @@
 """Grids of few bits, rounding to them, and the root that moves rounding errors on."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from rerail.experts.quantized import Coded
+from rerail.experts.quantized import DENSE, Coded, dequantised
 
 
 def grid(piece: Tensor, bits: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -41,14 +41,46 @@ def by_groups(stack: Tensor, group: int, fit: Callable[[Tensor], Coded]) -> Code
     return Coded(codes.to(torch.uint8), scale.to(stack.dtype), zero.to(stack.dtype))
 
 
-def round_to_nearest(stack: Tensor, bits: int, group: int) -> Coded:
-    """Return the nearest codes on the grid of each group."""
+def round_to_nearest(
+    stack: Tensor, bits: int, group: int, dtype: torch.dtype | None = None
+) -> Coded:
+    """Return the nearest codes on the grid of each group, whose scales have this dtype."""
+    dtype = dtype or stack.dtype
 
     def fit(piece: Tensor) -> Coded:
-        scale, zero = grid(piece, bits, stack.dtype)
+        scale, zero = grid(piece, bits, dtype)
         return Coded(coded(piece, scale, zero, bits), scale, zero)
 
-    return by_groups(stack, group, fit)
+    codes, scale, zero = by_groups(stack, group, fit)
+    return Coded(codes, scale.to(dtype), zero.to(dtype))
+
+
+def round_in_turn(
+    columns: Tensor, root: Tensor, bits: Sequence[int], group: int, dtype: torch.dtype
+) -> dict[int, Coded]:
+    """Return codes (w, out) by bits; each column's error moves on to those still to come (GPTQ).
+
+    Args:
+        columns: (out, in) float32; those of 16 bits make no error and get no codes.
+        root: U (in, in) of their inputs, as from `inverse_root`.
+        bits: of each column.
+        group: how many numbers along `out` share a scale.
+        dtype: of scales and zeros.
+    """
+    w, block = columns.mT.clone(memory_format=torch.contiguous_format), 128
+    made: dict[int, list[Coded]] = {b: [] for b in bits if b != DENSE}
+    for start in range(0, len(w), block):
+        end = min(start + block, len(w))
+        errors = torch.zeros_like(w[start:end])
+        for i in range(start, end):
+            if bits[i] == DENSE:
+                continue
+            nearest = round_to_nearest(w[i : i + 1], bits[i], group, dtype)
+            made[bits[i]].append(nearest)
+            errors[i - start] = error = (w[i] - dequantised(nearest, group)[0]) / root[i, i]
+            w[i + 1 : end] -= torch.outer(root[i, i + 1 : end], error)
+        w[end:] -= root[start:end, end:].mT @ errors
+    return {b: Coded(*map(torch.cat, zip(*each, strict=True))) for b, each in made.items()}
 
 
 def inverse_root(moment: Tensor, percdamp: float) -> tuple[Tensor, Tensor]:

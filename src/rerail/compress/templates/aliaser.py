@@ -6,7 +6,7 @@ Open: `compared`, `distances`, `score`.
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -41,6 +41,10 @@ class Aliaser(Compressor):
     fuse: bool = False
 
     paradigm: ClassVar[str] = "pruning"
+
+    @property
+    def written_out(self) -> Literal["no", "yes", "never"]:
+        return "yes"
 
     def __post_init__(self) -> None:
         if self.window < 1 or self.native < 0:

@@ -35,6 +35,10 @@ class Factoriser(Compressor):
     paradigm: ClassVar[str] = "editing"
     allocations: ClassVar[Literal["any", "fixed", "uniform"]] = "fixed"
 
+    @property
+    def written_out(self) -> Literal["no", "yes", "never"]:
+        return "yes"
+
     def sizes(
         self, layer: MoELayer, max_numbers: int, statistics: LayerStatistics | None = None
     ) -> Integers:
@@ -73,6 +77,13 @@ class Factoriser(Compressor):
             tensors |= {f"{name}.U": u, f"{name}.V": v}
         return tensors
 
+    def solve(
+        self, layer: MoELayer, statistics: LayerStatistics, max_numbers: int
+    ) -> tuple[Integers, Factors]:
+        """Return the integers and the solved tensors, by default one after the other."""
+        sizes = self.sizes(layer, max_numbers, statistics)
+        return sizes, self.factor(layer, statistics, sizes)
+
     def spec(self, layer: MoELayer, sizes: Integers) -> BankSpec:
         """Return the stored form; by default low rank with rows of each expert's own."""
         return BankSpec("low_rank", layer.num_experts, (), dict(sizes), {"rows": "own"})
@@ -95,8 +106,8 @@ class Factoriser(Compressor):
     ) -> Decision | None:
         if count == dense_numbers(layer):
             return None
-        sizes = self.sizes(layer, count, statistics)
+        sizes, tensors = self.solve(layer, statistics, count)
         spec = self.spec(layer, sizes)
         if self.run != "stored":
             spec = dataclasses.replace(spec, options={**spec.options, "run": self.run})
-        return Decision(untouched(layer, spec), self.factor(layer, statistics, sizes))
+        return Decision(untouched(layer, spec), tensors)

@@ -25,10 +25,15 @@ from torch import Tensor
 
 from rerail.compress.base import Compressor, Decision, Layers, Statistics
 from rerail.compress.router_rows import best_slots, check_equal_groups
-from rerail.compress.solvers.grouping import Fused, group_members, shares_in_group, wide
+from rerail.compress.solvers.grouping import (
+    Fused,
+    group_members,
+    shares_in_group,
+    whole_experts,
+    wide,
+)
 from rerail.errors import OutOfReach
 from rerail.experts.base import BankSpec
-from rerail.moe.fused_experts import expert_parameters
 from rerail.moe.model import MoELayer
 from rerail.plan.allocation import Allocation
 from rerail.plan.budget import Budget
@@ -54,6 +59,10 @@ class Merger(Compressor):
     paradigm: ClassVar[str] = "merging"
     around_dominants: ClassVar[bool] = False
 
+    @property
+    def written_out(self) -> Literal["no", "yes", "never"]:
+        return "yes" if self.router == "remap" else "no"
+
     @abstractmethod
     def group(self, layer: MoELayer, statistics: LayerStatistics, num_stored: int) -> Tensor:
         """Return int64 labels (E,) in 0..num_stored-1, every label used."""
@@ -65,6 +74,12 @@ class Merger(Compressor):
     def weights(self, statistics: LayerStatistics) -> Tensor:
         """Return non-negative merge weights (E,), normalised later inside each group: the usage."""
         return self.usage(statistics)
+
+    def member_weights(
+        self, layer: MoELayer, statistics: LayerStatistics, labels: Tensor
+    ) -> Tensor:
+        """Return the merge weights (E,) once groups are known; by default those without."""
+        return self.weights(statistics)
 
     def solve(
         self, layer: MoELayer, statistics: LayerStatistics, labels: Tensor
@@ -124,13 +139,11 @@ class Merger(Compressor):
         solution = None if single else self.solve(layer, statistics, labels)
         solved, notes = solution or ({}, ())
         if solution is None:
-            members = group_members(layer.index, labels, self.weights(statistics))
+            weights = self.member_weights(layer, statistics, labels)
+            members = group_members(layer.index, labels, weights)
             spec = BankSpec("dense", count, members)
         else:
-            like = expert_parameters(layer.stock())
-            solved = {name: t.to(like[name].dtype) for name, t in solved.items()}
-            shapes = {name: tuple(t.shape[1:]) for name, t in solved.items()}
-            spec = BankSpec("merged", count, (), shapes)
+            spec, solved = whole_experts(layer, solved)
         plan, rows = self.router_plan(layer, statistics, labels, spec)
         tensors = {name: t.cpu() for name, t in {**solved, **rows}.items()}
         return Decision(plan, tensors, notes)

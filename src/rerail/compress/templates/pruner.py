@@ -118,9 +118,14 @@ class Pruner(Compressor):
         Raises:
             OutOfReach: a layer must drop guarded experts.
         """
-        form = sliced if self.router == "slice" else masked
         guarded, decisions = guarded_slots(statistics, self.guard), []
         for layer, view, count, slots in zip(layers, statistics, counts, guarded, strict=True):
             check_guarded(layer, slots, count, self.least_per_group(layer, count), self.guard)
-            decisions.append(Decision(form(layer, self.choose(layer, view, count, slots))))
+            decisions.append(self.formed(layer, view, self.choose(layer, view, count, slots)))
         return decisions
+
+    def formed(
+        self, layer: MoELayer, statistics: LayerStatistics, kept: tuple[int, ...]
+    ) -> Decision:
+        """Return the decision once it is known which experts stay; they stay as they are."""
+        return Decision((sliced if self.router == "slice" else masked)(layer, kept))

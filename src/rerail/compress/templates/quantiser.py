@@ -44,6 +44,10 @@ class Quantiser(Compressor):
     budget: ClassVar[type[Budget]] = Bits
     allocations: ClassVar[Literal["any", "fixed", "uniform"]] = "uniform"
 
+    @property
+    def written_out(self) -> Literal["no", "yes", "never"]:
+        return "yes"
+
     def __post_init__(self) -> None:
         if self.group < 1:
             raise InputError(f"compressor.group={self.group} must be at least 1")
@@ -57,6 +61,29 @@ class Quantiser(Compressor):
             moment: (n, in, in) sums of x x^T over the inputs x of each, where `moments` gives any.
             bits: of the codes, below 16.
         """
+
+    def encode_rows(
+        self, rows: Tensor, moment: Tensor | None, widths: Mapping[int, int]
+    ) -> dict[int, Coded]:
+        """Return codes (w, in) by bits.
+
+        Args:
+            rows: (out, in).
+            moment: (in, in) sum of x x^T over the inputs x, where `moments` gives any.
+            widths: how many of the rows, one class after the other, have so many bits; those of 16
+                bits and classes without rows get no codes.
+        """
+        moments = None if moment is None else moment.unsqueeze(0)
+        return by_classes(rows, widths, lambda own, bits: self.encode(own, moments, bits))
+
+    def encode_columns(
+        self, columns: Tensor, moment: Tensor | None, widths: Mapping[int, int]
+    ) -> dict[int, Coded]:
+        """Return codes (w, out) by bits, where each column has groups of its own along `out`.
+
+        By default columns (out, in) are encoded as rows, without regard to their inputs.
+        """
+        return self.encode_rows(columns.mT, None, widths)
 
     def moments(self, layer: MoELayer, statistics: LayerStatistics) -> Mapping[str, MomentsOf]:
         """Return what gives second moments for gate, up and down; none by default."""
@@ -78,6 +105,18 @@ class Quantiser(Compressor):
     def decide_layer(self, layer: MoELayer, statistics: LayerStatistics, count: int) -> Decision:
         bits = (count // layer.num_experts,) * layer.num_experts
         return quantised(layer, statistics, bits, self, self.run)
+
+
+def by_classes(
+    rows: Tensor, widths: Mapping[int, int], encode: Callable[[Tensor, int], Coded]
+) -> dict[int, Coded]:
+    """Return codes by bits of rows (out, in) that lie class after class, as stacks (1, w, in)."""
+    classes = zip(widths, torch.split(rows, list(widths.values())), strict=True)
+    return {
+        bits: Coded(*(part[0] for part in encode(own.unsqueeze(0), bits)))
+        for bits, own in classes
+        if bits != DENSE and len(own)
+    }
 
 
 def quantised(

@@ -9,7 +9,7 @@ import copy
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 
@@ -29,6 +29,8 @@ from rerail.plan.apply import apply_to_layers
 from rerail.plan.budget import Budget, Ratio, dense_numbers, numbers_kept
 from rerail.plan.plan import Plan
 from rerail.statistics.statistic import LayerStatistics, Statistic, StatisticSet
+
+_ORDER = ("no", "yes", "never")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +72,11 @@ class TwoStages(Compressor):
             plan: of the first stage.
         """
         return self.second
+
+    @property
+    def written_out(self) -> Literal["no", "yes", "never"]:
+        stages = (self.first.written_out, self.second.written_out)
+        return stages[self.share < 1] if self.share in (0, 1) else max(stages, key=_ORDER.index)
 
     @property
     def requires(self) -> tuple[Statistic, ...]:

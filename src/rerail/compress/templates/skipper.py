@@ -36,8 +36,8 @@ class GateTails(RoutedStatistic):
         return torch.zeros(BINS, dtype=torch.int64)
 
     def measure(self, tokens: RoutedTokens) -> Tensor:
-        found = tails(tokens.gates).flatten()
-        lower = found[torch.isfinite(found)]
+        shares = tails(tokens.gates).flatten()
+        lower = shares[torch.isfinite(shares)]
         place = (lower * BINS).floor().long().clamp(max=BINS - 1)
         return torch.bincount(place, minlength=BINS)
 
@@ -61,6 +61,10 @@ class Skipper(Compressor):
     allocations: ClassVar[Literal["any", "fixed", "uniform"]] = "uniform"
 
     requires = (GateTails(),)
+
+    @property
+    def written_out(self) -> Literal["no", "yes", "never"]:
+        return "never"
 
     def threshold(self, tails: Tensor) -> float:
         """Return the method's own threshold, for where no share is asked for: the median tail.
