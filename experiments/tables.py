@@ -18,8 +18,8 @@ from rerail.report.words import plus_minus, share
 from rerail.run.results import read_rows
 
 COLUMNS = (
-    "method", "budget", "model", "experts MB", "disk MB", "active M", "NLL compressed", "repaired",
-    "recovery", "seconds plan + repair", "peak MB",
+    "method", "budget", "model", "experts MB", "disk MB", "memory MB", "active M", "tokens/s",
+    "NLL compressed", "repaired", "recovery", "seconds plan + repair", "peak MB",
 )  # fmt: skip
 
 
@@ -37,6 +37,11 @@ def millions(value: float | None, digits: int = 2) -> str:
     return "" if value is None else f"{value / 1e6:.{digits}f}"
 
 
+def rate(tokens: float | None, seconds: float | None) -> str:
+    """Return held-out tokens scored a second, by forwards of whole blocks on the row's host."""
+    return "" if not tokens or not seconds else f"{tokens / seconds:.0f}"
+
+
 def line(cell: Cell) -> list[str]:
     """Return one row of the table of methods."""
     head = cell.head
@@ -52,7 +57,9 @@ def line(cell: Cell) -> list[str]:
         *first,
         millions(cell.get(last, "expert_bytes")),
         millions(cell.get(last, "disk_bytes")),
+        millions(cell.get(last, "memory_bytes")),
         millions(cell.get(last, "active_parameters")),
+        rate(cell.get(last, "tokens"), cell.get(last, "evaluation_seconds")),
         plus_minus(cell.get("compressed", "nll"), cell.get("compressed", "nll_se")),
         plus_minus(cell.get("repaired", "nll"), cell.get("repaired", "nll_se")),
         words,

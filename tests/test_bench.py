@@ -15,7 +15,18 @@ import torch
 from rerail.run.results import new_row, write_rows
 
 FOLDER = Path(__file__).parents[1] / "experiments" / "bench"
-MODULES = ("bench", "gpu", "memory", "models", "overhead", "planning", "speed", "sweep", "timing")
+MODULES = (
+    "bench",
+    "forms",
+    "gpu",
+    "memory",
+    "models",
+    "overhead",
+    "planning",
+    "speed",
+    "sweep",
+    "timing",
+)
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +55,8 @@ def test_the_whole_bench_gives_named_rows_with_the_promised_limits(
     monkeypatch.setattr(bench.overhead, "cpu_seconds", lambda *command: next(spent))
     two = lambda *of: bench.planning.planning_rows(*of, ("reap", "rtn"))  # noqa: E731
     monkeypatch.setattr(bench.bench, "planning_rows", two)
+    some = lambda *of: bench.forms.form_rows(*of, ("svd", "quantized, 3 bits"))  # noqa: E731
+    monkeypatch.setattr(bench.bench, "form_rows", some)
     rows = json.loads(json.dumps(bench.bench.measure(toy, 1, ("tiny_coarse",))))
     assert all(set(r) == {"name", "value", "limit", "unit"} for r in rows)
     assert len({r["name"] for r in rows}) == len(rows)
@@ -58,6 +71,10 @@ def test_the_whole_bench_gives_named_rows_with_the_promised_limits(
         "chunked KL: time / plain": 1.0,
         "chunked KL: loss, relative error": 1e-5,
         "chunked KL: gradient, largest error / largest entry": 1e-5,
+        "svd: experts in memory / stored": 1.1,
+        "svd: prefill / dense": 1.0,
+        "quantized, 3 bits: experts in memory / stored": 1.1,
+        "quantized, 3 bits: prefill / dense": 1.3,
         "peak memory: chunked / plain KL": 0.25,
         "peak memory: with REAP student / teacher alone": 1.15,
         "random model: statistics for REAP / plain forward": 1.3,
@@ -76,6 +93,19 @@ def test_the_whole_bench_gives_named_rows_with_the_promised_limits(
     for r in rows:
         if r["limit"] in (0, 1e-5):  # what is not a matter of speed
             assert 0 <= r["value"] <= r["limit"], r
+
+
+def test_forms_of_the_bench_keep_in_memory_what_they_store(
+    bench: SimpleNamespace, toy: object
+) -> None:
+    teacher = bench.models.random_model(toy)
+    made = dict(bench.forms.specs(teacher.layers[0]))
+    assert {"svd", "moe_svd", "d2_moe", "mobe", "narrow, uneven"} <= made.keys()
+    for name, spec in made.items():
+        student = bench.forms.student(teacher, spec)
+        slots = sum(layer.experts.slots.nbytes for layer in student.layers)
+        in_memory = bench.forms.bytes_in_memory(student) - slots
+        assert in_memory == bench.forms.bytes_stored(student), name
 
 
 def test_every_preset_of_a_compressor_has_its_planning_row(bench: SimpleNamespace) -> None:

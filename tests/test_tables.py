@@ -16,6 +16,7 @@ sys.path.pop(0)
 def test_a_cell_is_one_line_with_what_is_stored_lost_and_got_back():
     rows = cell()
     rows[-1] |= {"disk_bytes": 9_870_000, "recovery_se": 0.02}
+    rows[-1] |= {"memory_bytes": 12_340_000, "tokens": 32_640, "evaluation_seconds": 4.0}
     [item] = cells_of(rows)
     line = dict(zip(tables.COLUMNS, tables.line(item), strict=True))
     assert line["method"] == "reap"
@@ -26,6 +27,7 @@ def test_a_cell_is_one_line_with_what_is_stored_lost_and_got_back():
     assert line["recovery"] == "56 % ± 2"
     assert line["seconds plan + repair"] == "8 + 42"
     assert line["peak MB"] == "1074"
+    assert (line["memory MB"], line["tokens/s"]) == ("12.34", "8160")
 
 
 def test_a_cell_that_does_not_apply_keeps_its_reason_and_harm_is_listed():

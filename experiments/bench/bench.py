@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import torch
+from forms import form_rows
 from memory import memory_rows
 from models import Size, random_model
 from overhead import overhead_rows
@@ -50,6 +51,7 @@ def measure(size: Size, rounds: int, zoo: tuple[str, ...]) -> list[Row]:
     rows += show(overhead_rows(rounds), began)
     rows += show(memory_rows(size), began)
     rows += show(kl_rows(size, rounds), began)
+    rows += show(form_rows(size, (rounds + 1) // 2), began)
     rows += show(planning_rows("random model", random_model(size), size), began)
     for name in ("random model", *zoo):
         model = ModelSource(f"zoo:{name}").load() if name in zoo else random_model(size)

@@ -2,11 +2,13 @@ import pytest
 import torch
 from torch import Tensor
 
+import stored_forms as forms
 import students
-from families import CONFIGS, tiny
+from families import CONFIGS, tiny, tokens
 from measuring import batches
 from rerail.errors import InputError
 from rerail.experts.base import BankSpec
+from rerail.methods.d2_moe import Fisher
 from rerail.moe.model import MoEModel
 from rerail.plan.apply import apply_plan
 from rerail.plan.plan import LayerPlan, Plan
@@ -97,10 +99,25 @@ def basis_student(run: str) -> MoEModel:
     return apply_plan(teacher, Plan(layers, tensors=tensors))
 
 
-def test_experts_that_are_expanded_at_every_forward_are_refused() -> None:
-    collect(basis_student("materialised"), batches(), [MiddleEnergy()])
-    with pytest.raises(InputError, match=r"down_proj of BasisExperts .*cannot be measured"):
-        collect(basis_student("stored"), batches(), [MiddleEnergy()])
+@pytest.mark.parametrize("implementation", ["eager", "grouped_mm", "batched_mm"])
+@pytest.mark.parametrize("form", ["basis of all", "low_rank", "delta", "narrow", "quantized"])
+@torch.no_grad()
+def test_experts_that_compute_from_what_is_stored_hand_their_middle_out(form, implementation):
+    teacher = tiny("qwen3_moe")
+    student = apply_plan(teacher, forms.solved(teacher, form))
+    student.model.set_experts_implementation(implementation)
+    layer = student.layers[1]
+    hidden = torch.randn(40, 16, generator=torch.Generator().manual_seed(0))
+    index, _ = layer.route(hidden)
+    pairs, middle = pairs_and_middle(layer.experts, hidden, index)
+    torch.testing.assert_close(down_again(layer, middle, index), pairs, atol=1e-4, rtol=1e-3)
+    collect(student, batches(), [MiddleEnergy()])
+
+
+def test_gradients_of_experts_that_are_not_whole_are_refused() -> None:
+    batch = [(tokens(2), torch.ones(2, 12, dtype=torch.bool))]
+    with pytest.raises(InputError, match=r"of BasisExperts .*whole or run=materialised"):
+        collect(basis_student("stored"), batch, [Fisher()])
 
 
 def test_an_implementation_that_copies_weights_is_refused() -> None:

@@ -124,6 +124,9 @@ class ExpertBank(nn.Module):
         whole: whether all that it stores are whole experts, each a row of fused tensors.
         watches: whether it wants `received`: set by a hook on the layer's attention before every
             forward, and used up by it.
+        computes: whether its forward is its own, and not that of a module with whole experts.
+        middles: where a list stands here, a forward of a bank that computes appends the middle
+            activations (n, I) of each chosen stored expert, in ascending order.
         active: int64 (T,), the experts that were computed for each token of the last forward; None
             where they are always all that the router chose.
     """
@@ -136,6 +139,7 @@ class ExpertBank(nn.Module):
     shell: nn.Module
     watches: bool = False
     received: tuple[Tensor, Tensor] | None = None
+    middles: list[Tensor] | None = None
     active: Tensor | None = None
 
     def __init__(self, parts: BankParts):
@@ -162,6 +166,10 @@ class ExpertBank(nn.Module):
     def is_fused(self) -> bool:
         """Whether its experts can be read as fused tensors: the family is inside the seam."""
         return True
+
+    @property
+    def computes(self) -> bool:
+        return False
 
     @property
     def uniform(self) -> int | None:

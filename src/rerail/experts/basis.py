@@ -4,7 +4,7 @@ Symbols (for each factorised matrix, oriented p x d = I x H): A (E, p, r), alpha
 the simplex, B (m, r, d), f the activation. `down` (H, I) is factorised on its transpose.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from rerail.errors import InputError
 from rerail.experts.base import BankSpec
 from rerail.experts.encoded import EncodedExperts
-from rerail.moe.fused_experts import Dims
+from rerail.moe.fused_experts import Dims, decoded_product
 
 
 def _identity(values: Tensor) -> Tensor:
@@ -27,9 +27,14 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+def inner(alpha: Tensor, b: Tensor, activation: str) -> Tensor:
+    """Return f(sum_j alpha_ij B_j): (E, m), (m, r, d) -> (E, r, d)."""
+    return ACTIVATIONS[activation](torch.einsum("em,mrd->erd", alpha, b))
+
+
 def mixed(a: Tensor, alpha: Tensor, b: Tensor, activation: str) -> Tensor:
     """Return A_i f(sum_j alpha_ij B_j): (E, p, r), (E, m), (m, r, d) -> (E, p, d)."""
-    return a @ ACTIVATIONS[activation](torch.einsum("em,mrd->erd", alpha, b))
+    return a @ inner(alpha, b, activation)
 
 
 class BasisExperts(EncodedExperts):
@@ -56,7 +61,35 @@ class BasisExperts(EncodedExperts):
         return name.endswith(".B")
 
     def matrix(self, name: str, expert: int) -> Tensor:
-        a, alpha, b = (self.solved(f"{name}.{part}") for part in ("A", "alpha", "B"))
-        own = slice(expert, expert + 1)
-        [matrix] = mixed(a[own], alpha[own], b, self.spec.options["activation"])
+        matrix = self.solved(f"{name}.A")[expert] @ self._inner(name, expert)
         return matrix.mT if name == "down" else matrix
+
+    def product(self, name: str, expert: int, x: Tensor, shared: Tensor | None) -> Tensor | None:
+        if name not in self.spec.options["matrices"].split("+"):
+            return None
+        a = self.solved(f"{name}.A")[expert]
+        (p, r), d = a.shape, self.dims.hidden
+        if len(x) * (r * (p + d) - p * d) > p * r * d:
+            return None  # so many tokens that making the matrix pays
+        if name == "down":  # factorised on its transpose
+            return decoded_product(x @ a, lambda: self._inner(name, expert).mT)
+        return F.linear(decoded_product(x, lambda: self._inner(name, expert)), a)
+
+    def prepared(self, experts: Sequence[int]) -> dict[tuple[str, int], Tensor]:
+        """Mix the bases of some experts together, so that they are read once for all of these."""
+        made: dict[tuple[str, int], Tensor] = {}
+        for name in self.spec.options["matrices"].split("+"):
+            keys = [(name, e) for e in experts]
+            made.update(zip(keys, self._mixed(name, list(experts)), strict=True))
+        return made
+
+    def _inner(self, name: str, expert: int) -> Tensor:
+        """Return f(sum_j alpha_ij B_j) of an expert (r, d)."""
+        if (name, expert) in self.ready:
+            return self.ready[name, expert]
+        return self._mixed(name, [expert])[0]
+
+    def _mixed(self, name: str, experts: list[int]) -> Tensor:
+        """Return f(sum_j alpha_ij B_j) of some experts (n, r, d)."""
+        alpha, b = self.solved(f"{name}.alpha")[experts], self.solved(f"{name}.B")
+        return inner(alpha, b, self.spec.options["activation"])

@@ -74,6 +74,12 @@ class DeltaExperts(EncodedExperts):
         gate, up = self.layout.split(bias)
         return self.layout.join(gate[self._channels()], up[self._channels()])
 
+    def spread(self, middle: Tensor) -> Tensor:
+        if "channels" not in self.spec.integers:
+            return middle
+        whole = middle.new_zeros(len(middle), self.dims.intermediate)
+        return whole.index_copy(1, self._channels(), middle)
+
     def _factors(self, name: str, expert: int) -> tuple[Tensor, Tensor]:
         """Return U (out, r) and V (r, in) of an expert."""
         u, v = self.solved(f"{name}.U"), self.solved(f"{name}.V")

@@ -2,12 +2,13 @@
 
 import math
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from rerail.experts.base import BankParts, BankSpec, ExpertBank, Stored, StoredForm
 from rerail.moe.families import middle_of, norm_after
@@ -31,13 +32,22 @@ class EncodedExperts(ExpertBank):
 
     Option `run`: `stored` (the default, not written) as above, or `materialised`, where the whole
     experts are made once and stay in memory beside the stored tensors, for the family's own
-    kernels. Solved tensors are stored in the dtype of the experts that they replace.
+    kernels. A compressed model is made to be small, and over the tokens of a prompt factors are
+    faster than what they stand for and decoding costs less than a third; but where every token is a
+    forward of its own, as in generation, a decoded matrix serves one product: who has the memory of
+    the whole experts generates several times faster with `materialised` (quantised, basis).
+
+    Solved tensors are stored in the dtype of the experts that they replace.
+
+    Attributes:
+        ready: what `prepared` made for the experts that are being computed.
     """
 
     whole = False
 
     def __init__(self, parts: BankParts):
         super().__init__(parts)
+        self.ready: dict[tuple[str, int], Tensor] = {}
         spec, like = parts.spec, parts.like
         for name, tensor in parts.tensors.items():
             solved = nn.Parameter(self.cast(tensor.detach(), like), requires_grad=False)
@@ -59,6 +69,10 @@ class EncodedExperts(ExpertBank):
     def materialised(self) -> bool:
         """Whether whole experts are in memory."""
         return self.spec.options.get("run", "stored") == "materialised"
+
+    @property
+    def computes(self) -> bool:
+        return not self.materialised
 
     @staticmethod
     def touched(spec: BankSpec) -> frozenset[str]:  # noqa: ARG004
@@ -104,6 +118,14 @@ class EncodedExperts(ExpertBank):
         It is applied once, to the gated sum, where neither a bias nor a norm comes between.
         """
         return total
+
+    def prepared(self, experts: Sequence[int]) -> dict[tuple[str, int], Tensor]:
+        """Return what the next few chosen experts need and is better made together; by default {}.
+
+        It stands in `ready`, by matrix and expert, while these experts are computed and no longer;
+        in a backward pass nothing is ready.
+        """
+        return {}
 
     # ---- what follows
 
@@ -189,14 +211,21 @@ class EncodedExperts(ExpertBank):
                 hidden[tokens],
                 {n: s if s is None else s[tokens] for n, s in shared.items()},
             )
-            out = self._down(expert, middle_of(self.shell, gate_up))
+            middle = middle_of(self.shell, gate_up)
+            if self.middles is not None:
+                self.middles.append(self.spread(middle))
+            out = self._down(expert, middle)
             if bias is not None or norm is not None:
                 out = self.finish(out)
             out = out if bias is None else out + bias[expert]
             return out if norm is None else norm(out)
 
-        total = routed_sum(self.shell, rows, weights, answer)
+        total = routed_sum(self.shell, rows, weights, answer, self._prepare)
         return total if bias is not None or norm is not None else self.finish(total)
+
+    def _prepare(self, experts: Sequence[int]) -> None:
+        with torch.no_grad():
+            self.ready = self.prepared(experts) if experts else {}
 
     def _gate_up(self, expert: int, x: Tensor, shared: Mapping[str, Tensor | None]) -> Tensor:
         """Return gate and up outputs (n, 2I) of inputs (n, H), as the family orders them."""
@@ -218,6 +247,10 @@ class EncodedExperts(ExpertBank):
         """Return the rows of gate and up (2I, H) as the family orders them."""
         gate, up = self.decoded("gate", expert), self.decoded("up", expert)
         return self.layout.join(gate, up, dim=-2)
+
+    def spread(self, middle: Tensor) -> Tensor:
+        """Return middle activations of all I channels; those beyond the stored ones are 0."""
+        return F.pad(middle, (0, self.dims.intermediate - middle.shape[1]))
 
     def middle_bias(self, expert: int) -> Tensor | None:
         """Return the bias (2I,) of gate and up as the family orders them; None for none."""

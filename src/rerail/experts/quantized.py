@@ -10,7 +10,7 @@ experts' dtype. The codes of one matrix form a bit stream, row by row: code i ta
 b i on, lowest first, and the last byte is filled with zeros. Biases stay dense.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from math import gcd
 from typing import NamedTuple, cast
 
@@ -47,14 +47,25 @@ def pack(codes: Tensor, bits: int) -> Tensor:
 
 def unpack(packed: Tensor, bits: int, n: int) -> Tensor:
     """Return the n codes (uint8) that `pack` was given: its inverse."""
-    per_word, size, word = _word(bits)
-    *lead, length = packed.shape
-    padded = F.pad(packed, (0, -length % size)).to(word)
-    parts = padded.reshape(*lead, padded.shape[-1] // size, size)
-    words = (parts << _steps(size, 8, parts)).sum(dim=-1, keepdim=True, dtype=word)
-    codes = (words >> _steps(per_word, bits, words)) & (2**bits - 1)
-    flat: Tensor = codes.to(torch.uint8).flatten(-2)
-    return flat[..., :n]
+    if bits == 8:
+        return packed[..., :n]
+    per_word, size, _ = _word(bits)
+    padded = F.pad(packed, (0, -packed.shape[-1] % size)) if size > 1 else packed
+    groups = padded.unflatten(-1, (padded.shape[-1] // size, size))
+    # a word that has a byte for each code, its codes still close together
+    word = groups[..., 0].to(
+        {2: torch.int16, 4: torch.int32, 8: torch.int64}[per_word],
+        memory_format=torch.contiguous_format,
+    )
+    for byte in range(1, size):
+        word |= groups[..., byte].to(word.dtype) << 8 * byte
+    codes = per_word // 2
+    while codes:  # halves move apart, then halves of these, until every code is a byte
+        mask = sum((2 ** (bits * codes) - 1) << at for at in range(0, 8 * per_word, 8 * codes))
+        word |= word << (8 - bits) * codes
+        word &= mask
+        codes //= 2
+    return word.view(torch.uint8)[..., :n]
 
 
 def _word(bits: int) -> tuple[int, int, torch.dtype]:
@@ -72,9 +83,9 @@ def dequantised(coded: Coded, group: int) -> Tensor:
     """Return (codes - zero) * scale, (..., out, in), in float32 or wider."""
     wide = torch.promote_types(coded.scale.dtype, torch.float32)
     width = coded.codes.shape[-1]
-    each = torch.arange(width, device=coded.codes.device) // group
-    values: Tensor = coded.codes.to(wide) - coded.zero.to(wide)[..., each]
-    return values * coded.scale.to(wide)[..., each]
+    padded = F.pad(coded.codes, (0, -width % group)) if width % group else coded.codes
+    shifted = padded.unflatten(-1, (-1, group)) - coded.zero.to(wide).unsqueeze(-1)
+    return shifted.mul_(coded.scale.to(wide).unsqueeze(-1)).flatten(-2)[..., :width]
 
 
 def buckets(spec: BankSpec) -> dict[int, list[int]]:
@@ -121,12 +132,30 @@ class QuantizedExperts(EncodedExperts):
         return _bits(self.stored(), width)
 
     def matrix(self, name: str, expert: int) -> Tensor:
-        bits = self.spec.each("bits")[expert]
-        row, key = buckets(self.spec)[bits].index(expert), f"{name}.b{bits}"
+        if (name, expert) in self.ready:
+            return self.ready[name, expert]
+        return self._decoded(name, self.spec.each("bits")[expert], [expert])[0]
+
+    def prepared(self, experts: Sequence[int]) -> dict[tuple[str, int], Tensor]:
+        """Decode the matrices of some experts together: fewer and longer operations."""
+        made: dict[tuple[str, int], Tensor] = {}
+        for bits, known in buckets(self.spec).items():
+            if chosen := [e for e in experts if e in known]:
+                for name in self.dims.matrices:
+                    keys = [(name, e) for e in chosen]
+                    made.update(zip(keys, self._decoded(name, bits, chosen), strict=True))
+        return made
+
+    def _decoded(self, name: str, bits: int, experts: list[int]) -> Tensor:
+        """Return the matrices (n, out, in) of some experts of one width."""
+        known, key = buckets(self.spec)[bits], f"{name}.b{bits}"
+        at = [known.index(e) for e in experts]
+        # neighbours are read where they lie; others are gathered
+        rows = slice(at[0], at[-1] + 1) if at[-1] - at[0] == len(at) - 1 else at
         if bits == DENSE:
-            return self.solved(f"{key}.dense")[row]
-        scale, shape = self.solved(f"{key}.scale")[row], self.dims.matrices[name]
-        zero = self.solved(f"{key}.zero")[row] if bits > 1 else torch.full_like(scale, 0.5)
-        codes = unpack(self.solved(f"{key}.codes")[row], bits, shape[0] * shape[1])
-        coded = Coded(codes.reshape(shape), scale, zero)
+            return self.solved(f"{key}.dense")[rows]
+        scale, shape = self.solved(f"{key}.scale")[rows], self.dims.matrices[name]
+        zero = self.solved(f"{key}.zero")[rows] if bits > 1 else torch.full_like(scale, 0.5)
+        codes = unpack(self.solved(f"{key}.codes")[rows], bits, shape[0] * shape[1])
+        coded = Coded(codes.unflatten(-1, shape), scale, zero)
         return dequantised(coded, self.spec.integer("group")).to(scale.dtype)

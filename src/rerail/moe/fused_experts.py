@@ -5,7 +5,7 @@ A stock module holds fused tensors with a leading expert axis, `gate_up_proj` (E
 """
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
 
@@ -180,6 +180,7 @@ def routed_sum(
     index: Tensor,
     weights: Tensor,
     answer: Callable[[int, Tensor], Tensor],
+    prepare: Callable[[Sequence[int]], None],
 ) -> Tensor:
     """Return sum_k weights * answer (T, S), one call of `answer` for each expert that is chosen.
 
@@ -190,7 +191,8 @@ def routed_sum(
         experts: the family's module.
         index: (T, K) stored experts, at least one token.
         weights: (T, K) gate weights.
-        answer: (expert, tokens (n,) that chose it) -> (n, S), of which every row is one of T.
+        answer: (expert, tokens (n,) that chose it) -> (n, S), a new tensor.
+        prepare: is told of the next few experts before they answer, and of none at the end.
     """
     count, k = index.shape
     eager = is_eager(experts)
@@ -199,28 +201,28 @@ def routed_sum(
     order = flat.argsort(stable=True)
     numbers = torch.bincount(flat).tolist()
     runs = [(e, pairs) for e, pairs in enumerate(order.split(numbers)) if len(pairs)]
+
+    def gated() -> Iterator[tuple[Tensor, Tensor]]:
+        at_once = min(4, max(1, cast(int, experts.num_experts) // 8))
+        for i, (expert, pairs) in enumerate(runs):
+            if i % at_once == 0:
+                prepare([e for e, _ in runs[i : i + at_once]])
+            tokens = pairs % count if eager else pairs // k
+            yield tokens, answer(expert, tokens).mul_(gates[pairs, None])
+        prepare([])
+
     if eager:
-        return _added_in_turn(runs, gates, answer, count)
-    parts = [answer(e, pairs // k) * gates[pairs, None] for e, pairs in runs]
+        return _added_in_turn(gated(), count)
     place = torch.empty_like(order)
     place[order] = torch.arange(len(order), device=order.device)
     # a row for each choice, summed at the end: index_add would add in any order on a GPU
-    return torch.cat(parts)[place].view(count, k, -1).sum(dim=1)
+    return torch.cat([part for _, part in gated()])[place].view(count, k, -1).sum(dim=1)
 
 
-def _added_in_turn(
-    runs: list[tuple[int, Tensor]],
-    gates: Tensor,
-    answer: Callable[[int, Tensor], Tensor],
-    count: int,
-) -> Tensor:
-    """Return `routed_sum` as eager experts add it up: expert by expert, in the outputs' dtype."""
-    total: Tensor | None = None
-    for expert, pairs in runs:
-        tokens = pairs % count
-        part = answer(expert, tokens)
-        if total is None:
-            total = part.new_zeros(count, part.shape[1])
-        total.index_add_(0, tokens, (part * gates[pairs, None]).to(part.dtype))
-    assert total is not None
+def _added_in_turn(parts: Iterator[tuple[Tensor, Tensor]], count: int) -> Tensor:
+    """Return the sum of parts as eager experts add it up: expert by expert, in their dtype."""
+    tokens, part = next(parts)
+    total = part.new_zeros(count, part.shape[1]).index_add_(0, tokens, part)
+    for tokens, part in parts:
+        total.index_add_(0, tokens, part)
     return total

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from rerail.errors import OutOfReach
-from rerail.experts.base import bank_of
+from rerail.experts.base import ExpertBank, bank_of
 from rerail.moe.families import experts_implementation, has_norm_after, is_eager
 
 
@@ -89,22 +89,38 @@ def _presented(experts: nn.Module, index: Tensor) -> Tensor:
 def pairs_and_middle(experts: nn.Module, hidden: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
     """Return pair outputs (T, K, H) and what went into the down projections (T, K, I).
 
-    No implementation hands its middle activations out, but each is the left factor of a product
-    with the stored down projections, in runs sorted by stored expert.
+    No implementation of whole experts hands its middle activations out, but each is the left factor
+    of a product with the stored down projections, in runs sorted by stored expert.
 
     Raises:
-        OutOfReach: the products do not read the stored weights (another experts implementation, or
-            a bank that expands its experts at every forward).
+        OutOfReach: the products do not read the stored weights (another experts implementation).
     """
-    with Products({"down_proj": weight_of(experts, "down_proj")}) as products:
-        pairs = pair_outputs(experts, hidden, index)
-    runs = [left for left, _ in products.seen]
+    inner = bank_of(experts).nested()[0]
+    if inner.computes:
+        pairs, runs = _handed_out(inner, experts, hidden, index)
+    else:
+        with Products({"down_proj": weight_of(experts, "down_proj")}) as products:
+            pairs = pair_outputs(experts, hidden, index)
+        runs = [left for left, _ in products.seen]
     if sum(len(run) for run in runs) != index.numel():
         raise unseen(experts, "middle activations")
     stored = bank_of(experts).slots[_presented(experts, index)]
     # grouped_mm sorts by this very call, and ties fall as they fall there
-    order = stored.argsort(stable=True) if is_eager(experts) else torch.sort(stored).indices
+    stable = is_eager(experts) or inner.computes
+    order = stored.argsort(stable=True) if stable else torch.sort(stored).indices
     return pairs, _by_token(_unsorted(torch.cat(runs), order), index, experts)
+
+
+def _handed_out(
+    inner: ExpertBank, experts: nn.Module, hidden: Tensor, index: Tensor
+) -> tuple[Tensor, list[Tensor]]:
+    """Return pair outputs, and the middle activations that a bank hands out as it computes."""
+    runs: list[Tensor] = []
+    inner.middles = runs
+    try:
+        return pair_outputs(experts, hidden, index), runs
+    finally:
+        inner.middles = None
 
 
 def combined(experts: nn.Module, pairs: Tensor, index: Tensor, weights: Tensor) -> Tensor:
@@ -189,5 +205,5 @@ def unseen(experts: nn.Module, what: str) -> OutOfReach:
     return OutOfReach(
         f"the {what} of {type(experts).__name__} under the experts implementation "
         f"{implementation!r} cannot be measured: use `eager` or `grouped_mm`, and experts stored "
-        "whole"
+        "whole or run=materialised"
     )
