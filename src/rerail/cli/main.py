@@ -91,7 +91,7 @@ def _compose_and_run() -> None:
     task.set_up_logging()
     search_path.register()
     launcher.register()
-    utils.run_and_report = _reported
+    utils.run_and_report = _reported  # type: ignore[assignment]
     sys.argv[1:] = _words(sys.argv[1:])
     folder = str(config_root() / "conf")
     hydra.main(version_base="1.3", config_path=folder, config_name="config")(task.task)()

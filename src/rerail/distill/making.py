@@ -87,12 +87,12 @@ def check_arguments(trainer: Mapping[str, Any], schedule: Schedule, settings: Ro
     Raises:
         InputError: as `make_trainer`, or the fit would have no step or no validation.
     """
-    from lightning.fabric.plugins.environments import LightningEnvironment
+    from lightning.fabric.plugins.environments.lightning import LightningEnvironment
     from lightning.pytorch.accelerators import AcceleratorRegistry
 
     named = trainer.get("accelerator", "auto")
     known = named in ("auto", "gpu", *AcceleratorRegistry.available_accelerators())
-    here = {"accelerator": "cpu" if known else named, "devices": 1, "num_nodes": 1}
+    here: dict[str, Any] = {"accelerator": "cpu" if known else named, "devices": 1, "num_nodes": 1}
     here |= {"strategy": "auto", "plugins": trainer.get("plugins") or [LightningEnvironment()]}
     with quiet(), _flags_left_alone():
         make_trainer(trainer, fixed_arguments(schedule, settings), **here)
@@ -113,7 +113,7 @@ def check_machine(trainer: Mapping[str, Any], schedule: Schedule, settings: Rout
     Raises:
         InputError: it has not.
     """
-    from lightning.fabric.plugins.environments import LightningEnvironment
+    from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 
     asked = trainer.get("accelerator", "auto")
     if asked in ("gpu", "cuda") and not torch.cuda.is_available():

@@ -135,7 +135,8 @@ class EncodedExperts(ExpertBank):
         if stock in self.touched(self.spec):
             return self.matrix(name, expert)
         own = self.shell.get_parameter(stock)[expert]
-        return getattr(self.layout.unpack(own, own), name)
+        matrix: Tensor = getattr(self.layout.unpack(own, own), name)
+        return matrix
 
     def expand(self) -> dict[str, Tensor]:
         """Return the touched stock tensors, with leading axis P, from the solved ones."""

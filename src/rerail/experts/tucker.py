@@ -54,4 +54,5 @@ class TuckerExperts(EncodedExperts):
         core = self.solved(f"{name}.core")
         if self.spec.each(name)[0] == self.spec.stored:
             return core[expert]
-        return torch.tensordot(self.solved(f"{name}.expert")[expert], core, dims=1)
+        mixed: Tensor = torch.tensordot(self.solved(f"{name}.expert")[expert], core, dims=1)
+        return mixed

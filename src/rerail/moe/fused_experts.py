@@ -58,7 +58,8 @@ class Layout:
             gate, up = gate_up.chunk(2, dim=dim)
             return gate, up
         count = gate_up.shape[dim] // 2
-        gate, up = gate_up.unflatten(dim, (count, 2)).unbind(dim)
+        pairs: Tensor = gate_up.unflatten(dim, (count, 2))  # type: ignore[no-untyped-call]
+        gate, up = pairs.unbind(dim)
         return gate, up
 
     def join(self, gate: Tensor, up: Tensor, dim: int = -1) -> Tensor:
@@ -172,7 +173,7 @@ class _Decoded(torch.autograd.Function):
 
 def decoded_product(x: Tensor, decode: Callable[[], Tensor]) -> Tensor:
     """Return x W^T (n, out) of inputs x (n, in), where `decode` makes W (out, in)."""
-    return cast(Tensor, _Decoded.apply(x, decode))
+    return cast(Tensor, _Decoded.apply(x, decode))  # type: ignore[no-untyped-call]
 
 
 def routed_sum(
@@ -200,7 +201,7 @@ def routed_sum(
     flat, gates = (t.T.reshape(-1) if eager else t.reshape(-1) for t in (index, weights))
     order = flat.argsort(stable=True)
     numbers = torch.bincount(flat).tolist()
-    runs = [(e, pairs) for e, pairs in enumerate(order.split(numbers)) if len(pairs)]
+    runs = [(e, pairs) for e, pairs in enumerate(torch.split(order, numbers)) if len(pairs)]
 
     def gated() -> Iterator[tuple[Tensor, Tensor]]:
         at_once = min(4, max(1, cast(int, experts.num_experts) // 8))

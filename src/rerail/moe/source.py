@@ -177,13 +177,13 @@ class ModelSource:
                 f"model {self.path_or_id!r} lacks {len(absent)} of its tensors, {absent[0]} for "
                 "one; load a complete checkpoint of this family"
             )
-        extra = sorted(report["unexpected_keys"])
-        if extra and getattr(config, "rerail", None):  # of a package every tensor has its place
+        unused = sorted(report["unexpected_keys"])
+        if unused and getattr(config, "rerail", None):  # of a package every tensor has its place
             raise InputError(
-                f"model {self.path_or_id!r} holds {len(extra)} tensors for which its config has no "
-                f"place, {extra[0]} for one; fetch it again"
+                f"model {self.path_or_id!r} holds {len(unused)} tensors for which its config has "
+                f"no place, {unused[0]} for one; fetch it again"
             )
-        self._note_left_out(model, extra)
+        self._note_left_out(model, unused)
         if self.device_map is None:
             model.to(device)
         elif outside := [name for name, p in model.named_parameters() if p.is_meta]:

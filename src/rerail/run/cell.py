@@ -12,7 +12,7 @@ from rerail.distill.making import check_arguments
 from rerail.distill.repair import repair
 from rerail.distill.ridge import check_ridge
 from rerail.distill.schedule import Schedule
-from rerail.distill.settings import Ridge, Settings
+from rerail.distill.settings import Ridge, RouterKD, Settings
 from rerail.distill.trainable import check_router_gradients
 from rerail.distill.trainer import check_strategy
 from rerail.errors import InputError
@@ -168,6 +168,7 @@ class Cell:
         Raises:
             InputError: there is too little text for them.
         """
+        assert isinstance(self.distill, RouterKD)
         return Schedule.of(self.calibration.samples, self.distill, rank_and_size()[1])
 
     def check(self) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from rerail import api
 from rerail.config.secrets import redacted
 from rerail.distill.making import check_machine
+from rerail.distill.settings import RouterKD
 from rerail.distill.trainer import check_processes
 from rerail.errors import InputError
 from rerail.files import cache_dir, is_folder, make_folder, whole_file
@@ -53,7 +54,7 @@ def run_cell(cell: Cell, out: Path, mirror: Mirror | None = None) -> list[Row]:
     cell.check()
     make_folder(cache_dir())
     check_processes(cell.trainer)
-    if cell.distill.enabled:
+    if cell.distill.enabled and isinstance(cell.distill, RouterKD):
         check_machine(cell.trainer, cell.schedule, cell.distill)
     join()
     freeze_imports()

@@ -37,11 +37,11 @@ def fit_bases(stack: Tensor, bases: int, rank: int, fit: Fit) -> tuple[Tensor, T
         fit: f and the schedule.
     """
     sigma = stack.std().clamp(min=torch.finfo(stack.dtype).tiny)
-
-    target = stack / sigma
+    target: Tensor = stack / sigma
 
     def loss(a: Tensor, w: Tensor, b: Tensor) -> Tensor:
-        return basis_loss(a, F.softmax(w, -1), b, target, fit.activation)
+        value: Tensor = basis_loss(a, F.softmax(w, -1), b, target, fit.activation)
+        return value
 
     a, w, b = best_by_adam(start(stack, bases, rank), loss, *fit[1:])
     return a * sigma, F.softmax(w, -1), b

@@ -95,10 +95,10 @@ def principal_axes(
         count: cut down to D.
         seed: of the start.
     """
-    total, number = 0, 0
+    total, number = torch.zeros(()), 0
     for part in rows():
         total, number = total + part.sum(dim=0), number + len(part)
-    mean = torch.as_tensor(total) / number
+    mean = total / number
     size = len(mean)
     generator = torch.Generator().manual_seed(seed)
     start = torch.randn(size, min(size, count + _SPARE), generator=generator)

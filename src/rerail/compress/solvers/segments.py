@@ -78,7 +78,8 @@ def segments_of(layer: MoELayer) -> Segments:
 def fused_segments(layer: MoELayer, segments: Segments, experts: list[int]) -> Fused:
     """Return fused tensors (M, ...) of segments (M, I); other biases are those of `experts`."""
     size = layer.hidden_size
-    gate, up, down = segments.gate[..., :size], *segments.rest[..., : 2 * size].split(size, dim=2)
+    gate, up = segments.gate[..., :size], segments.rest[..., :size]
+    down = segments.rest[..., size : 2 * size]
     fused = layer.layout.pack(ExpertWeights(gate, up, down.mT))
     if segments.gate.shape[2] > size:
         pair = segments.gate[..., size], segments.rest[..., 2 * size]
@@ -123,7 +124,7 @@ def nearest(
     segments, among = segments.unit(), among.unit()
     best = [
         _cosines(Segments(*part), among, signs)[0].max(dim=1)
-        for part in zip(segments.gate.split(_CHUNK), segments.rest.split(_CHUNK), strict=True)
+        for part in zip(*(torch.split(part, _CHUNK) for part in segments), strict=True)
     ]
     return torch.cat([b.indices for b in best]), torch.cat([b.values for b in best])
 

@@ -66,6 +66,6 @@ def dealt(
                     if so_far + k not in reached or key < reached[so_far + k]:
                         reached[so_far + k] = key
             best = reached
-        for i, fewer in zip(window, best[total][2], strict=True):
-            out[i] = -fewer
+        for i, negative in zip(window, best[total][2], strict=True):
+            out[i] = -negative
     return out
