@@ -14,7 +14,7 @@ from torch import Tensor
 
 from rerail.compress.base import Compressor, Decision, untouched
 from rerail.errors import InputError, OutOfReach
-from rerail.experts.base import BankSpec
+from rerail.experts.base import BankSpec, Integer
 from rerail.experts.quantized import DENSE, Coded, QuantizedExperts, buckets, pack
 from rerail.moe.model import MoELayer
 from rerail.plan.budget import Bits, Budget, numbers_kept
@@ -127,7 +127,8 @@ def quantised(
     run: str,
 ) -> Decision:
     """Return the decision that stores expert e in bits[e], encoded by a quantiser."""
-    sizes, options = {"bits": bits, "group": quantiser.group}, {"run": run}
+    sizes: dict[str, Integer] = {"bits": bits, "group": quantiser.group}
+    options = {"run": run}
     spec = BankSpec("quantized", len(bits), (), sizes, {} if run == "stored" else options)
     moments, solved = quantiser.moments(layer, statistics), dict[str, Tensor]()
     for name, stack in layer.stack()._asdict().items():
