@@ -23,11 +23,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from rerail.compress.solvers.basis_loss import basis_loss
 from rerail.compress.solvers.fitting import best_by_adam
 from rerail.compress.templates.factoriser import Factoriser, Integers
 from rerail.errors import OutOfReach
 from rerail.experts.base import BankSpec
-from rerail.experts.basis import mixed
 from rerail.moe.model import MoELayer
 from rerail.statistics.statistic import LayerStatistics
 
@@ -93,9 +93,10 @@ class MoBE(Factoriser):
     def fit(self, stack: Tensor, bases: int, rank: int) -> tuple[Tensor, Tensor, Tensor]:
         """Return A (E, p, r), alpha (E, m), B (m, r, d) for a stack (E, p, d) in float32."""
         sigma = stack.std().clamp(min=torch.finfo(stack.dtype).tiny)
+        target = stack / sigma
 
         def loss(a: Tensor, w: Tensor, b: Tensor) -> Tensor:
-            return (mixed(a, F.softmax(w, -1), b, self.activation) - stack / sigma).square().sum()
+            return basis_loss(a, F.softmax(w, -1), b, target, self.activation)
 
         first = start(stack, bases, rank)
         a, w, b = best_by_adam(first, loss, self.steps, self.learning_rate, self.patience)

@@ -64,9 +64,7 @@ class Moments:
             self._pools[device] = moved(pooled, device)
         return self._pools[device]
 
-    def of(
-        self, expert: int, device: torch.device, dtype: torch.dtype = torch.float64
-    ) -> Tensor:
+    def of(self, expert: int, device: torch.device, dtype: torch.dtype = torch.float64) -> Tensor:
         """Return C_e (D, D), float64 by default."""
         if self.sums is None:
             return torch.eye(self.size, dtype=dtype, device=device)
