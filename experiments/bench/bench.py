@@ -15,7 +15,7 @@ from forms import form_rows
 from memory import memory_rows
 from models import Size, random_model
 from overhead import overhead_rows
-from planning import planning_rows
+from planning import large_rows, planning_rows
 from speed import kl_rows, other_passes_rows, router_kd_rows, statistics_rows, union_rows
 from timing import Row, row
 
@@ -68,6 +68,7 @@ def main() -> None:
     torch.set_num_threads(1)
     logging.getLogger("transformers").setLevel(logging.ERROR)
     rows = measure(Size(), a.rounds, ("tiny_fine", "tiny_coarse"))
+    rows += show(large_rows(), time.time())
     a.out.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
 
 

@@ -1,10 +1,11 @@
 """How long it takes to plan one layer, method by method; statistics are not counted."""
 
 import time
+from dataclasses import replace
 from functools import partial
 
 import torch
-from models import Batch, Size, text
+from models import Batch, Size, random_model, text
 from timing import Row, row
 
 from rerail.compress.base import Compressor, make_plan
@@ -18,6 +19,8 @@ from rerail.statistics.statistic import Statistic, StatisticSet, join_sets
 SHORT = (1, 32)  # sequences and tokens of the text for the passes that cost many forwards
 BUDGETS: dict[type, Budget] = {Ratio: Ratio(0.5), Bits: Bits(3), Skip: Skip(0.25)}
 WHOLE = ("reap", "svd")  # planned for all layers too
+LINEAR = ("svd", "moe_svd", "d2_moe")  # whose time is linear in experts
+LARGE = 4  # experts that an estimate of a large model is made from
 
 
 def presets() -> tuple[str, ...]:
@@ -60,4 +63,20 @@ def planning_rows(
             value = seconds(compressor, model, batch, first_only=False)
             label = f"{name}: planning {len(model.layers)} layers, {method}"
             rows.append(row(label, value, None, "s"))
+    return rows
+
+
+def large_rows() -> list[Row]:
+    """CPU seconds for all of Qwen3-30B-A3B (48 layers, 128 experts), by a few of its experts.
+
+    Time is linear in experts and layers, and for MoBE in steps; what stops early is not counted.
+    """
+    whole = Size(2048, 768, 128, 8, 48, vocabulary=1024, batch=8, length=512)
+    size = replace(whole, experts=LARGE, top_k=2, layers=1)
+    model, rows = random_model(size), []
+    batch, times = text(model, size), whole.layers * whole.experts / LARGE
+    for name, fields, share in (*((n, {}, 1.0) for n in LINEAR), ("mobe", {"steps": 10}, 0.01)):
+        value = seconds(preset("compressor", name, **fields), model, batch, first_only=True)
+        label = f"shape of Qwen3-30B-A3B, estimate: planning 48 layers, {name}"
+        rows.append(row(label, value * times / share, None, "s"))
     return rows

@@ -40,8 +40,7 @@ def fit_bases(stack: Tensor, bases: int, rank: int, fit: Fit) -> tuple[Tensor, T
     target: Tensor = stack / sigma
 
     def loss(a: Tensor, w: Tensor, b: Tensor) -> Tensor:
-        value: Tensor = basis_loss(a, F.softmax(w, -1), b, target, fit.activation)
-        return value
+        return basis_loss(a, F.softmax(w, -1), b, target, fit.activation)
 
     a, w, b = best_by_adam(start(stack, bases, rank), loss, *fit[1:])
     return a * sigma, F.softmax(w, -1), b
