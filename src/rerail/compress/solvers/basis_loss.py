@@ -53,7 +53,7 @@ class _BasisLoss(torch.autograd.Function):
         step = max(1, PIECE // target[0].numel())
         for i in range(0, len(a), step):
             few = slice(i, i + step)
-            mixed = (alpha[few] @ flat).unflatten(1, b.shape[1:])
+            mixed = (alpha[few] @ flat).view(-1, *b.shape[1:])
             y, slope = ACTIVATIONS[activation](mixed)
             rest = torch.baddbmm(target[few], a[few], y, beta=-1)
             loss += rest.square().sum()
@@ -80,5 +80,5 @@ def basis_loss(a: Tensor, alpha: Tensor, b: Tensor, target: Tensor, activation: 
         target: T (E, p, d).
         activation: the name of f.
     """
-    loss: Tensor = _BasisLoss.apply(a, alpha, b, target, activation)
+    loss: Tensor = _BasisLoss.apply(a, alpha, b, target, activation)  # type: ignore[no-untyped-call]
     return loss
