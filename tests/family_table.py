@@ -87,9 +87,8 @@ class Fresh:
 
     def close(self) -> None:
         """End them."""
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        self._process.wait()
+        with self._process:  # which closes its pipes and waits
+            pass
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from rerail.export.reload import ReloadError
 from rerail.export.targets import export_student
 from rerail.plan.plan import Plan
 
-WHOLE = ("gemma4_text", "inkling_text", "qwen3_5_moe")
+WHOLE = ("gemma4_text", "qwen3_5_moe")
 
 
 @pytest.fixture(scope="module")
