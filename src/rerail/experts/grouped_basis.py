@@ -7,6 +7,7 @@ s buckets, and P (IH, s) has one entry a row, so scaled that P^T P = 1. A is sto
 """
 
 import functools
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -17,7 +18,11 @@ from rerail.experts.base import BankSpec
 from rerail.experts.encoded import EncodedExperts
 from rerail.moe.fused_experts import Dims
 
-_BENT = {"silu": F.silu, "tanh": torch.tanh, "identity": torch.clone}
+_BENT: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "tanh": torch.tanh,
+    "identity": torch.clone,
+}
 
 
 @functools.lru_cache(maxsize=4)
@@ -98,7 +103,7 @@ class GroupedBasisExperts(EncodedExperts):
         if m > 1:
             own = self.solved(f"{name}.alpha")[expert]
             b = torch.einsum("m,mkd->kd", own, b.view(m, ranks[g], -1))
-        made = a @ _BENT[self.spec.options["activation"]](b)
+        made: Tensor = a @ _BENT[self.spec.options["activation"]](b)
         if not self.spec.integer("buckets"):
             return made
         seed, eta = self.spec.integer("seed"), self.solved(f"{name}.eta")[expert]

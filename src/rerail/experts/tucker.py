@@ -51,7 +51,10 @@ class TuckerExperts(EncodedExperts):
 
     def _core(self, name: str, expert: int) -> Tensor:
         """Return an expert's slice of the core (r2, r3)."""
-        core = self.solved(f"{name}.core")
-        if self.spec.each(name)[0] == self.spec.stored:
-            return core[expert]
-        return torch.tensordot(self.solved(f"{name}.expert")[expert], core, dims=1)
+        core: Tensor = self.solved(f"{name}.core")
+        own: Tensor = (
+            core[expert]
+            if self.spec.each(name)[0] == self.spec.stored
+            else (torch.tensordot(self.solved(f"{name}.expert")[expert], core, dims=1))
+        )
+        return own
