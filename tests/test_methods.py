@@ -86,7 +86,13 @@ class ExactRFID(RFIDMoE):
 
     def factor(self, *given: Any) -> Any:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(bases, "fit_bases", lambda stack, m, r, _: start(stack, m, r))
+            patch.setattr(
+                bases,
+                "fit_many",
+                lambda stacks, m, ranks, _: [
+                    start(s, m, r) for s, r in zip(stacks, ranks, strict=True)
+                ],
+            )
             return super().factor(*given)
 
 

@@ -190,7 +190,13 @@ def test_full_rank_without_activation_is_exact_and_down_is_the_teachers(
     family: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # the fit starts at another scale; its start itself is exact
-    monkeypatch.setattr(bases, "fit_bases", lambda stack, m, rank, _: bases.start(stack, m, rank))
+    monkeypatch.setattr(
+        bases,
+        "fit_many",
+        lambda stacks, m, ranks, _: [
+            bases.start(s, m, r) for s, r in zip(stacks, ranks, strict=True)
+        ],
+    )
     model, held = measured(family)
     method = RFIDMoE(activation="identity", residual="none")
     views = [held.of(layer, method.requires) for layer in model.layers]
@@ -263,3 +269,13 @@ def test_more_numbers_are_closer() -> None:
         with torch.no_grad():
             gaps.append(float((student.hidden(tokens()) - model.hidden(tokens())).norm()))
     assert gaps == sorted(gaps)
+
+
+@pytest.mark.parametrize("activation", ["silu", "tanh", "identity"])
+def test_stacks_fitted_side_by_side_are_fitted_as_each_alone(activation: str) -> None:
+    stacks = torch.randn(3, 4, 6, 10, generator=torch.Generator().manual_seed(0))
+    fit = bases.Fit(activation, 30, 0.05, 99)
+    together = bases.fit_many(stacks, 2, [2, 5, 3], fit)
+    for found, stack, rank in zip(together, stacks, (2, 5, 3), strict=True):
+        for a, b in zip(found, bases.fit_bases(stack, 2, rank, fit), strict=True):
+            torch.testing.assert_close(a, b, atol=1e-3, rtol=1e-3)

@@ -43,7 +43,7 @@ def mask_bits(words: Tensor, n: int) -> Tensor:
 
 def by_matrix(clouds: Tensor) -> Tensor:
     """Return rows (..., n, 3H) as those of gate, up and down^T (..., 3, n, H)."""
-    return clouds.view(*clouds.shape[:-1], 3, -1).transpose(-3, -2).contiguous()
+    return torch.unflatten(clouds, -1, (3, -1)).transpose(-3, -2).contiguous()
 
 
 def largest(residuals: Tensor, count: int) -> tuple[Tensor, Tensor]:

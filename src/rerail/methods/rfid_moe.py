@@ -5,8 +5,7 @@ Per layer, for gate and up; down stays as it is:
 1. Experts, the most used first, are cut into groups g of `group_size`.
 2. R_g = exp(entropy) of the squared singular values of the group's matrices, one below the other;
    E_g = R_g / sum R, F_g the group's share of tokens, C_g = xi E_g + (1 - xi) F_g.
-3. Ranks K_g ~ C_g. The paper rounds them down; here (ours) remainders are given out too, over gate
-   and up together.
+3. Ranks K_g ~ C_g. The paper rounds down; here (ours) gate and up share the remainders out too.
 4. W'_i = A_i f(sum_j alpha_ij B_gj), A_i (I, K_g) its own, B_gj (K_g, H) the m=`bases` of the group
    (how many is not said: 1 is ours), fitted group by group as in MoBE.
 5. `residual=hashed`: W'_i + unvec(P eta_i), eta_i = P^T vec(W_i - W'_i), of s = share * IH numbers.

@@ -12,7 +12,7 @@ from rerail.compress.solvers.fitting import best_by_adam
 from rerail.compress.solvers.ranks import check_reach, filled
 from rerail.compress.solvers.whitening import Moments, effective_ranks
 from rerail.errors import InputError
-from rerail.experts.basis import mixed
+from rerail.experts.basis import ACTIVATIONS, mixed
 from rerail.moe.model import MoELayer
 
 
@@ -54,6 +54,34 @@ def start(stack: Tensor, bases: int, rank: int) -> tuple[Tensor, Tensor, Tensor]
     a = (u * (s.unsqueeze(-1) * sign).mT)[..., :rank].reshape(n, p, rank)
     w = F.one_hot(torch.arange(n, device=stack.device) // (n // bases), bases).to(stack.dtype)
     return a.contiguous(), w, (vt * sign)[:, :rank].contiguous()
+
+
+def fit_many(
+    stacks: Tensor, bases: int, ranks: Sequence[int], fit: Fit
+) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """Return what `fit_bases` does for each of many stacks (G, k, p, d), fitted side by side.
+
+    Ranks differ: A and B are filled up with zeros, which have no gradient as f(0) = 0. The best
+    step is that of all together.
+    """
+    if len(stacks) == 1:
+        return [fit_bases(stacks[0], bases, ranks[0], fit)]
+    tiny = torch.finfo(stacks.dtype).tiny
+    sigma = stacks.flatten(1).std(dim=1).clamp(min=tiny).view(-1, 1, 1, 1)
+    target, most = stacks / sigma, max(ranks)
+    firsts = [start(s, bases, r) for s, r in zip(stacks, ranks, strict=True)]
+    a = torch.stack([F.pad(a, (0, most - a.shape[-1])) for a, _, _ in firsts])
+    b = torch.stack([F.pad(b, (0, 0, 0, most - b.shape[-2])) for _, _, b in firsts])
+    w = torch.stack([w for _, w, _ in firsts])
+    bent = ACTIVATIONS[fit.activation]
+
+    def loss(a: Tensor, w: Tensor, b: Tensor) -> Tensor:
+        mix = torch.einsum("gkm,gmrd->gkrd", F.softmax(w, -1), b)
+        return (a @ bent(mix) - target).square().sum()
+
+    a, w, b = best_by_adam((a, w, b), loss, *fit[1:])
+    a, alpha = a * sigma, F.softmax(w, -1)
+    return [(a[g, ..., :r], alpha[g], b[g, :, :r]) for g, r in enumerate(ranks)]
 
 
 def by_use(count: Tensor, size: int) -> Tensor:
@@ -130,13 +158,19 @@ def fit_groups(
         bases: of each group.
         fit: f and the schedule.
     """
-    own, rows = dict[int, Tensor](), list[Tensor]()
+    members = [[e for e, of in enumerate(groups) if of == g] for g in range(len(ranks))]
+    own, rows = dict[int, Tensor](), dict[int, Tensor]()
     alphas, made = stack.new_empty(len(stack), bases), torch.empty_like(stack)
-    for g, rank in enumerate(ranks):
-        members = [e for e, of in enumerate(groups) if of == g]
-        a, alphas[members], b = fit_bases(stack[members], bases, rank, fit)
-        made[members] = mixed(a, alphas[members], b, fit.activation)
-        own |= dict(zip(members, a, strict=True))
-        rows.append(b.flatten(0, 1))
-    parts = {"A": torch.cat([own[e] for e in range(len(stack))], dim=1), "B": torch.cat(rows)}
+    for size in sorted(set(map(len, members))):
+        same = [g for g, of in enumerate(members) if len(of) == size]
+        wholes = torch.stack([stack[members[g]] for g in same])
+        fits = fit_many(wholes, bases, [ranks[g] for g in same], fit)
+        for g, (a, alpha, b) in zip(same, fits, strict=True):
+            made[members[g]], alphas[members[g]] = mixed(a, alpha, b, fit.activation), alpha
+            own |= dict(zip(members[g], a, strict=True))
+            rows[g] = b.flatten(0, 1)
+    parts = {
+        "A": torch.cat([own[e] for e in range(len(stack))], dim=1),
+        "B": torch.cat([rows[g] for g in sorted(rows)]),
+    }
     return parts | ({"alpha": alphas} if bases > 1 else {}), made
