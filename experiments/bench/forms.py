@@ -18,6 +18,7 @@ from rerail.compress.templates.factoriser import Factoriser
 from rerail.config.presets import config_root, preset
 from rerail.errors import OutOfReach
 from rerail.experts.base import BankSpec, bank_class
+from rerail.experts.residual import largest
 from rerail.moe.model import MoELayer, MoEModel
 from rerail.plan.apply import apply_plan
 from rerail.plan.plan import LayerPlan, Plan
@@ -27,6 +28,7 @@ TOKENS = 8  # generated one by one
 LIMITS = {"memory": 1.1, "prefill": 1.3}
 SVD_LIMIT = 1.0  # of a prefill: its products halve
 BITS = (1, 2, 3, 4, 8)
+BYTES = {"codes": 256, "signs": 256, "masks": 243}  # values that a stored byte can have
 
 
 def specs(layer: MoELayer) -> Iterator[tuple[str, BankSpec]]:
@@ -46,6 +48,13 @@ def specs(layer: MoELayer) -> Iterator[tuple[str, BankSpec]]:
         "quantized, 1 to 3 bits",
         BankSpec("quantized", experts, (), {"bits": mixed, "group": 128}),
     )
+    pairs = tuple(range(experts))
+    yield "puzzle, words", BankSpec("puzzle", experts, (), {"pairs": pairs}, {"store": "words"})
+    coded = {"pairs": pairs, "bits": 3, "group": 128}
+    yield "puzzle, 3-bit codes", BankSpec("puzzle", experts, (), coded, {"store": "codes"})
+    channels = tuple(w for w in (width // 4, width // 2, width // 4) for _ in range(experts))
+    classes = {"bits": (3, 2, 1), "widths": channels, "group": 128}
+    yield "packed channels, 1 to 3 bits", BankSpec("packed_channels", experts, (), classes)
     widths = tuple(width // 4 + e * width // (2 * experts) for e in range(experts))
     yield "narrow, uneven", BankSpec("narrow", experts, (), {"widths": widths})
 
@@ -57,13 +66,21 @@ def student(teacher: MoEModel, spec: BankSpec) -> MoEModel:
         rows = tuple(range(layer.num_experts))
         parts.append(LayerPlan(layer.index, rows, rows, "untouched", spec))
         for name, shape in bank_class(spec.kind).shapes(spec, layer.dims).items():
-            tensors[f"layers.{layer.index}.{name}"] = _random(name, shape, generator)
+            tensors[f"layers.{layer.index}.{name}"] = _random(name, shape, spec, layer, generator)
     return apply_plan(teacher, Plan(tuple(parts), {}, tensors))
 
 
-def _random(name: str, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-    if name.endswith(".codes"):
-        return torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
+def _random(
+    name: str, shape: tuple[int, ...], spec: BankSpec, layer: MoELayer, generator: torch.Generator
+) -> Tensor:
+    part = name.rpartition(".")[2]
+    if part in BYTES:
+        return torch.randint(0, BYTES[part], shape, generator=generator, dtype=torch.uint8)
+    if part == "words":
+        return torch.randint(0, 2**14, shape, generator=generator, dtype=torch.int16)
+    if part == "mask":
+        sizes = (layer.num_experts, 3, layer.intermediate_size, layer.hidden_size)
+        return largest(torch.rand(sizes, generator=generator), spec.integer("values"))[0]
     return torch.empty(shape).normal_(0, 0.02, generator=generator)
 
 
