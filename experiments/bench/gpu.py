@@ -30,12 +30,13 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 
 from rerail.compress.base import make_plan
+from rerail.compress.solvers.bases import start
+from rerail.compress.solvers.basis_loss import basis_loss
 from rerail.compress.solvers.fitting import best_by_adam
 from rerail.config.presets import preset
 from rerail.distill.repair import repair
 from rerail.distill.settings import RouterKD
-from rerail.experts.basis import mixed
-from rerail.methods.mobe import MoBE, start
+from rerail.methods.mobe import MoBE
 from rerail.methods.reap import MomentScore
 from rerail.moe.model import MoEModel
 from rerail.plan.allocation import Uniform
@@ -370,7 +371,7 @@ def mobe_rows(bench: Bench) -> None:
     ]
 
     def loss(a: Tensor, w: Tensor, b: Tensor) -> Tensor:
-        return (mixed(a, w.softmax(-1), b, method.activation) - stack).square().sum()
+        return basis_loss(a, w.softmax(-1), b, stack, method.activation)
 
     work = partial(best_by_adam, free, loss, bench.shape.adam_steps, method.learning_rate, 99)
     fits = bench.seconds(work, 1) * method.steps / bench.shape.adam_steps * 3

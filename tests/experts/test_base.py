@@ -98,6 +98,7 @@ def test_every_kind_defines_one_bank_which_imports_torch_and_the_base_only(kind:
     assert ours <= {
         "rerail.experts.base",
         "rerail.experts.encoded",
+        "rerail.experts.quantized",  # codes of few bits
         "rerail.moe.fused_experts",
         "rerail.errors",
     }
