@@ -85,9 +85,10 @@ def dequantised(coded: Coded, group: int) -> Tensor:
     wide = torch.promote_types(coded.scale.dtype, torch.float32)
     width = coded.codes.shape[-1]
     padded = F.pad(coded.codes, (0, -width % group)) if width % group else coded.codes
-    grouped = padded.reshape(*padded.shape[:-1], -1, group)
-    shifted: Tensor = grouped - coded.zero.to(wide).unsqueeze(-1)
-    return shifted.mul_(coded.scale.to(wide).unsqueeze(-1)).flatten(-2)[..., :width]
+    grouped = padded.reshape(*padded.shape[:-1], padded.shape[-1] // group, group)
+    # a copy and then in place: an operation on integers and floats together is slower
+    made = grouped.to(wide, copy=True).sub_(coded.zero.to(wide).unsqueeze(-1))
+    return made.mul_(coded.scale.to(wide).unsqueeze(-1)).flatten(-2)[..., :width]
 
 
 def buckets(spec: BankSpec) -> dict[int, list[int]]:
