@@ -82,13 +82,24 @@ def _steps(count: int, step: int, like: Tensor) -> Tensor:
 
 def dequantised(coded: Coded, group: int) -> Tensor:
     """Return (codes - zero) * scale, (..., out, in), in float32 or wider."""
-    wide = torch.promote_types(coded.scale.dtype, torch.float32)
-    width = coded.codes.shape[-1]
-    padded = F.pad(coded.codes, (0, -width % group)) if width % group else coded.codes
-    grouped = padded.reshape(*padded.shape[:-1], padded.shape[-1] // group, group)
+    return scaled(*coded, group)
+
+
+def scaled(codes: Tensor, scale: Tensor, zero: Tensor | None, group: int) -> Tensor:
+    """Return `dequantised` numbers; no zero is 0."""
+    wide, width = torch.promote_types(scale.dtype, torch.float32), codes.shape[-1]
+    padded = F.pad(codes, (0, -width % group)) if width % group else codes
     # a copy and then in place: an operation on integers and floats together is slower
-    made = grouped.to(wide, copy=True).sub_(coded.zero.to(wide).unsqueeze(-1))
-    return made.mul_(coded.scale.to(wide).unsqueeze(-1)).flatten(-2)[..., :width]
+    made = padded.to(wide, copy=True).unflatten(-1, (padded.shape[-1] // group, group))
+    if zero is not None:
+        made -= zero.to(wide).unsqueeze(-1)
+    return made.mul_(scale.to(wide).unsqueeze(-1)).flatten(-2)[..., :width]
+
+
+def rows_at(places: Sequence[int]) -> slice | list[int]:
+    """Return an index of ascending places: neighbours are read where they lie, others gathered."""
+    first, last = places[0], places[-1]
+    return slice(first, last + 1) if last - first == len(places) - 1 else list(places)
 
 
 def buckets(spec: BankSpec) -> dict[int, list[int]]:
@@ -152,9 +163,7 @@ class QuantizedExperts(EncodedExperts):
     def _decoded(self, name: str, bits: int, experts: list[int]) -> Tensor:
         """Return the matrices (n, out, in) of some experts of one width."""
         known, key = buckets(self.spec)[bits], f"{name}.b{bits}"
-        at = [known.index(e) for e in experts]
-        # neighbours are read where they lie; others are gathered
-        rows = slice(at[0], at[-1] + 1) if at[-1] - at[0] == len(at) - 1 else at
+        rows = rows_at([known.index(e) for e in experts])
         if bits == DENSE:
             return self.solved(f"{key}.dense")[rows]
         scale, shape = self.solved(f"{key}.scale")[rows], self.dims.matrices[name]
