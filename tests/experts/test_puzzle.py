@@ -191,8 +191,9 @@ def test_pairs_that_are_none_are_refused(pairs: tuple[int, ...]) -> None:
 @pytest.mark.parametrize("experts", [[1, 3, 6], [0, 3, 4, 5], [1]])
 @pytest.mark.parametrize("bits", [1, 3, 8])
 def test_codes_decoded_together_are_the_formula_of_each(bits: int, experts: list[int]) -> None:
-    layer, spec = tiny("qwen3_moe").layers[0], spec_of("codes")
-    spec.integers["bits"] = bits
+    layer = tiny("qwen3_moe").layers[0]
+    integers = {"pairs": PAIRS, "bits": bits, "group": 5}
+    spec = BankSpec("puzzle", 8, (), integers, {"store": "codes"})
     bank, shared = build(layer, spec)
     made = bank.prepared(experts)
     assert set(made) == {(n, e) for n in shared for e in experts if e in PAIRS}

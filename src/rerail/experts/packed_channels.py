@@ -149,12 +149,12 @@ class PackedChannels(EncodedExperts):
             return torch.cat([stored[own] for own in each])
 
         if bits == DENSE:
-            return rows("dense").split(widths)
+            return torch.split(rows("dense"), widths)
         scale = rows("scale")
         zero = rows("zero") if bits > 1 else torch.full_like(scale, 0.5)
         coded = Coded(unpack(rows("codes"), bits, self.dims.hidden), scale, zero)
         made = dequantised(coded, self.spec.integer("group")).to(scale.dtype)
-        return made.split(widths)
+        return torch.split(made, widths)
 
     def _biases(self, expert: int, width: int | None = None) -> list[Tensor]:
         """Return the biases (w,) of an expert's gate and up, filled with zeros to a width."""

@@ -90,7 +90,8 @@ def scaled(codes: Tensor, scale: Tensor, zero: Tensor | None, group: int) -> Ten
     wide, width = torch.promote_types(scale.dtype, torch.float32), codes.shape[-1]
     padded = F.pad(codes, (0, -width % group)) if width % group else codes
     # a copy and then in place: an operation on integers and floats together is slower
-    made = padded.to(wide, copy=True).unflatten(-1, (padded.shape[-1] // group, group))
+    grouped = padded.reshape(*padded.shape[:-1], padded.shape[-1] // group, group)
+    made: Tensor = grouped.to(wide, copy=True)
     if zero is not None:
         made -= zero.to(wide).unsqueeze(-1)
     return made.mul_(scale.to(wide).unsqueeze(-1)).flatten(-2)[..., :width]
