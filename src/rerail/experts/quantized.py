@@ -51,7 +51,7 @@ def unpack(packed: Tensor, bits: int, n: int) -> Tensor:
         return packed[..., :n]
     per_word, size, _ = _word(bits)
     padded = F.pad(packed, (0, -packed.shape[-1] % size)) if size > 1 else packed
-    groups = padded.reshape(*padded.shape[:-1], padded.shape[-1] // size, size)
+    groups = torch.unflatten(padded, -1, (padded.shape[-1] // size, size))
     # a word that has a byte for each code, its codes still close together
     word = groups[..., 0].to(
         {2: torch.int16, 4: torch.int32, 8: torch.int64}[per_word],
@@ -85,7 +85,7 @@ def dequantised(coded: Coded, group: int) -> Tensor:
     wide = torch.promote_types(coded.scale.dtype, torch.float32)
     width = coded.codes.shape[-1]
     padded = F.pad(coded.codes, (0, -width % group)) if width % group else coded.codes
-    grouped = padded.reshape(*padded.shape[:-1], -1, group)
+    grouped = torch.unflatten(padded, -1, (-1, group))
     shifted: Tensor = grouped - coded.zero.to(wide).unsqueeze(-1)
     return shifted.mul_(coded.scale.to(wide).unsqueeze(-1)).flatten(-2)[..., :width]
 
@@ -159,5 +159,5 @@ class QuantizedExperts(EncodedExperts):
         scale, shape = self.solved(f"{key}.scale")[rows], self.dims.matrices[name]
         zero = self.solved(f"{key}.zero")[rows] if bits > 1 else torch.full_like(scale, 0.5)
         codes = unpack(self.solved(f"{key}.codes")[rows], bits, shape[0] * shape[1])
-        coded = Coded(codes.view(*codes.shape[:-1], *shape), scale, zero)
+        coded = Coded(torch.unflatten(codes, -1, shape), scale, zero)
         return dequantised(coded, self.spec.integer("group")).to(scale.dtype)
