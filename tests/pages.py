@@ -9,7 +9,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
-from rerail.cli.main import _forced
+from rerail.config.overrides import forced
 
 ROOT = Path(__file__).parents[1]
 
@@ -41,7 +41,7 @@ def cell_commands(page: str) -> list[str]:
 
 def first_cell(command: str) -> Any:
     """Return the config of a command, of its first cell where it runs a grid."""
-    words = [_forced(word) for word in shlex.split(command)[1:] if not word.startswith("-")]
+    words = [forced(word) for word in shlex.split(command)[1:] if not word.startswith("-")]
     first = []
     for override in OverridesParser.create().parse_overrides(words):
         key, _, _ = str(override.input_line).partition("=")

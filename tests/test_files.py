@@ -238,3 +238,9 @@ def test_a_temporary_folder_is_gone_afterwards_or_a_sentence(monkeypatch):
     monkeypatch.setattr("tempfile.mkdtemp", refused)
     with pytest.raises(InputError, match="set TMPDIR"), temporary_folder():
         pass
+
+
+def test_an_added_line_has_no_secret(tmp_path, monkeypatch):
+    monkeypatch.setenv("SOME_TOKEN", 'hush"<&hush')
+    append_line(tmp_path / "lines", json.dumps({"prompt": 'say hush"<&hush now'}))
+    assert "hush" not in (tmp_path / "lines").read_text(encoding="utf-8")

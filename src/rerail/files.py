@@ -138,13 +138,15 @@ def temporary_folder() -> Iterator[Path]:
 def append_line(path: Path, line: str) -> None:
     """Add a line to a file in one write, so that a killed process cuts off at most the last one.
 
+    Secrets are redacted.
+
     Raises:
         InputError: it cannot be written, or is no regular file.
     """
     make_folder(path.parent)
     check_replaceable(path)
     with refusals(path), path.open("a", encoding="utf-8") as out:
-        out.write(f"{line}\n")
+        out.write(f"{redacted(line)}\n")
 
 
 @contextlib.contextmanager
