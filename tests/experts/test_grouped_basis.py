@@ -67,3 +67,27 @@ def test_what_runs_answers_as_whole_experts_and_is_what_is_counted(family: str, 
     counted = sum(p.numel() for p in bank.parameters())
     assert counted == sum(bank.stored().values()) == sum(whole.stored().values())
     assert bank.stored() == GroupedBasisExperts.predicted(bank.spec, layer.index, layer.dims)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_few_tokens_take_factors_and_many_the_matrix(form: str) -> None:
+    bank = build(tiny("qwen3_moe").layers[0], form)
+    ready, taken = bank.prepared([0, 3, 4, 5]), set()
+    for tokens in (1, 2, 64):
+        x = torch.randn(tokens, 16, generator=torch.Generator().manual_seed(1))
+        for name, e in ready:
+            bank.ready = ready
+            made = bank.product(name, e, x, None)
+            taken.add((tokens, made is not None))
+            bank.ready = {}
+            matrix = bank.matrix(name, e)
+            if made is not None:
+                torch.testing.assert_close(made, x @ matrix.mT, atol=1e-4, rtol=1e-4)
+            bank.ready = ready
+            assert torch.equal(bank.matrix(name, e), matrix)
+            bank.ready = {k: v + 1 for k, v in ready.items()}
+            assert not torch.equal(bank.matrix(name, e), matrix), "what is ready is what is used"
+    assert bank.product("down", 0, x, None) is None
+    assert (1, True) in taken
+    if FORMS[form][1]:
+        assert (64, False) in taken, "a residual has the size of the matrix"

@@ -120,3 +120,19 @@ def test_what_is_read_for_a_token_is_what_its_channels_stand_for() -> None:
     specs = [BankSpec("packed_channels", 8, (), i, {"biases": "gate+up"}) for i in (full, half)]
     used = [PackedChannels.used(spec, dims, {}) for spec in specs]
     assert used == [(0, dims.expert), (0, dims.expert - 4 * (3 * 16 + 2))]
+
+
+@pytest.mark.parametrize("experts", [[0, 1, 2], [1, 4, 7], [2, 3, 4, 5], [3]])
+def test_experts_decoded_together_are_what_each_is_alone(experts: list[int]) -> None:
+    bank, _ = build(tiny("qwen3_moe").layers[0])
+    made = bank.prepared(experts)
+    assert len(made) == 3 * len(experts)
+    for (name, e), rows in made.items():
+        alone = getattr(bank.materialise(e), name)
+        whole = alone.mT if name == "down" else alone
+        assert torch.equal(rows, whole[: len(rows)])
+        assert not whole[len(rows) :].any()
+        bank.ready = {(name, e): rows + 1}
+        used = bank.product(name, e, torch.eye(len(rows) if name == "down" else 16), None)
+        assert torch.equal(used.mT if name != "down" else used, rows + 1), "it is what is used"
+        bank.ready = {}

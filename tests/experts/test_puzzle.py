@@ -18,6 +18,7 @@ from rerail.experts.puzzle import (
     unpack_trits,
     words_of,
 )
+from rerail.experts.quantized import Coded, dequantised, unpack
 from rerail.moe.model import MoELayer
 
 PAIRS = (6, 1, 3, 4)
@@ -185,3 +186,26 @@ STORES = ("words", "float", "codes")
 def test_pairs_that_are_none_are_refused(pairs: tuple[int, ...]) -> None:
     with pytest.raises(InputError, match=r"an even number of distinct ones below 8"):
         PuzzleExperts.shapes(spec_of("words", pairs), tiny("qwen3_moe").layers[0].dims)
+
+
+@pytest.mark.parametrize("experts", [[1, 3, 6], [0, 3, 4, 5], [1]])
+@pytest.mark.parametrize("bits", [1, 3, 8])
+def test_codes_decoded_together_are_the_formula_of_each(bits: int, experts: list[int]) -> None:
+    layer = tiny("qwen3_moe").layers[0]
+    integers = {"pairs": PAIRS, "bits": bits, "group": 5}
+    spec = BankSpec("puzzle", 8, (), integers, {"store": "codes"})
+    bank, shared = build(layer, spec)
+    made = bank.prepared(experts)
+    assert set(made) == {(n, e) for n in shared for e in experts if e in PAIRS}
+    for (name, e), found in made.items():
+        pair, position = divmod(PAIRS.index(e), 2)
+        shape = found.shape
+        codes = unpack(bank.solved(f"{name}.codes")[pair], bits, found.numel()).view(shape)
+        scale = bank.solved(f"{name}.scale")[pair]
+        magnitude = dequantised(Coded(codes, scale, torch.zeros_like(scale)), 5)
+        sign = 1 - 2 * shared[name].signs[position][pair].float()
+        assert torch.equal(found, magnitude * sign * shared[name].masks[position][pair])
+        assert torch.equal(found, bank.matrix(name, e))
+        bank.ready = {(name, e): found + 1}
+        assert torch.equal(bank.matrix(name, e), found + 1), "what is ready is what is used"
+        bank.ready = {}

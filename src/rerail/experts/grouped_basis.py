@@ -7,7 +7,7 @@ s buckets, and P (IH, s) has one entry a row, so scaled that P^T P = 1. A is sto
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from rerail.errors import InputError
 from rerail.experts.base import BankSpec
 from rerail.experts.encoded import EncodedExperts
-from rerail.moe.fused_experts import Dims
+from rerail.moe.fused_experts import Dims, decoded_product
 
 _BENT: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
@@ -95,17 +95,52 @@ class GroupedBasisExperts(EncodedExperts):
         return name.endswith(".B")
 
     def matrix(self, name: str, expert: int) -> Tensor:
+        made: Tensor = self._own(name, expert) @ self._inner(name, expert)
+        return made.add_(self._residual(name, expert)) if self.spec.integer("buckets") else made
+
+    def product(self, name: str, expert: int, x: Tensor, shared: Tensor | None) -> Tensor | None:
+        (p, d), hashed = self.dims.matrices["gate"], self.spec.integer("buckets") > 0
+        g = self.spec.each("groups")[expert]
+        r = (self.spec.each("gate")[g] + self.spec.each("up")[g]) / 2  # gate and up decide alike
+        if name == "down" or len(x) * (r * (p + d) - (0 if hashed else p * d)) > p * r * d:
+            return None  # so many tokens that making the matrix pays; a residual has its size
+        middle = decoded_product(x, lambda: self._inner(name, expert))
+        out = F.linear(middle, self._own(name, expert))
+        if hashed:
+            out = out + decoded_product(x, lambda: self._residual(name, expert))
+        return out
+
+    def prepared(self, experts: Sequence[int]) -> dict[tuple[str, int], Tensor]:
+        """Bend the bases that some experts share of their group once."""
+        made: dict[tuple[str, int], Tensor] = {}
+        groups, shared = self.spec.each("groups"), self.spec.integer("bases") == 1
+        for name in ("gate", "up"):
+            bent: dict[int, Tensor] = {}
+            for e in experts:
+                known = bent.get(groups[e]) if shared else None
+                bent[groups[e]] = made[name, e] = self._inner(name, e) if known is None else known
+        return made
+
+    def _own(self, name: str, expert: int) -> Tensor:
+        """Return A_i (I, K_g)."""
         ranks, groups = self.spec.each(name), self.spec.each("groups")
-        g, m = groups[expert], self.spec.integer("bases")
         left = sum(ranks[h] for h in groups[:expert])
-        a = self.solved(f"{name}.A")[:, left : left + ranks[g]]
+        return self.solved(f"{name}.A")[:, left : left + ranks[groups[expert]]]
+
+    def _inner(self, name: str, expert: int) -> Tensor:
+        """Return f(sum_j alpha_ij B_gj) (K_g, H)."""
+        if (name, expert) in self.ready:
+            return self.ready[name, expert]
+        ranks, m = self.spec.each(name), self.spec.integer("bases")
+        g = self.spec.each("groups")[expert]
         b = self.solved(f"{name}.B")[m * sum(ranks[:g]) : m * sum(ranks[: g + 1])]
         if m > 1:
             own = self.solved(f"{name}.alpha")[expert]
             b = torch.einsum("m,mkd->kd", own, b.view(m, ranks[g], -1))
-        made: Tensor = a @ _BENT[self.spec.options["activation"]](b)
-        if not self.spec.integer("buckets"):
-            return made
-        seed, eta = self.spec.integer("seed"), self.solved(f"{name}.eta")[expert]
-        residual: Tensor = from_buckets(eta, made.numel(), seed).view_as(made)
-        return made + residual
+        return _BENT[self.spec.options["activation"]](b)
+
+    def _residual(self, name: str, expert: int) -> Tensor:
+        """Return unvec(P eta_i) (I, H)."""
+        shape, eta = self.dims.matrices[name], self.solved(f"{name}.eta")[expert]
+        flat = from_buckets(eta, shape[0] * shape[1], self.spec.integer("seed"))
+        return flat.view(shape)

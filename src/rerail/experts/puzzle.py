@@ -16,6 +16,7 @@ Option `store` says how P pairs are stored:
 `dense` are the experts in no pair, in ascending order. Biases stay dense, each expert's own.
 """
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple, cast
 
@@ -26,7 +27,7 @@ from torch.nn import functional as F
 from rerail.errors import InputError
 from rerail.experts.base import BankSpec, Stored
 from rerail.experts.encoded import EncodedExperts
-from rerail.experts.quantized import Coded, dequantised, pack, unpack
+from rerail.experts.quantized import pack, rows_at, scaled, unpack
 from rerail.moe.fused_experts import Dims
 
 LOWEST, HIGHEST = 112, 143  # exponents of bfloat16 that fit five bits
@@ -122,9 +123,26 @@ def pack_trits(trits: Tensor) -> Tensor:
 
 def unpack_trits(packed: Tensor, n: int) -> Tensor:
     """Return the n numbers that `pack_trits` was given."""
-    every = torch.arange(256, dtype=torch.int32, device=packed.device)
-    table = (every.unsqueeze(-1) // _powers(packed) % 3).to(torch.uint8)  # divisions are slow
-    return F.embedding(packed.int(), table).flatten(-2)[..., :n]
+    fives = packed.int().unsqueeze(-1) // _powers(packed) % 3
+    return fives.to(torch.uint8).flatten(-2)[..., :n]
+
+
+@functools.lru_cache(maxsize=4)
+def _kept(device: torch.device) -> Tensor:
+    """Return what each byte of masks leaves (256, 5): bit 0 for the first expert, 1 for the second.
+
+    Divisions are slow, and comparisons of bytes are as well.
+    """
+    trits = unpack_trits(torch.arange(256, dtype=torch.uint8, device=device).unsqueeze(-1), 5)
+    return torch.where(trits == 0, 3, trits).to(torch.int8)
+
+
+@functools.lru_cache(maxsize=4)
+def _factors(device: torch.device) -> Tensor:
+    """Return the four factors +-1 of every byte of signs by position: (2, 256) words of int8."""
+    every = torch.arange(256, dtype=torch.uint8, device=device)
+    signs = torch.stack([unpack(every.unsqueeze(-1), 2, 4) >> shift & 1 for shift in (1, 0)])
+    return (1 - 2 * signs.to(torch.int8)).view(torch.int32).squeeze(-1)
 
 
 def _powers(like: Tensor) -> Tensor:
@@ -180,6 +198,8 @@ class PuzzleExperts(EncodedExperts):
         paired, dense = self.spec.each("pairs"), self.solved(f"{name}.dense")
         if expert not in paired:
             return dense[expert - sum(other < expert for other in paired)]
+        if (name, expert) in self.ready:
+            return self.ready[name, expert]
         (pair, position), store = divmod(paired.index(expert), 2), self.spec.options["store"]
         if store == "words":
             return decoded_words(self.solved(f"{name}.words")[pair], position).to(dense.dtype)
@@ -188,13 +208,39 @@ class PuzzleExperts(EncodedExperts):
             flags = unpack(self.solved(f"{name}.flags")[pair], 4, out * inner).view(shape)
             magnitude = self.solved(f"{name}.magnitude")[pair]
             return _signed(magnitude, flags >> (3 - position) & 1, flags >> (1 - position) & 1)
-        scale, bits = self.solved(f"{name}.scale")[pair], self.spec.integer("bits")
-        codes = unpack(self.solved(f"{name}.codes")[pair], bits, out * inner).view(shape)
-        coded = Coded(codes, scale, torch.zeros_like(scale))
-        signs = unpack(self.solved(f"{name}.signs")[pair], 2, out * inner).view(shape)
-        trits = unpack_trits(self.solved(f"{name}.masks")[pair], out * inner).view(shape)
-        magnitude = dequantised(coded, self.spec.integer("group")).to(dense.dtype)
-        return _signed(magnitude, signs >> (1 - position) & 1, trits != 2 - position)
+        return self._coded(name, [expert])[0]
+
+    def prepared(self, experts: Sequence[int]) -> dict[tuple[str, int], Tensor]:
+        """Decode codes of some experts together: what a pair shares is read once for both."""
+        chosen = [e for e in experts if e in self.spec.each("pairs")]
+        if self.spec.options["store"] != "codes" or not chosen:
+            return {}
+        keys = [(name, e) for name in self.dims.matrices for e in chosen]
+        made = [matrix for name in self.dims.matrices for matrix in self._coded(name, chosen)]
+        return dict(zip(keys, made, strict=True))
+
+    def _coded(self, name: str, experts: Sequence[int]) -> list[Tensor]:
+        """Return a matrix (out, in) of each of some experts whose magnitudes are codes."""
+        places = [divmod(self.spec.each("pairs").index(e), 2) for e in experts]
+        pairs, bits = sorted({pair for pair, _ in places}), self.spec.integer("bits")
+        rows = rows_at(pairs)
+        codes, scale, signs, masks = (
+            self.solved(f"{name}.{part}")[rows] for part in ("codes", "scale", "signs", "masks")
+        )
+        out, inner = self.dims.matrices[name]
+        kept = F.embedding(masks.int(), _kept(masks.device)).flatten(1)[:, : out * inner]
+        # bytes are multiplied faster than floats; eight bits and a sign are more than a byte
+        magnitude = unpack(codes, bits, out * inner)
+        magnitude = magnitude.view(torch.int8) if bits < 8 else magnitude.short()
+        made = []
+        for pair, position in places:
+            at = pairs.index(pair)
+            words = _factors(signs.device)[position].index_select(0, signs[at].int())
+            signed = magnitude[at] * words.view(torch.int8)[: out * inner]
+            signed *= kept[at] >> 1 if position else kept[at] & 1
+            matrix = scaled(signed.view(out, inner), scale[at], None, self.spec.integer("group"))
+            made.append(matrix.to(scale.dtype))
+        return made
 
 
 def _pair_shapes(spec: BankSpec, pairs: int, out: int, inner: int) -> dict[str, tuple[int, ...]]:

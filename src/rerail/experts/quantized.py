@@ -51,7 +51,7 @@ def unpack(packed: Tensor, bits: int, n: int) -> Tensor:
         return packed[..., :n]
     per_word, size, _ = _word(bits)
     padded = F.pad(packed, (0, -packed.shape[-1] % size)) if size > 1 else packed
-    groups = torch.unflatten(padded, -1, (padded.shape[-1] // size, size))
+    groups = padded.reshape(*padded.shape[:-1], padded.shape[-1] // size, size)
     # a word that has a byte for each code, its codes still close together
     word = groups[..., 0].to(
         {2: torch.int16, 4: torch.int32, 8: torch.int64}[per_word],
@@ -82,12 +82,25 @@ def _steps(count: int, step: int, like: Tensor) -> Tensor:
 
 def dequantised(coded: Coded, group: int) -> Tensor:
     """Return (codes - zero) * scale, (..., out, in), in float32 or wider."""
-    wide = torch.promote_types(coded.scale.dtype, torch.float32)
-    width = coded.codes.shape[-1]
-    padded = F.pad(coded.codes, (0, -width % group)) if width % group else coded.codes
-    grouped = torch.unflatten(padded, -1, (-1, group))
-    shifted: Tensor = grouped - coded.zero.to(wide).unsqueeze(-1)
-    return shifted.mul_(coded.scale.to(wide).unsqueeze(-1)).flatten(-2)[..., :width]
+    return scaled(*coded, group)
+
+
+def scaled(codes: Tensor, scale: Tensor, zero: Tensor | None, group: int) -> Tensor:
+    """Return `dequantised` numbers; no zero is 0."""
+    wide, width = torch.promote_types(scale.dtype, torch.float32), codes.shape[-1]
+    padded = F.pad(codes, (0, -width % group)) if width % group else codes
+    # a copy and then in place: an operation on integers and floats together is slower
+    grouped = padded.reshape(*padded.shape[:-1], padded.shape[-1] // group, group)
+    made: Tensor = grouped.to(wide, copy=True)
+    if zero is not None:
+        made -= zero.to(wide).unsqueeze(-1)
+    return made.mul_(scale.to(wide).unsqueeze(-1)).flatten(-2)[..., :width]
+
+
+def rows_at(places: Sequence[int]) -> slice | list[int]:
+    """Return an index of ascending places: neighbours are read where they lie, others gathered."""
+    first, last = places[0], places[-1]
+    return slice(first, last + 1) if last - first == len(places) - 1 else list(places)
 
 
 def buckets(spec: BankSpec) -> dict[int, list[int]]:
@@ -151,13 +164,11 @@ class QuantizedExperts(EncodedExperts):
     def _decoded(self, name: str, bits: int, experts: list[int]) -> Tensor:
         """Return the matrices (n, out, in) of some experts of one width."""
         known, key = buckets(self.spec)[bits], f"{name}.b{bits}"
-        at = [known.index(e) for e in experts]
-        # neighbours are read where they lie; others are gathered
-        rows = slice(at[0], at[-1] + 1) if at[-1] - at[0] == len(at) - 1 else at
+        rows = rows_at([known.index(e) for e in experts])
         if bits == DENSE:
             return self.solved(f"{key}.dense")[rows]
         scale, shape = self.solved(f"{key}.scale")[rows], self.dims.matrices[name]
         zero = self.solved(f"{key}.zero")[rows] if bits > 1 else torch.full_like(scale, 0.5)
         codes = unpack(self.solved(f"{key}.codes")[rows], bits, shape[0] * shape[1])
-        coded = Coded(torch.unflatten(codes, -1, shape), scale, zero)
+        coded = Coded(codes.view(*codes.shape[:-1], *shape), scale, zero)
         return dequantised(coded, self.spec.integer("group")).to(scale.dtype)
