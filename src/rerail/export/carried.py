@@ -92,7 +92,8 @@ def with_towers(
         n: v["model_type"] for n, v in wrapper.items() if isinstance(v, dict) and "model_type" in v
     }
     inside = next((name for name, part in parts.items() if part == family), None)
-    whole = {n: v for n, v in wrapper.items() if n not in (inside, *_NOT_OURS)}
+    # `torch_dtype` is the former name of `dtype`, which is written
+    whole = {n: v for n, v in wrapper.items() if n not in (inside, "torch_dtype", *_NOT_OURS)}
     if inside is None or family != written["model_type"]:
         return {**whole, **written}
     outer = ("architectures", "transformers_version", "auto_map")

@@ -15,9 +15,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from rerail.export.checkpoint import read_manifest
+from rerail.export.checkpoint import MANIFEST
 from rerail.files import temporary_folder
-from rerail.moe.families import implementations, own_names
+from rerail.moe.families import implementations
+from rerail.moe.left_out import not_carried
 from rerail.moe.model import MoEModel
 
 _SCRIPT = Path(__file__).with_name("reload_script.py")
@@ -86,10 +87,9 @@ def verdict(path: Path, exchange: Path, model: MoEModel) -> float:
 
 def _forgive_carried(misfits: dict[str, list[str]], path: Path, model: MoEModel) -> None:
     """Drop from a report what the parent's class had no place for either, in place."""
-    names = own_names(model.model, read_manifest(path).get("carried", {}).get("names", ()))
-    left = set(misfits.pop("unexpected_keys", ())) - names.keys() - set(names.values())
+    left = not_carried(model.model, misfits.pop("unexpected_keys", ()), path / MANIFEST)
     if left:
-        misfits["unexpected_keys"] = sorted(left)
+        misfits["unexpected_keys"] = left
 
 
 def write_task(exchange: Path, ids: Tensor, model: MoEModel, form: str = "native") -> None:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from rerail.files import read_json
 from rerail.moe.families import config_owners, expert_entries, own_names
 from rerail.moe.number_format import is_packed_tensor
 from rerail.moe.stored_tensors import StoredTensor
@@ -42,6 +43,20 @@ class LeftOut:
 
 
 NOTHING = LeftOut()
+
+
+def not_carried(model: Any, unexpected: Iterable[str], manifest: Path) -> list[str]:
+    """Return the unexpected names that an export did not carry over from its parent, sorted.
+
+    Args:
+        model: as it was loaded.
+        unexpected: names that transformers reported, stored ones or its own for them.
+        manifest: the `compression.json` of the export.
+    """
+    entries = read_json(manifest) if manifest.is_file() else {}
+    names = entries.get("carried", {}).get("names", ()) if isinstance(entries, dict) else ()
+    own = own_names(model, names)
+    return sorted(set(unexpected) - own.keys() - set(own.values()))
 
 
 def note_left_out(

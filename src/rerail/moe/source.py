@@ -18,7 +18,7 @@ from transformers.utils.hub import cached_file
 from rerail.errors import InputError
 from rerail.files import digest, file_digest
 from rerail.moe.families import check_family
-from rerail.moe.left_out import is_sense, left_out_of, note_left_out, part_counts
+from rerail.moe.left_out import is_sense, left_out_of, not_carried, note_left_out, part_counts
 from rerail.moe.model import MoEModel
 from rerail.moe.number_format import (
     check_number_format,
@@ -179,10 +179,12 @@ class ModelSource:
             )
         unused = sorted(report["unexpected_keys"])
         if unused and getattr(config, "rerail", None):  # of a package every tensor has its place
-            raise InputError(
-                f"model {self.path_or_id!r} holds {len(unused)} tensors for which its config has "
-                f"no place, {unused[0]} for one; fetch it again"
-            )
+            manifest = self._file("compression.json") or Path("compression.json")
+            if strange := not_carried(model, unused, manifest):
+                raise InputError(
+                    f"model {self.path_or_id!r} holds {len(strange)} tensors for which its config "
+                    f"has no place, {strange[0]} for one; fetch it again"
+                )
         self._note_left_out(model, unused)
         if self.device_map is None:
             model.to(device)
