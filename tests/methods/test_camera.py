@@ -59,7 +59,7 @@ def test_without_the_peak_energy_is_the_squared_change_of_the_output(family: str
     assert seen >= 2
     kept = highest(energy, 40)
     bound = energy[~kept].sqrt().sum()
-    assert change(layer, hidden, kept).norm() <= bound * (1 + 1e-4)
+    assert change(layer, hidden, kept).norm() <= bound * (1 + 1e-4) + 1e-6
     assert change(layer, hidden, highest(energy, 8)).norm() > 0.1
 
 

@@ -46,7 +46,7 @@ def sliced(**changes: Any) -> LayerPlan:
         (sliced(bank=own(KEPT, layer=4)), "member expert 0 of layer 4 does not exist"),
         (sliced(bank=BankSpec("dense", 4, (((0, 0, float("nan")),),) * 4)), "with finite weights"),
         (sliced(bank=BankSpec("dense", 4, ((),) * 4)), "must be some, with finite weights"),
-        (sliced(bank=BankSpec("tucker", 4)), r"'tucker' is not known; allowed: \['basis', 'delta'"),
+        (sliced(bank=BankSpec("tensor", 4)), r"'tensor' is not known; allowed: \['basis', 'delta'"),
         (LayerPlan(0, EVERYONE, EVERYONE, "untouched", BASIS), "needs the tensors .*gate.A"),
     ],
 )

@@ -262,7 +262,7 @@ def test_in_a_sweep_it_is_a_row_that_says_why(cell, tmp_path):
 
 
 def test_in_a_sweep_a_crash_is_a_failed_row_with_its_traceback(cell, tmp_path, monkeypatch):
-    monkeypatch.setattr(api, "make_plan", lambda *_: 1 / 0)
+    monkeypatch.setattr(api, "make_plan", lambda *_, **__: 1 / 0)
     [row] = runner.run_or_record(cell(), tmp_path / "out")
     assert row["status"] == "failed"
     assert "ZeroDivisionError" in row["reason"]

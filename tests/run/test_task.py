@@ -85,7 +85,7 @@ def test_a_failing_cell_leaves_its_traceback_until_it_succeeds(composed, tmp_pat
 
     described = task.describe(composed())
     with monkeypatch.context() as patch:
-        patch.setattr(api, "make_plan", lambda *_: 1 / 0)
+        patch.setattr(api, "make_plan", lambda *_, **__: 1 / 0)
         state, reason = task.run(described)
     assert (state, reason) == ("failed", "ZeroDivisionError: division by zero")
     folder = tmp_path / "out" / described.folder

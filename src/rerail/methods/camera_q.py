@@ -62,6 +62,7 @@ class CameraQ(Compressor):
     budget: ClassVar[type[Budget]] = Bits
     allocations = "uniform"
     driver = "sequential"
+    written_out = "yes"
 
     def __post_init__(self) -> None:
         check_alpha(self.alpha)

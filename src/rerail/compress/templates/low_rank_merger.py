@@ -1,7 +1,7 @@
 """Mergers whose merged experts are stored as low-rank factors. Open: the field `merger`."""
 
 from dataclasses import dataclass, field, replace
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from torch import Tensor
 
@@ -43,6 +43,10 @@ class LowRankMerger(Compressor):
     each: float = field(default=0.0, repr=False, compare=False)
 
     paradigm: ClassVar[str] = "merging"
+
+    @property
+    def written_out(self) -> Literal["no", "yes", "never"]:
+        return "yes"
 
     def __post_init__(self) -> None:
         if not 0 <= self.inner < 1:

@@ -53,6 +53,10 @@ class Pairing(Compressor):
     paradigm: ClassVar[str] = "merging"
     allocations: ClassVar[Literal["any", "fixed", "uniform"]] = "fixed"
 
+    @property
+    def written_out(self) -> Literal["no", "yes", "never"]:
+        return "yes"
+
     def __post_init__(self) -> None:
         if not 1 <= self.bits <= 8 or self.group < 1 or self.steps < 0:
             raise InputError(
