@@ -151,7 +151,7 @@ def test_what_has_no_place_is_named_at_load_and_carried_or_named(tmp_path, caplo
         left_out = read_manifest(saved)["left_out"]
         assert left_out["tensors"] == sum(left_out["parts"].values()) == count
         assert "=8, and the written config has 4" in left_out["reasons"][0]
-        assert f"leaves out {count} tensors of its parent" in caplog.text
+        assert f"{count} tensors of the parent are left out of the export" in caplog.text
         assert not config_of(saved)["num_nextn_predict_layers"]
         assert not extras(saved, part)
     else:

@@ -212,7 +212,7 @@ def _carried(student: MoEModel, written: MoEModel, facts: dict[str, Any]) -> Lef
         why = sorted(set(reasons.values()))
         facts["left_out"] = {"tensors": len(reasons), "parts": parts_of(reasons), "reasons": why}
         log.warning(
-            "the export leaves out %d tensors of its parent, %s: %s",
+            "%d tensors of the parent are left out of the export, %s: %s",
             len(reasons),
             part_counts(reasons),
             "; ".join(why),
