@@ -22,7 +22,7 @@ def bench(cluster, tmp_path, model) -> Bench:
 def grid(slurm_session, tmp_path_factory, model) -> tuple[Bench, Done]:
     """Return a sweep that was waited for: a good cell, one that fails, two out of reach."""
     made = Bench(slurm_session, tmp_path_factory.mktemp("grid"), model)
-    words = made.words("trainer.accelerator=cpu,nonsense", "ratio.removed=0.25,0.9")
+    words = made.words("trainer.accelerator=cpu,gpu", "ratio.removed=0.25,0.9")
     return made, made.rerail(*words)
 
 

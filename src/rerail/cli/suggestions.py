@@ -29,7 +29,8 @@ def hints(overrides: Sequence[str], root: Path) -> list[str]:
     if added:
         return [
             f"{o.input_line} chooses a file of {o.key_or_group}/, which no cell has by default; "
-            f"add it with a plus, and run its grid with -m: rerail -m +{o.input_line}"
+            f"add it with a plus, and run its grid with -m: rerail -m +{o.input_line} (there are "
+            f"{', '.join(sorted(p.stem for p in (root / str(o.key_or_group)).glob('*.yaml')))})"
             for o in added
         ]
     if several := [o for o in parsed if o.key_or_group in groups and isinstance(o.value(), list)]:
