@@ -34,7 +34,7 @@ from rerail.distill.trainable import select_parameters
 from rerail.errors import InputError, OutOfReach
 from rerail.evaluate.perplexity import score_blocks
 from rerail.moe.model import MoELayer, MoEModel
-from rerail.moe.router_scores import router_inputs
+from rerail.moe.router_scores import router_product
 from rerail.parallel import is_first, my_share, reduce_in_rank_order
 from rerail.statistics.collect import Batch
 from rerail.text.calibration import TokenBlocks
@@ -196,7 +196,7 @@ class _Enough(Exception):
 def _catching(layers: Sequence[MoELayer], caught: dict[int, Tensor]) -> Iterator[None]:
     def catch(layer: MoELayer) -> Callable[..., None]:
         def hook(_router: object, args: object, named: object, _output: object) -> None:
-            inputs = router_inputs(layer.router, args, named, layer.num_experts)
+            inputs, _ = router_product(layer.router, args, named, layer.num_experts)
             if inputs is None:
                 raise InputError(
                     f"the router of layer {layer.index} makes no logits with one column for each "

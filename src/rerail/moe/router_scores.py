@@ -34,27 +34,16 @@ def router_scores(router: nn.Module, args: Any, named: Any, experts: int) -> Ten
     return F.softmax(scores, dim=-1) if are_logits else scores
 
 
-def router_inputs(router: nn.Module, args: Any, named: Any, experts: int) -> Tensor | None:
-    """Return what a router multiplies its rows with, (T, H); None where it has no logits (T, E).
+def router_product(
+    router: nn.Module, args: Any, named: Any, experts: int
+) -> tuple[Tensor | None, Tensor | None]:
+    """Return what a router multiplies its rows with (T, H), and the product (T, E) without a mask.
 
-    Arguments are those of `router_scores`.
-    """
-    watch = _Watch(experts)
-    with watch:
-        router.forward(*args, **named)
-    return watch.inputs
-
-
-def router_logits(router: nn.Module, args: Any, named: Any, experts: int) -> Tensor | None:
-    """Return the product (T, E) of a router's rows, without a mask; None where there is none.
-
-    Args:
-        router, args, named, experts: as for `router_scores`.
+    Both are None where it has no logits (T, E). Arguments are those of `router_scores`.
     """
     with _Watch(experts) as watch:
         router.forward(*args, **named)
-    logits: Tensor | None = watch.logits
-    return logits
+    return watch.inputs, watch.logits
 
 
 class _Watch(TorchFunctionMode):

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from rerail.errors import OutOfReach
 from rerail.moe.families import decoder_layer, reads_residual, returns_probabilities
 from rerail.moe.model import MoELayer, MoEModel
-from rerail.moe.router_scores import router_logits, router_scores
+from rerail.moe.router_scores import router_product, router_scores
 from rerail.statistics.statistic import Need
 
 _FROM_ROUTER = "router {} of {} cannot be measured: its router makes no tensor with one column for "
@@ -63,7 +63,7 @@ class Surroundings:
         own = next((p for p in parts if p is not None and p.shape[-1] == experts), None)
         if own is None or not returns_probabilities(self.layer.block):
             return own
-        logits = router_logits(router, args, named, experts)
+        _, logits = router_product(router, args, named, experts)
         return logits if logits is None else logits.masked_fill(own == 0, -torch.inf)
 
     def _read(self, _module: nn.Module, args: Any, named: Any) -> None:
